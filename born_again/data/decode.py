@@ -1,0 +1,327 @@
+"""From a dataset of the `datasets` library to arrays: which splits, which columns, which labels, which pixels."""
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from tqdm.auto import tqdm
+
+SHORTCUTS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+EMBEDDED = "digits"
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEST_SPLITS = ("test", "validation", "valid", "val")
+_PROGRESS_FROM = 5_000
+_DECODE_CHUNK = 1_000
+
+
+def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
+    """Open every split of a folder or of a dataset on the Hub.
+
+    Args:
+        name: a folder (parquet, imagefolder, the Hub's layout, or what `save_to_disk` wrote), a shortcut, or
+            "owner/name".
+        revision: branch, tag or commit on the Hub; None for the default branch.
+
+    Raises:
+        ValueError: if `name` is none of these, a folder without data, or something `datasets` refuses (several
+            configurations, an empty split, broken files), or if `revision` is given for a folder.
+        ConnectionError: if the Hub cannot be reached and the dataset is not in the local cache.
+    """
+    folder = Path(name).expanduser()
+    source = SHORTCUTS.get(name, name)
+    if source == name and folder.is_dir():
+        return _open_folder(name, folder, revision)
+    if source == name and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(_unknown_name(name))
+    try:
+        return _load(name, lambda: datasets.load_dataset(source, revision=revision))
+    except DatasetNotFoundError as error:
+        raise ValueError(
+            f"--dataset {name!r} is neither a folder here nor a dataset on the Hub that this account can read "
+            f"({error}); check the spelling and the revision, or log in with `hf auth login` if it is private or gated"
+        ) from error
+    except (ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
+        raise ConnectionError(
+            f"--dataset {name!r} is not in the local cache and the Hub cannot be reached ({error}); use `--dataset "
+            "digits`, which needs no network, or `--dataset PATH` with a local folder of the dataset"
+        ) from error
+
+
+def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.DatasetDict:
+    if revision is not None:
+        raise ValueError(
+            f"revision is {revision!r} for the folder {name!r}; only a dataset on the Hub has revisions: drop it"
+        )
+    saved = (folder / "dataset_dict.json").is_file()
+    try:
+        return _load(name, lambda: (datasets.load_from_disk if saved else datasets.load_dataset)(str(folder)))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--dataset {name!r} is a folder in which `datasets` finds no data ({error}); expected parquet files or "
+            "images in train/CLASS/ and test/CLASS/"
+        ) from error
+
+
+def _load(name: str, load: Callable[[], datasets.DatasetDict]) -> datasets.DatasetDict:
+    try:
+        return load()
+    # IndexError: what load_from_disk raises on an empty split.
+    except (ValueError, IndexError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"--dataset {name!r} is refused by `datasets` ({error}); expected readable files, one configuration and "
+            "no empty split: save the part to use as a folder of parquet files, or of images in train/CLASS/"
+        ) from error
+
+
+def _unknown_name(name: str) -> str:
+    if "/" in name or name.startswith((".", "~")):
+        return (
+            f"--dataset {name!r} looks like a folder and does not exist; check the path, or give 'owner/name' for the "
+            "Hub"
+        )
+    known = (EMBEDDED, *SHORTCUTS)
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return (
+        f"--dataset {name!r} is unknown; {hint}expected one of {', '.join(known)}, a folder, or 'owner/name' on the "
+        "Hub"
+    )
+
+
+def resolved_revision(checksums: Mapping[str, object] | None, revision: str | None) -> str | None:
+    """The commit a dataset was downloaded at, from the urls of its files; else `revision` as it was asked."""
+    for url in checksums or ():
+        match = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", url)
+        if match:
+            return match.group(1)
+    return revision
+
+
+def choose_splits(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[str, str]:
+    """Names of the training and the test split.
+
+    Raises:
+        ValueError: if there is no split "train", none of the test splits, or one of the two is empty.
+    """
+    found = ", ".join(splits)
+    if "train" not in splits:
+        raise ValueError(f"dataset {name!r} has the splits {found}; expected one called 'train': rename a split")
+    test = next((split for split in TEST_SPLITS if split in splits), None)
+    if test is None:
+        raise ValueError(
+            f"dataset {name!r} has the splits {found}; expected a test split, one of {', '.join(TEST_SPLITS)}: set "
+            "some rows aside under one of these names (Dataset.train_test_split, then save as parquet)"
+        )
+    for split in ("train", test):
+        if len(splits[split]) == 0:
+            raise ValueError(
+                f"dataset {name!r}: split {split!r} is empty; expected at least one row: put images in it"
+            )
+    return "train", test
+
+
+def choose_image_column(name: str, features: datasets.Features, asked: str | None) -> str:
+    """The column that holds the images: the one asked for, else the only one, else the one called img or image.
+
+    Raises:
+        ValueError: if there is none, or several and no way to choose.
+    """
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if asked is not None:
+        if asked not in images:
+            raise ValueError(
+                f"--image_column is {asked!r}; dataset {name!r} has the columns {_describe(features)} and its image "
+                f"columns are {images}: give one of these"
+            )
+        return asked
+    if not images:
+        raise ValueError(
+            f"dataset {name!r} has no image column, only {_describe(features)}; expected a column of type "
+            "datasets.Image: cast one with Dataset.cast_column(column, datasets.Image())"
+        )
+    preferred = [column for column in IMAGE_COLUMNS if column in images]
+    candidates = images if len(images) == 1 else preferred
+    if len(candidates) != 1:
+        raise ValueError(f"dataset {name!r} has several image columns, {images}; choose one with --image_column")
+    return candidates[0]
+
+
+def choose_label_column(name: str, features: datasets.Features, asked: str | None) -> str:
+    """The column that holds the labels.
+
+    The one asked for; else the only ClassLabel, or the first of label, labels, fine_label among several; else a column
+    of integers or strings by one of these names.
+
+    Raises:
+        ValueError: if there is none, or several and no way to choose, or the one asked for cannot hold labels.
+    """
+    usable = [column for column, feature in features.items() if _can_label(feature)]
+    if asked is not None:
+        if asked not in usable:
+            raise ValueError(
+                f"--label_column is {asked!r}; dataset {name!r} has the columns {_describe(features)}, of which "
+                f"{usable} can hold labels (ClassLabel, integers or strings): give one of these"
+            )
+        return asked
+    classes = [column for column in usable if isinstance(features[column], datasets.ClassLabel)]
+    if len(classes) == 1:
+        return classes[0]
+    candidates = classes or usable
+    preferred = [column for column in LABEL_COLUMNS if column in candidates]
+    if preferred:
+        return preferred[0]
+    if classes:
+        raise ValueError(f"dataset {name!r} has several label columns, {classes}; choose one with --label_column")
+    raise ValueError(
+        f"dataset {name!r} has no label column, only {_describe(features)}; expected a ClassLabel, or integers or "
+        f"strings called {', '.join(LABEL_COLUMNS)}: name another column with --label_column"
+    )
+
+
+def _can_label(feature: object) -> bool:
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    dtype = str(getattr(feature, "dtype", "")) if isinstance(feature, datasets.Value) else ""
+    return dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")
+
+
+def _describe(features: datasets.Features) -> str:
+    kinds = {
+        column: feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+        for column, feature in features.items()
+    }
+    return ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+
+
+def read_labels(
+    name: str, splits: Mapping[str, datasets.Dataset], column: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Labels of every split as class numbers, and the names of the classes.
+
+    A ClassLabel keeps its own order of names. Strings are sorted. Integers are sorted too, and their names are their
+    decimal digits, so labels that start at 1 or leave gaps come out as 0 ... n - 1.
+
+    Args:
+        name: the dataset, for messages.
+        splits: the splits to read, one of them "train".
+        column: the column to read.
+
+    Returns:
+        {split: (N,) int64} and the names.
+
+    Raises:
+        ValueError: if a row has no label (null, or a negative number, as in unlabelled test sets), if a label lies
+            outside its ClassLabel, if the splits disagree on the column, or if all training rows are of one class.
+    """
+    feature = splits["train"].features[column]
+    for split, rows in splits.items():
+        if rows.features.get(column) != feature:
+            raise ValueError(
+                f"dataset {name!r}: column {column!r} is {rows.features.get(column)} in split {split!r} and {feature} "
+                "in 'train'; expected the same column with the same class names: cast one split to the features of "
+                "the other"
+            )
+    raw = {split: _read_column(rows, column) for split, rows in splits.items()}
+    for split, values in raw.items():
+        unlabelled = sum(value is None or (not isinstance(value, str) and value < 0) for value in values)
+        if unlabelled:
+            raise ValueError(
+                f"dataset {name!r}: {unlabelled} of {len(values)} rows of split {split!r} have no label in column "
+                f"{column!r} (null or negative); expected a label in every row: use a copy with these rows or this "
+                "split left out"
+            )
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+        labels = {split: np.asarray(values, dtype=np.int64) for split, values in raw.items()}
+        for split, values in labels.items():
+            if values.max() >= len(names):
+                raise ValueError(
+                    f"dataset {name!r}: split {split!r} has label {values.max()} in column {column!r}; expected 0 to "
+                    f"{len(names) - 1}, since it declares {len(names)} names: mend the names of the ClassLabel"
+                )
+    else:
+        classes = sorted(set().union(*raw.values()))
+        names = tuple(str(value) for value in classes)
+        number = {value: index for index, value in enumerate(classes)}
+        labels = {
+            split: np.fromiter((number[value] for value in values), dtype=np.int64, count=len(values))
+            for split, values in raw.items()
+        }
+    if len(np.unique(labels["train"])) < 2:
+        raise ValueError(
+            f"dataset {name!r}: every training row is of one class in column {column!r}; expected at least 2 classes: "
+            "check the folders, or choose another column with --label_column"
+        )
+    return labels, names
+
+
+def _read_column(rows: datasets.Dataset, column: str) -> list:
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+
+
+def decode_images(
+    name: str, split: str, dataset: datasets.Dataset, column: str, rows: np.ndarray | None, image_size: int
+) -> np.ndarray:
+    """Decode the images of a split into one array.
+
+    The bytes are read undecoded and opened by Pillow here: the Image feature's own decoding costs several times more.
+
+    Args:
+        name: the dataset, for messages.
+        split: the split's name, for messages.
+        dataset: the split.
+        column: the image column.
+        rows: which rows, (n,) ascending; None for all.
+        image_size: side of the square that every image is brought to, in pixels.
+
+    Returns:
+        (n, image_size, image_size, 3) uint8, contiguous.
+
+    Raises:
+        ValueError: if an image is missing or cannot be decoded.
+    """
+    encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if rows is not None:
+        encoded = encoded.select(rows)
+    pixels = np.empty((len(encoded), image_size, image_size, 3), dtype=np.uint8)
+    position = 0
+    with tqdm(
+        total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM
+    ) as progress:
+        for table in encoded.with_format("arrow").iter(batch_size=_DECODE_CHUNK):
+            for item in table[column].to_pylist():
+                try:
+                    pixels[position] = _decode(item, image_size)
+                except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+                    row = position if rows is None else int(rows[position])
+                    raise ValueError(
+                        f"dataset {name!r}: the image in split {split!r}, row {row}, cannot be decoded ({error}); "
+                        "expected an image file that Pillow reads: replace the file or remove the row"
+                    ) from error
+                position += 1
+            progress.update(table.num_rows)
+    return pixels
+
+
+def _decode(item: Mapping[str, bytes | str | None] | None, image_size: int) -> np.ndarray:
+    """One image as (image_size, image_size, 3) uint8; transparency is dropped, not blended."""
+    if item is None or (item["bytes"] is None and item["path"] is None):
+        raise ValueError("there is no image")
+    source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
+    with Image.open(source) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow clips 16 bits to 8 instead of scaling them.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if image.size != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        return np.asarray(image)

@@ -1,0 +1,149 @@
+"""The torch Dataset that serves a split in ready batches, its collator, and what tells it the epoch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers.trainer_callback import TrainerCallback
+
+from born_again.data.augment import IDENTITY_VIEW, PADDING, draw_views, render_views
+
+if TYPE_CHECKING:
+    from born_again.data.images import ImageSplit
+
+
+class ImageDataset(Dataset):
+    """A split as a map-style dataset that augments and normalises a batch at a time.
+
+    A DataLoader asks for a whole batch through `__getitems__` and gets it ready: give it `collate_fn=collate_batch`,
+    and `Trainer` `data_collator=collate_batch` with `remove_unused_columns=False` (Trainer's column filter expects a
+    list of samples). With augmentation, add `EpochCallback` to the Trainer: see there.
+
+    The epoch lives in shared memory, so that worker processes that outlive an epoch (`persistent_workers`) see it
+    change.
+    """
+
+    def __init__(
+        self,
+        split: "ImageSplit",
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        *,
+        augment: bool,
+        flip: bool,
+        seed: int,
+    ):
+        """
+        Args:
+            split: pixels (N, H, W, 3) uint8 and labels (N,) int64, on any device; batches come out on the same one.
+            mean: mean of each channel, on the scale where 255 is 1.
+            std: standard deviation of each channel, same scale, above 0.
+            augment: crop (and mirror) at random; False gives the image itself in every epoch.
+            flip: whether mirroring is part of the augmentation.
+            seed: of the views, any integer.
+
+        Raises:
+            ValueError: if pixels and labels differ in number, or a standard deviation is not above 0.
+        """
+        if len(split.pixels) != len(split.labels):
+            raise ValueError(
+                f"split has {len(split.pixels)} images and {len(split.labels)} labels; expected as many of each: "
+                "check how it was cut"
+            )
+        if min(std) <= 0:
+            raise ValueError(f"std is {tuple(std)}; expected three numbers above 0: use 1.0 for a constant channel")
+        self.pixels = split.pixels
+        self.labels = split.labels
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.augment = augment
+        self.flip = flip
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are served, counted from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Serve the views of `epoch` (counted from 0) from now on, in this process and in its workers.
+
+        Raises:
+            ValueError: if `epoch` is negative.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}; expected 0 or more: count epochs from 0")
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def views(self, samples: torch.Tensor) -> torch.Tensor:
+        """Names of the views that `samples` (B,) int64 have in the current epoch: (B,) int64 on the CPU."""
+        if not self.augment:
+            return torch.full(samples.shape, IDENTITY_VIEW, dtype=torch.int64)
+        return draw_views(self.seed, self.epoch, samples, self.flip, PADDING)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample: pixel_values (3, H, W) float32 and labels () int64."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index is {index}; expected less than the {len(self)} samples of this split")
+        batch = self.__getitems__([int(index) % len(self)])
+        return {name: values[0] for name, values in batch.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A ready batch.
+
+        Args:
+            indices: (B,) sample indices, each in 0 ... N - 1.
+
+        Returns:
+            pixel_values (B, 3, H, W) float32 in channels_last memory format, and labels (B,) int64.
+        """
+        samples = torch.as_tensor(indices, dtype=torch.int64)
+        pixel_values = render_views(self.pixels, samples, self.views(samples), self.mean, self.std, PADDING)
+        return {"pixel_values": pixel_values, "labels": self.labels.index_select(0, samples.to(self.labels.device))}
+
+
+def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pass a ready batch through; stack a list of single samples.
+
+    Args:
+        batch: what `ImageDataset.__getitems__` returned, or a list of what `__getitem__` did.
+
+    Returns:
+        The batch as a dictionary of tensors.
+
+    Raises:
+        ValueError: if `batch` is neither. In Trainer this is `remove_unused_columns`, which filters a list of samples
+            and leaves nothing but the keys of a ready batch.
+    """
+    if isinstance(batch, dict):
+        return batch
+    if not batch or not all(isinstance(sample, dict) for sample in batch):
+        raise ValueError(
+            f"batch is {batch!r:.80}; expected a ready batch or a list of samples: in a Trainer, set "
+            "remove_unused_columns=False in its arguments"
+        )
+    stacked = {name: torch.stack([sample[name] for sample in batch]) for name in batch[0]}
+    stacked["pixel_values"] = stacked["pixel_values"].contiguous(memory_format=torch.channels_last)
+    return stacked
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the training set which epoch begins.
+
+    accelerate's dataloaders do so themselves, except where they reach a sampler with an epoch of its own through a
+    wrapper first (`DataLoaderShard.set_epoch`: an `elif`): with the seedable sampler that Trainer uses, that is
+    training on several processes, an epoch resumed half-way, and `dispatch_batches`. Every epoch would then show the
+    views of the first, without an error. `Trainer` calls this before it asks for the epoch's first batch, in every
+    process.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Hand the epoch (`int(state.epoch)`, fractional after a resume) to the dataset, if it wants to know."""
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch or 0))

@@ -1,0 +1,244 @@
+"""An image dataset as one uint8 tensor per split, read once through `datasets`.
+
+A 32x32 data set of 50,000 images is 150 MB: small enough to hold, and a batch gathered from it costs a fraction of
+decoding 128 files. Augmentation and normalisation are in `born_again.data.augment`, batches in
+`born_again.data.image_dataset`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from born_again.data.augment import scramble
+from born_again.data.decode import (
+    EMBEDDED,
+    SHORTCUTS,
+    choose_image_column,
+    choose_label_column,
+    choose_splits,
+    decode_images,
+    open_dataset,
+    read_labels,
+    resolved_revision,
+)
+
+_SMALLEST_IMAGE = 8
+_SUM_CHUNK = 4_096
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """One split.
+
+    Attributes:
+        pixels: (N, H, W, 3) uint8, contiguous.
+        labels: (N,) int64, each in 0 ... classes - 1.
+    """
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A dataset, read.
+
+    Attributes:
+        train: the training split.
+        test: the test split.
+        label_names: name of each class; all of the dataset's, also where a limited split lacks some.
+        mean: mean of each channel over the rows of `train`, on the scale where 255 is 1, rounded to 6 decimals.
+        std: standard deviation likewise (of the population); 1.0 for a channel that is constant, which then becomes 0.
+        fingerprint: JSON-able: source, revision (the commit where the Hub gave one), image_column, label_column, rows
+            by split, and the sha256 of shapes, pixels and labels of both splits.
+        flip: whether mirroring keeps the class: False for digits, True otherwise.
+    """
+
+    train: ImageSplit
+    test: ImageSplit
+    label_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fingerprint: dict
+    flip: bool
+
+
+def load_images(
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+    image_size: int = 32,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> ImageData:
+    """Read an image classification dataset into memory.
+
+    Grey, palette and transparent images become RGB (transparency dropped); an image of another size is resized to the
+    square by Pillow's bilinear filter, whatever its proportions. The test split is the one called test, else
+    validation.
+
+    Args:
+        name: "digits" (1,797 real handwritten digits that scikit-learn carries; needs no network), "cifar10",
+            "cifar100", "owner/name" on the Hub, or a folder in any layout `datasets` reads. A folder called as a
+            shortcut is reached as "./cifar10".
+        image_column: column of the images; None finds it by type, and by the names img and image.
+        label_column: column of the labels; None finds it by type, and by the names label, labels and fine_label.
+        revision: branch, tag or commit of a dataset on the Hub.
+        image_size: side of the images in pixels, at least 8.
+        max_train_samples: how many training rows to keep. The same rows whatever the run's seed, classes in about
+            their proportions, and the rows kept at n are among those kept at n + 1. More than there are: all.
+        max_eval_samples: likewise for the test split.
+
+    Raises:
+        ValueError: if the name, a column, a split, a label, an image or a limit is not as expected; the message says
+            which.
+        ConnectionError: if the Hub is needed and cannot be reached.
+        ImportError: for "digits" without scikit-learn.
+    """
+    if image_size < _SMALLEST_IMAGE:
+        raise ValueError(f"image_size is {image_size}; expected at least {_SMALLEST_IMAGE} pixels, such as 32")
+    limits = {"train": max_train_samples, "test": max_eval_samples}
+    for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"--{flag} is {limit}; expected at least 1: leave it out to use every row")
+    if name == EMBEDDED:
+        for argument, value in (
+            ("image_column", image_column),
+            ("label_column", label_column),
+            ("revision", revision),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"{argument} is {value!r} with --dataset digits, which has no columns or revisions: drop it"
+                )
+        splits, label_names = _read_digits(image_size, limits)
+    else:
+        dataset = open_dataset(name, revision)
+        train, test = choose_splits(name, dataset)
+        chosen = {"train": dataset[train], test: dataset[test]}
+        image_column = choose_image_column(name, dataset[train].features, image_column)
+        label_column = choose_label_column(name, dataset[train].features, label_column)
+        revision = resolved_revision(dataset[train].info.download_checksums, revision)
+        labels, label_names = read_labels(name, chosen, label_column)
+        splits = {}
+        for role, split in (("train", train), ("test", test)):
+            rows = _rows_to_keep(labels[split], limits[role])
+            pixels = decode_images(name, split, chosen[split], image_column, rows, image_size)
+            kept = labels[split] if rows is None else labels[split][rows]
+            splits[role] = ImageSplit(torch.from_numpy(pixels), torch.from_numpy(kept))
+    mean, std = channel_statistics(splits["train"].pixels)
+    fingerprint = {
+        "source": SHORTCUTS.get(name, name),
+        "revision": revision,
+        "image_column": image_column,
+        "label_column": label_column,
+        "rows": {role: len(split) for role, split in splits.items()},
+        "sha256": _digest(splits["train"], splits["test"]),
+    }
+    return ImageData(splits["train"], splits["test"], label_names, mean, std, fingerprint, flip=name != EMBEDDED)
+
+
+def stratified_order(labels: np.ndarray) -> np.ndarray:
+    """A fixed permutation every prefix of which holds the classes in about their proportions.
+
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        (N,) int64; a function of `labels` alone, by our own hash, so that no library's generator can change it.
+    """
+    keys = scramble(np.arange(1, len(labels) + 1, dtype=np.uint64))
+    by_class = np.lexsort((keys, labels))
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    ranks = np.arange(len(labels)) - np.repeat(starts, counts)
+    quantiles = (ranks + 0.5) / np.repeat(counts, counts)
+    return by_class[np.lexsort((keys[by_class], quantiles))]
+
+
+def channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, on the scale where 255 is 1.
+
+    Sums are of integers, hence exact and independent of order and machine; both results are rounded to 6 decimals, so
+    that they survive JSON unchanged.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+
+    Returns:
+        Mean and standard deviation of the population; a deviation that rounds to 0 is given as 1.0.
+    """
+    count = 0
+    total = torch.zeros(3, dtype=torch.int64)
+    squares = torch.zeros(3, dtype=torch.int64)
+    for chunk in pixels.split(_SUM_CHUNK):
+        values = chunk.reshape(-1, 3)  # (n H W, 3)
+        histograms = [torch.bincount(values[:, channel], minlength=256) for channel in range(3)]
+        counts = torch.stack(histograms)  # (3, 256)
+        levels = torch.arange(256)
+        count += len(values)
+        total += (counts * levels).sum(dim=1)
+        squares += (counts * levels**2).sum(dim=1)
+    mean, std = [], []
+    for channel_sum, channel_squares in zip(total.tolist(), squares.tolist(), strict=True):
+        # Python integers: the difference of two nearly equal large numbers keeps every digit.
+        variance = (count * channel_squares - channel_sum**2) / count**2
+        mean.append(round(channel_sum / count / 255, 6))
+        std.append(round(variance**0.5 / 255, 6) or 1.0)
+    return tuple(mean), tuple(std)
+
+
+def _rows_to_keep(labels: np.ndarray, limit: int | None) -> np.ndarray | None:
+    """Rows of a limited split (n,) ascending; None for all."""
+    if limit is None or limit >= len(labels):
+        return None
+    return np.sort(stratified_order(labels)[:limit])
+
+
+def _read_digits(image_size: int, limits: dict[str, int | None]) -> tuple[dict[str, ImageSplit], tuple[str, ...]]:
+    """scikit-learn's digits (Alpaydin and Kaynak, UCI 1998), 17 grey levels; a fifth of each class is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "--dataset digits is carried by scikit-learn, which is missing: pip install scikit-learn"
+        ) from error
+    bunch = load_digits()
+    labels = bunch.target.astype(np.int64)
+    levels = bunch.images.astype(np.int64)  # (1797, 8, 8), 0 ... 16
+    grey = ((levels * 255 + 8) // 16).astype(np.uint8)
+    if image_size % 8 == 0:
+        # Repeating pixels needs no arithmetic: the same bytes with any version of any library.
+        factor = image_size // 8
+        grey = grey.repeat(factor, axis=1).repeat(factor, axis=2)  # (1797, S, S)
+    else:
+        size = (image_size, image_size)
+        grey = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in grey])
+    order = stratified_order(labels)
+    by_role = {"test": np.sort(order[: len(order) // 5]), "train": np.sort(order[len(order) // 5 :])}
+    splits = {}
+    for role in ("train", "test"):
+        rows = by_role[role]
+        kept = _rows_to_keep(labels[rows], limits[role])
+        rows = rows if kept is None else rows[kept]
+        pixels = np.ascontiguousarray(np.broadcast_to(grey[rows][..., None], (len(rows), *grey.shape[1:], 3)))
+        splits[role] = ImageSplit(torch.from_numpy(pixels), torch.from_numpy(labels[rows]))
+    return splits, tuple(str(digit) for digit in range(10))
+
+
+def _digest(*splits: ImageSplit) -> str:
+    """sha256 over shape, pixels and labels of each split, in order."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(repr(tuple(split.pixels.shape)).encode())
+        digest.update(split.pixels.numpy().data)
+        # Byte order spelled out, so that the digest is the same on any machine.
+        digest.update(split.labels.numpy().astype("<i8").data)
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""Command lines of lineages: flags over a config file over a recipe over defaults."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    recipe: Callable[[argparse.Namespace], Mapping[str, Any]],
+    command_line: Sequence[str] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Fills dataclasses from the command line, `--config FILE` (YAML or JSON), a recipe, and their defaults.
+
+    Of a value given twice the first of these wins.
+
+    Args:
+        dataclass_types: what is filled; their fields are the flags.
+        recipe: from what was asked so far (every field, as a namespace) to the values that suit it.
+        command_line: the words after the program's name; None reads sys.argv.
+        description: shown by --help.
+
+    Returns:
+        One instance for each dataclass.
+
+    Raises:
+        ValueError: a config file that cannot be read, or a field in it that does not exist.
+        SystemExit: a word on the command line that is no flag (argparse's way, with its message).
+    """
+    parser = HfArgumentParser(list(dataclass_types), description=description)
+    parser.add_argument("--config", type=Path, default=None, help="YAML or JSON file of flags; the command line wins.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    asked, _ = parser.parse_known_args(command_line)
+    config = {} if asked.config is None else read_config(asked.config, known)
+    parser.set_defaults(**config)
+    asked, _ = parser.parse_known_args(command_line)
+    parser.set_defaults(**{**recipe(asked), **config})
+    return parser.parse_args_into_dataclasses(command_line)[: len(dataclass_types)]
+
+
+def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """Reads a flat mapping of flags from a YAML or JSON file.
+
+    Raises:
+        ValueError: no such file, no YAML or JSON, no mapping, or an unknown name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config: got {str(path)!r}, expected a YAML or JSON file that can be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config: {str(path)!r} holds a {type(config).__name__}, expected a mapping such as 'seed: 1'.")
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(known), n=1)
+            raise ValueError(
+                f"config: {str(path)!r} has {name!r}, which is no flag"
+                + (f"; did you mean {near[0]!r}?" if near else "; --help lists them.")
+            )
+    return config

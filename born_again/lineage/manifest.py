@@ -1,0 +1,160 @@
+"""lineage.json: the one file that says what a lineage is and how far it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from born_again.lineage.spec import LineageSpec
+
+MANIFEST_NAME = "lineage.json"
+FORMAT = "born_again.lineage"
+VERSION = 1
+STATUSES = ("training", "finished")
+
+
+class LineageError(RuntimeError):
+    """A lineage that cannot go on as asked: another experiment's folder, changed weights, an unreadable manifest."""
+
+
+class Manifest:
+    """The content of lineage.json, written anew and atomically at every change.
+
+    Layout: {"format", "version", "name", "spec", "spec_sha256", "data", "generations": [{"index", "status", "seed",
+    "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split; accuracy
+    and error are fractions, nll is nats per item, seconds are of training, over all of its starts.
+
+    Args:
+        path: of lineage.json.
+        content: as read by `read` or made by `create`.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    @classmethod
+    def create(cls, folder: Path, spec: LineageSpec, data: Mapping[str, Any]) -> Manifest:
+        """The manifest of a lineage of which nothing is trained; `save` writes it."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": spec.name,
+            "spec": spec.to_dict(),
+            "spec_sha256": spec.sha256(),
+            "data": dict(data),
+            "generations": [],
+        }
+        return cls(folder / MANIFEST_NAME, content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads and checks OUTPUT_DIR/lineage.json.
+
+        Raises:
+            FileNotFoundError: there is none.
+            LineageError: it is no JSON, no manifest, of a newer version, or a field is wrong; names the field.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise LineageError(f"{path}: is not JSON ({error}); restore it from a copy, or use another folder.") from error
+        _check(path, content)
+        return cls(path, content)
+
+    @property
+    def spec(self) -> LineageSpec:
+        """What was asked."""
+        return LineageSpec.from_dict(self.content["spec"])
+
+    @property
+    def generations(self) -> list[dict[str, Any]]:
+        """The records of the generations, in order."""
+        return self.content["generations"]
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """The record of one generation, None where it has not begun."""
+        return self.generations[index] if index < len(self.generations) else None
+
+    def update(self, index: int, **fields: Any) -> None:
+        """Sets fields of one generation's record, appending the record where it is the next one."""
+        if index == len(self.generations):
+            self.generations.append({"index": index})
+        self.generations[index].update(fields)
+
+    def save(self) -> None:
+        """Writes the file atomically."""
+        write_atomically(self.path, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a crash at any moment leaves the old content or the new, never a part.
+
+    Raises:
+        OSError: the folder is read-only, or the disk is full; the old content is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power, where the system can open folders."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, content: Any) -> None:
+    def expect(condition: bool, field: str, expected: str) -> None:
+        if not condition:
+            raise LineageError(f"{path}: the field {field!r} is wrong, expected {expected}; restore it from a copy.")
+
+    expect(isinstance(content, dict) and content.get("format") == FORMAT, "format", repr(FORMAT))
+    version = content.get("version")
+    expect(isinstance(version, int) and version >= 1, "version", "a whole number above 0")
+    if version > VERSION:
+        raise LineageError(
+            f"{path}: has version {version}, this born_again reads up to {VERSION}; upgrade born-again to go on with it."
+        )
+    expect(isinstance(content.get("spec"), dict), "spec", "an object")
+    try:
+        LineageSpec.from_dict(content["spec"])
+    except ValueError as error:
+        raise LineageError(f"{path}: the field 'spec' is wrong: {error}") from error
+    expect(isinstance(content.get("data"), dict), "data", "an object")
+    generations = content.get("generations")
+    expect(isinstance(generations, list), "generations", "a list")
+    for index, record in enumerate(generations):
+        field = f"generations[{index}]"
+        expect(isinstance(record, dict) and record.get("index") == index, f"{field}.index", str(index))
+        expect(record.get("status") in STATUSES, f"{field}.status", " or ".join(map(repr, STATUSES)))
+        if record["status"] == "finished":
+            expect(isinstance(record.get("weights_sha256"), str), f"{field}.weights_sha256", "a SHA-256")
+            expect(isinstance(record.get("metrics"), dict), f"{field}.metrics", "an object by split")

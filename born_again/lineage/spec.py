@@ -1,0 +1,115 @@
+"""What a lineage is asked to be, frozen and hashable."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# May change without making another lineage: more generations go on from those there are.
+_GROWS = ("generations",)
+OBJECTIVE_OF_THE_TEACHER = "label"
+
+
+@dataclass(frozen=True)
+class LineageSpec:
+    """The experiment: architecture, data, objective, seed and recipe. Two equal specs train equal weights.
+
+    Args:
+        name: of the lineage, such as "densenet-cifar100"; generation K is called NAME-genK.
+        model: of the architecture, the same for every generation.
+        dataset: what it is trained on, as the user wrote it.
+        generations: students after the teacher, 0 or more.
+        objective: what students are taught by.
+        seed: of generation 0; generation k has seed + k.
+        model_args: of the architecture, JSON-able.
+        data_args: of the dataset (columns, limits), JSON-able.
+        training: arguments of the training that decide the weights, JSON-able.
+
+    Raises:
+        ValueError: generations below 0, an empty name, or values that are not JSON-able.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    generations: int = 3
+    objective: str = "ban"
+    seed: int = 42
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    data_args: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "model", "dataset", "objective"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty.")
+        for name in ("generations", "seed"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a whole number.")
+        if self.generations < 0:
+            raise ValueError(
+                f"generations: got {self.generations}, expected 0 or more students after the teacher; 0 trains the "
+                "teacher alone."
+            )
+        for name in ("model_args", "data_args", "training"):
+            try:
+                copy = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: expected a mapping of JSON values, but {error}.") from error
+            object.__setattr__(self, name, copy)
+
+    def seed_of(self, generation: int) -> int:
+        """The seed of one generation, which depends on nothing that ran before."""
+        return self.seed + generation
+
+    def objective_of(self, generation: int) -> str:
+        """What one generation is trained by: the labels, or the students' objective."""
+        return OBJECTIVE_OF_THE_TEACHER if generation == 0 else self.objective
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LineageSpec:
+        """The spec written by `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, or has no valid value.
+        """
+        known = {entry.name: entry for entry in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(f"spec: got the unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        for name in ("name", "model", "dataset"):
+            if name not in values:
+                raise ValueError(f"spec: the field {name!r} is missing.")
+        return cls(**values)
+
+    def sha256(self) -> str:
+        """Of everything that decides the weights; the number of generations is left out."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _GROWS}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: LineageSpec) -> list[str]:
+        """Where two specs are not the same experiment, one readable line a field: "seed: 43 here, 42 there"."""
+        here, there = dict(_flat(self.to_dict())), dict(_flat(other.to_dict()))
+        return [
+            f"{name}: {here.get(name, 'default')!r} here, {there.get(name, 'default')!r} there"
+            for name in sorted({*here, *there})
+            if name not in _GROWS and here.get(name, _flat) != there.get(name, _flat)
+        ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,249 @@
+"""One folder for timm and transformers: image classifiers made, saved and loaded so that either library reads them.
+
+The folder holds `config.json` and `model.safetensors`, with the keys of the timm network. timm reads it by
+`timm.create_model("local-dir:FOLDER", pretrained=True)`, transformers by `AutoModelForImageClassification`,
+`AutoImageProcessor` (which finds the preprocessing in `config.json`) and `pipeline("image-classification")`, each
+after `import born_again`, which registers the networks. The processor and the pipeline serve colour images only: with
+in_chans other than 3 they leave the image at 3 channels, and the network refuses it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.models import get_arch_name, get_model_input_config
+from torch import nn
+from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
+
+__all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]
+
+# What the labels and the statistics decide, what would bring in other weights, and what is no property of the network.
+_RESERVED = (
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "device",
+    "dtype",
+)
+
+
+def create_image_classifier(
+    name: str, labels: Sequence[str], mean: Sequence[float], std: Sequence[float], **model_args: Any
+) -> TimmWrapperForImageClassification:
+    """Builds the transformers model around a timm network, with the initial weights that the network itself draws.
+
+    Constructing `TimmWrapperForImageClassification` from a configuration draws every weight anew at one standard
+    deviation, whatever the network's own rule is. Here the weights are, bit for bit, those of
+    `timm.create_model(name, num_classes=len(labels), **model_args)` at the same state of torch's random generator.
+
+    Args:
+        name: A timm architecture, such as "densenet90_60_cifar" or "resnet18".
+        labels: Names of the classes, by index; two or more, all different.
+        mean: Mean of each channel of the training images, in [0, 1].
+        std: Standard deviation of each channel, above 0.
+        **model_args: What the architecture takes besides, such as `proj_drop_rate=0.3`; kept in the configuration,
+            so only what JSON can hold.
+
+    Returns:
+        The model, in training mode: pixel_values (batch, channels, height, width) of float to logits (batch, labels).
+
+    Raises:
+        ValueError: If the architecture is unknown, a label, mean or std is not as described, or model_args holds
+            what is decided here (the number of classes, the weights).
+    """
+    check_architecture(name)
+    labels = _checked_labels(labels)
+    reserved = sorted(set(model_args) & set(_RESERVED))
+    if reserved:
+        raise ValueError(
+            f"model_args={reserved} are set by create_image_classifier, which builds an untrained network with one "
+            "output per label; leave them out."
+        )
+    try:
+        json.dumps(model_args)
+    except TypeError as error:
+        raise ValueError(f"model_args={model_args} go into config.json; give what JSON can hold: {error}.") from error
+
+    network = timm.create_model(name, num_classes=len(labels), **model_args)
+    input_config = get_model_input_config(network)
+    channels = input_config["input_size"][0]
+    defaults = network.pretrained_cfg
+    config = TimmWrapperConfig.from_dict(
+        {
+            "architecture": name,
+            "num_classes": len(labels),
+            "label_names": labels,
+            # Left open, the first loss would fill it in, and the configuration would change in training.
+            "problem_type": "single_label_classification",
+            # Without num_classes, which transformers passes by itself; never null, which timm cannot read.
+            "model_args": model_args,
+            # Not the network's whole record: its source, tag and licence are those of weights that are not used here.
+            "pretrained_cfg": {
+                "input_size": list(input_config["input_size"]),
+                "fixed_input_size": input_config["fixed_input_size"],
+                "interpolation": defaults.get("interpolation", "bicubic"),
+                "crop_pct": 1.0,
+                "crop_mode": "center",
+                "mean": _checked_statistic("mean", mean, channels),
+                "std": _checked_statistic("std", std, channels),
+                "pool_size": defaults.get("pool_size"),
+                "first_conv": defaults.get("first_conv"),
+                "classifier": defaults.get("classifier"),
+            },
+        }
+    )
+    # A model made through from_pretrained keeps the weights, and knows that its files carry no "timm_model." prefix.
+    model = TimmWrapperForImageClassification.from_pretrained(None, config=config, state_dict=network.state_dict())
+    return model.train()
+
+
+def load_image_classifier(
+    path_or_repo: str | os.PathLike[str], revision: str | None = None
+) -> TimmWrapperForImageClassification:
+    """Loads an image classifier from a folder or from the Hub, from safetensors only: nothing is unpickled.
+
+    Args:
+        path_or_repo: A folder that holds config.json and model.safetensors, or the id of a repository on the Hub.
+        revision: Branch, tag or commit, for the Hub.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If a folder is missing, or lacks config.json or model.safetensors.
+        OSError: If the Hub has no such repository, or it lacks one of the files.
+        ValueError: If what is there is not a timm image classifier, its network is unknown, or the weights are not
+            all of this network and nothing else.
+    """
+    source = os.fspath(path_or_repo)
+    if os.path.isdir(source):
+        _check_files(Path(source))
+    elif os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"path_or_repo={source!r} is not a folder; give a folder with config.json and model.safetensors, or a Hub "
+            "repository as 'namespace/name'."
+        )
+    settings, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if settings.get("model_type") != "timm_wrapper" or settings.get("num_classes") == 0:
+        raise ValueError(
+            f"path_or_repo={source!r} holds a model of type {settings.get('model_type')!r} with "
+            f"{settings.get('num_classes', 'no')} classes, not an image classifier around a timm network; give one "
+            "that save_image_classifier or a Trainer of such a model wrote, or load this one with transformers."
+        )
+    check_architecture(settings.get("architecture", ""))
+    model, report = TimmWrapperForImageClassification.from_pretrained(
+        source, revision=revision, use_safetensors=True, output_loading_info=True
+    )
+    # transformers would fill in what is missing at random, with a warning.
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        raise ValueError(
+            f"path_or_repo={source!r}: the weights do not fit {settings['architecture']!r}; missing: {missing[:5]}, "
+            f"unexpected: {unexpected[:5]} (the first 5 of {len(missing)} and {len(unexpected)}). Save it again."
+        )
+    return model.eval()
+
+
+def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes config.json and model.safetensors into `folder`, each replaced in one step.
+
+    Args:
+        model: A `TimmWrapperForImageClassification`, also inside torch.compile or (Distributed)DataParallel, in any
+            memory format, on any device.
+        folder: Where to write; made if needed.
+
+    Raises:
+        ValueError: If the model is none of these.
+    """
+    inner = model
+    while not isinstance(inner, TimmWrapperForImageClassification):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise ValueError(
+                f"model={type(model).__name__} is not a TimmWrapperForImageClassification; build it with "
+                "create_image_classifier or load it with load_image_classifier."
+            )
+    # timm's keys: neither the wrapper's prefix nor, where the network inside was compiled, the compiler's.
+    weights = {
+        key.replace("_orig_mod.", "").removeprefix("timm_model."): tensor.detach().cpu().contiguous()
+        for key, tensor in inner.state_dict().items()
+    }
+    config = copy.deepcopy(inner.config)
+    config.architectures = [type(inner).__name__]
+    config.model_args = config.model_args or {}
+    config.dtype = str(inner.dtype).removeprefix("torch.")
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The configuration last: a folder that has one is complete.
+    _replace(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    _replace(folder / "config.json", config.to_json_file)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, target)
+
+
+def _check_files(folder: Path) -> None:
+    # Large models are split; the index then stands in for the one file.
+    for choices in (("config.json",), ("model.safetensors", "model.safetensors.index.json")):
+        if not any((folder / name).is_file() for name in choices):
+            raise FileNotFoundError(
+                f"path_or_repo={str(folder)!r} has no {choices[0]}; give a folder that save_image_classifier or a "
+                "Trainer wrote. Pickled weights (pytorch_model.bin) are never loaded."
+            )
+
+
+def check_architecture(name: str) -> None:
+    if timm.is_model(name) and name == get_arch_name(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=5)
+    if timm.is_model(name):
+        near = [get_arch_name(name)]
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    raise ValueError(
+        f"name={name!r} is not an architecture that timm {timm.__version__} knows (a tag, after a dot, would name "
+        f"trained weights).{hint} timm.list_models('*cifar*') lists those of this package, timm.list_models() all."
+    )
+
+
+def _checked_labels(labels: Sequence[str]) -> list[str]:
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels={labels!r} should be a list of strings, one per class; convert them with str().")
+    if len(labels) < 2:
+        raise ValueError(f"labels={list(labels)} has {len(labels)} classes; a classifier needs 2 or more.")
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise ValueError(f"labels={list(labels)} repeats {repeated}; give every class a name of its own.")
+    return list(labels)
+
+
+def _checked_statistic(argument: str, values: Sequence[float], channels: int) -> list[float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != channels:
+        raise ValueError(
+            f"{argument}={numbers} has {len(numbers)} numbers and the network takes {channels} channels; give one for "
+            "each (in_chans sets the channels)."
+        )
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{argument}={numbers} is not finite; compute it over the training images, scaled to [0, 1].")
+    if argument == "std" and min(numbers) <= 0:
+        raise ValueError(f"std={numbers} divides the pixels; give numbers above 0, of images scaled to [0, 1].")
+    return numbers

@@ -1,0 +1,405 @@
+"""A frozen teacher and the call of the paper's loss, on top of transformers.Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Subset
+from transformers import Trainer
+
+from born_again.objectives import (
+    IGNORED,
+    OBJECTIVES_WITH_LABELS,
+    at_least_tiny,
+    distillation_terms,
+    item_weights,
+    objective_items,
+)
+from born_again.teacher import FrozenTeacher, logits_of
+from born_again.training_args import BornAgainTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+FITTED = 0.98
+FIT_SAMPLES = 2048
+_TEACHER_LOGITS = "teacher_logits"
+
+
+class BornAgainTrainer(Trainer):
+    """transformers.Trainer whose model may have a teacher.
+
+    Without a teacher it is Trainer. With one, every batch goes once through the wrapped student and once through the
+    frozen teacher, labels are read by the objective and not by the student, and the loss of an optimisation step is
+    sum(weight x item loss) / sum(weight) over all of its items: every accumulated micro-batch and every process. So
+    batch 8 is 2 x 4 accumulated is 2 processes x 4, for every objective. evaluate() and predict() report plain
+    cross-entropy as eval_loss, comparable with that of a training without a teacher.
+
+    It serves whatever has one row of logits for each label: classification of images and sequences, of tokens (label
+    -100 is ignored), and causal language models, whose labels are shifted as transformers shifts them. Networks may
+    return a ModelOutput, a dict, a tuple or a tensor.
+
+    Logged beside the loss, as means over the items since the last log: ce_loss, kd_loss (KL from teacher to student),
+    teacher_agreement, teacher_entropy, importance_weight_norm and dark_knowledge_norm; see
+    `born_again.objectives.distillation_terms`. They are summed on the device and read when the loss is.
+
+    Args:
+        *args: those of transformers.Trainer, in its order.
+        teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
+            put in eval mode, frozen, moved to the training device, and never saved.
+        **kwargs: those of transformers.Trainer.
+
+    Attributes:
+        teacher: the `FrozenTeacher`, or None.
+        teacher_fit: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training set, as
+            the student is shown it; measured when train() begins, None before and for datasets without a length.
+
+    Raises:
+        TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network.
+        ValueError: a teacher that cannot teach this student, or settings that have no meaning with a teacher.
+        FloatingPointError: from train(), when a loss is not finite.
+    """
+
+    def __init__(self, *args: Any, teacher: nn.Module | Sequence[nn.Module] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher: FrozenTeacher | None = None
+        self.teacher_fit: dict[str, float] | None = None
+        self._terms: dict[str, Tensor] | None = None
+        self._first_bad_step: Tensor | None = None
+        self._permutations: torch.Generator | None = None
+        self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
+        if self._memory_format is not None:
+            self.model.to(memory_format=self._memory_format)
+        if teacher is not None:
+            self._take_teacher(teacher)
+
+    def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
+        if not isinstance(self.args, BornAgainTrainingArguments):
+            raise TypeError(
+                f"args: got {type(self.args).__name__} beside a teacher, expected BornAgainTrainingArguments, which hold "
+                "the objective."
+            )
+        frozen = FrozenTeacher(teacher)
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        frozen.check_against(student)
+        self._check_settings(student)
+        self.teacher = frozen.to(self.args.device, self._memory_format)
+        # The loss of a micro-batch is already its share of the whole step's.
+        self.loss_is_scaled_for_ga = True
+        # A plain nn.Module need not name labels in its forward: they are never handed to it.
+        self.label_names = self.label_names or ["labels"]
+
+    def _check_settings(self, student: nn.Module) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"teacher: {self.args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share "
+                "with a wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show it "
+                "one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor: got {self.args.label_smoothing_factor} beside a teacher, expected 0: the "
+                "teacher's distribution takes the place of smoothed labels."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func: got a function beside a teacher, expected None: see `objective`.")
+        if len(self.label_names) > 1:
+            raise ValueError(
+                f"label_names: got {self.label_names}, expected one name, for example ['labels']: a student is taught "
+                "one row of logits for each label."
+            )
+        config = getattr(student, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"teacher: the student's config has problem_type {problem!r}, expected single-label classification or "
+                "language modelling: the paper's losses compare probabilities of exclusive classes."
+            )
+
+    # ---- The loss of a step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Fetches the micro-batches of a step, and what all of their items weigh, on every process together."""
+        batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.teacher is None:
+            return batches, total_weight
+        if self.args.objective == "cwtm" and batches:
+            # The weights of the whole step are needed before its first backward, so the teacher answers early.
+            total_weight = torch.zeros((), device=device)
+            for batch in batches:
+                inputs, labels = self._split_labels(self._prepare_inputs(batch))
+                batch[_TEACHER_LOGITS] = self._ask_teacher(inputs)
+                rows, targets = self._items(batch[_TEACHER_LOGITS], labels)
+                total_weight = total_weight + item_weights("cwtm", rows, targets).sum()
+            total_weight = self._sum_over_processes(total_weight)
+        if self.args.objective == "dkpp":
+            # Seeded for each step and process, so that a resumed training draws what an uninterrupted one would have.
+            self._permutations = torch.Generator(device).manual_seed(self._permutation_seed())
+        return batches, total_weight
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        if self.teacher is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        labels = [self._shift(self._split_labels(batch)[1]) for batch in batch_samples]
+        count = sum((part.ne(IGNORED).sum() for part in labels), start=torch.zeros((), dtype=torch.int64))
+        return self._sum_over_processes(count.to(device))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """A micro-batch's share of the step's loss; in evaluation its plain cross-entropy.
+
+        `num_items_in_batch` is the total weight of the step's items over all micro-batches and processes; None makes
+        the batch a step of its own. The share is multiplied by the number of processes, since their gradients are
+        averaged and not summed.
+        """
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs, labels = self._split_labels(inputs)
+        teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
+        outputs = model(**inputs)
+        student_rows, targets = self._items(logits_of(outputs), labels)
+        if model.training:
+            if teacher_logits is None:
+                teacher_logits = self._ask_teacher(inputs)
+            teacher_rows, _ = self._items(teacher_logits, labels)
+            losses, weights = self._objective_items(student_rows, teacher_rows, targets)
+        else:
+            losses, weights = objective_items("label", student_rows, None, targets)
+        total = (losses * weights).sum()
+        if num_items_in_batch is None:
+            loss = total / at_least_tiny(weights.sum())
+        else:
+            divisor = torch.as_tensor(num_items_in_batch, dtype=total.dtype, device=total.device)
+            loss = total * self.accelerator.num_processes / at_least_tiny(divisor)
+        if not return_outputs:
+            return loss
+        # Trainer takes the first entry of a tuple for the loss.
+        return loss, outputs if isinstance(outputs, Mapping) else (loss, *_as_tuple(outputs))
+
+    def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if student_rows.shape != teacher_rows.shape:
+            raise ValueError(
+                f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
+                f"{tuple(student_rows.shape)}; expected as many items and classes from both."
+            )
+        terms = distillation_terms(student_rows, teacher_rows, targets)
+        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
+        return objective_items(
+            self.args.objective,
+            student_rows,
+            teacher_rows,
+            targets,
+            temperature=self.args.temperature,
+            label_weight=self.args.label_weight,
+            permutation=self.args.permutation,
+            generator=self._permutations,
+        )
+
+    def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
+        # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
+        with self.accelerator.autocast():
+            return self.teacher(inputs)
+
+    def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        name = self.label_names[0]
+        if inputs.get(name) is None:
+            raise ValueError(
+                f"labels: a batch has only the keys {', '.join(inputs)}, expected {name!r} among them; a teacher needs "
+                "labels to tell which items count. Name the column with label_names, or keep it with "
+                "remove_unused_columns=False."
+            )
+        return {key: value for key, value in inputs.items() if key != name}, inputs[name]
+
+    def _shift(self, labels: Tensor) -> Tensor:
+        """Aligns labels with logits: in causal language models position i predicts token i + 1, the last nothing."""
+        return F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._loss_shifts_labels else labels
+
+    def _items(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One row of logits (items, classes) for each label (items,)."""
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"labels: got shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; expected one label "
+                f"for each row of logits, shape {tuple(logits.shape[:-1])}."
+            )
+        return logits.reshape(-1, logits.shape[-1]), self._shift(labels).reshape(-1)
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
+
+    def _permutation_seed(self) -> int:
+        if self.args.permutation == "fixed":
+            return self.args.seed
+        words = f"{self.args.seed} {self.state.global_step} {self.args.process_index}".encode()
+        return int.from_bytes(hashlib.sha256(words).digest()[:6], "big")
+
+    # ---- What is watched ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the distillation terms since the last log to the training loss."""
+        if self._terms is not None and "loss" in logs:
+            sums = self._sum_over_processes(torch.stack([value.double() for value in self._terms.values()]))
+            means = dict(zip(self._terms, (sums / sums[-1].clamp_min(1)).tolist(), strict=True))
+            logs.update({name: value for name, value in means.items() if name != "items"})
+            self._terms = None
+        super().log(logs, start_time)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's, remembering on the device the first step whose loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = torch.full((), self.state.global_step + 1, device=loss.device)
+        bad = step.where(~loss.isfinite(), torch.iinfo(step.dtype).max)
+        self._first_bad_step = bad if self._first_bad_step is None else self._first_bad_step.minimum(bad)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self.check_loss()
+        if self.control.should_save:
+            self._check_weights()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_loss(self) -> None:
+        """Stops a training that has gone wrong.
+
+        Raises:
+            FloatingPointError: a loss was NaN or infinite since training began; names the first such step.
+        """
+        if self._first_bad_step is None:
+            return
+        bad, self._first_bad_step = self._first_bad_step.item(), None
+        if bad <= self.state.max_steps:
+            raise FloatingPointError(
+                f"loss: not finite at step {bad} of {self.state.max_steps}; training stops, and checkpoints saved before "
+                "are kept. Lower learning_rate, clip with max_grad_norm, or train without fp16."
+            )
+
+    def _check_weights(self) -> None:
+        # A finite loss can have had an infinite gradient: without this the step's checkpoint would replace a sound one.
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
+        if not finite.all():
+            raise FloatingPointError(
+                f"weights: not finite after step {self.state.global_step} of {self.state.max_steps}; training stops, and "
+                "checkpoints saved before are kept. Lower learning_rate, or clip with max_grad_norm."
+            )
+
+    # ---- Training and evaluation ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after measuring how well the teacher knows what it is about to teach."""
+        self._first_bad_step = None
+        self._terms = None
+        if self.teacher is not None:
+            self.teacher_fit = self.measure_teacher_fit()
+            self._warn_of_an_unfitted_teacher()
+        output = super().train(*args, **kwargs)
+        self.check_loss()
+        return output
+
+    def measure_teacher_fit(self, samples: int = FIT_SAMPLES) -> dict[str, float] | None:
+        """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
+
+        Returns:
+            {"accuracy": fraction of items whose argmax is the label, "samples": how many rows of the training set},
+            or None for a training set without a length.
+        """
+        if self.teacher is None or not hasattr(self.train_dataset, "__len__"):
+            return None
+        dataset = _evenly_spaced(self.train_dataset, samples)
+        correct = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        for batch in self.get_eval_dataloader(dataset):
+            inputs, labels = self._split_labels(self._prepare_inputs(batch))
+            rows, targets = self._items(self._ask_teacher(inputs), labels)
+            counted = targets != IGNORED
+            correct += torch.stack([((rows.argmax(-1) == targets) & counted).sum(), counted.sum()])
+        right, items = self._sum_over_processes(correct).tolist()
+        return {"accuracy": right / max(items, 1), "samples": len(dataset)}
+
+    def _warn_of_an_unfitted_teacher(self) -> None:
+        if self.teacher_fit is None or self.args.objective in OBJECTIVES_WITH_LABELS:
+            return
+        accuracy = self.teacher_fit["accuracy"]
+        if accuracy < FITTED:
+            logger.warning(
+                f"The teacher is right on {accuracy:.1%} of a sample of the training set, under {FITTED:.0%}, and "
+                f"objective {self.args.objective!r} has no label term: the student may come out below its teacher. "
+                "Train the teacher longer, or use objective 'ban+l' (the paper: where the teacher had not fitted, its "
+                "LSTMs, only BAN+L worked)."
+            )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without letting an evaluation before training mark the student as prepared.
+
+        Accelerate would take the mark for its own and leave the student without DistributedDataParallel in train().
+        """
+        state = self.model.__dict__
+        if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super().evaluation_loop(*args, **kwargs)
+        names = ("_is_accelerate_prepared", "_original_forward", "forward")
+        before = {name: state[name] for name in names if name in state}
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for name in names:
+                state.pop(name, None)
+            state.update(before)
+            self.accelerator._models.clear()
+
+    def _prepare_input(self, data: Any) -> Any:
+        data = super()._prepare_input(data)
+        if self._memory_format is not None and isinstance(data, Tensor) and data.dim() == 4:
+            return data.contiguous(memory_format=self._memory_format)
+        return data
+
+    # ---- The paper's recipe ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The multi-step schedule of `lr_milestones`, or Trainer's."""
+        milestones = getattr(self.args, "lr_milestones", None)
+        if milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        drops = [round(fraction * num_training_steps) for fraction in milestones]
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        gamma = self.args.lr_gamma
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            return gamma ** sum(step >= drop for drop in drops)
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Every parameter with `decay_all_parameters`, else those that Trainer decays."""
+        if getattr(self.args, "decay_all_parameters", False):
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+
+def _as_tuple(outputs: Any) -> tuple:
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+def _evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset | datasets.Dataset:
+    kept = min(samples, len(dataset))
+    indices = [index * len(dataset) // kept for index in range(kept)]
+    # A Dataset of the datasets library stays one, so that Trainer still drops the columns that no forward takes.
+    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)

@@ -1,0 +1,141 @@
+"""What `BornAgainTrainer` reads, on top of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from born_again.objectives import OBJECTIVES, PERMUTATIONS
+
+TEACHER_CACHES = ("off", "memory", "disk")
+
+# What may differ between two runs of one experiment without changing a weight.
+_INDECISIVE = frozenset(
+    """
+    output_dir do_train do_eval do_predict resume_from_checkpoint local_rank use_cpu
+    seed objective
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+    restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
+    ddp_timeout ddp_backend
+    """.split()
+)
+
+
+@dataclass
+class BornAgainTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the choices of a born-again generation.
+
+    Every argument of transformers.TrainingArguments is there, with one other default: `logging_nan_inf_filter` is off,
+    since it hides a NaN loss and waits for the device at every step; the trainer stops on NaN instead.
+
+    Args:
+        objective: what a student is taught by, unused without a teacher: "ban" (the teacher's distribution alone),
+            "ban+l" (that plus the labels), "cwtm" (labels weighted by the teacher's confidence), "dkpp" (the
+            teacher's distribution, its lesser entries permuted).
+        temperature: of "ban" and "ban+l"; above 0. The paper uses 1.
+        label_weight: of "ban+l", what the cross-entropy with the labels is multiplied by; 0 or more.
+        permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
+        channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
+        teacher_cache: where the teacher's outputs are kept; only "off" exists so far.
+        lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
+            multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
+        lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
+        decay_all_parameters: weight decay on every parameter, as in the paper; transformers leaves out biases and
+            some normalisation weights.
+
+    Raises:
+        ValueError: a value out of range, or one that the chosen objective would not read.
+    """
+
+    objective: str = field(default="ban", metadata={"help": f"What a student is taught by: {', '.join(OBJECTIVES)}."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both logits in ban and ban+l."})
+    label_weight: float = field(default=1.0, metadata={"help": "Weight of the label term of ban+l."})
+    permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
+    teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
+    )
+    lr_gamma: float = field(default=0.2, metadata={"help": "Factor of the learning rate at each milestone."})
+    decay_all_parameters: bool = field(default=False, metadata={"help": "Weight decay on every parameter."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("permutation", self.permutation, PERMUTATIONS)
+        _check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
+        _check_above_zero("temperature", self.temperature, "the paper uses 1")
+        _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
+        if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
+            raise ValueError(f"label_weight: got {self.label_weight!r}, expected a finite number of 0 or more.")
+        self._check_that_the_objective_reads("temperature", ("ban", "ban+l"))
+        self._check_that_the_objective_reads("label_weight", ("ban+l",))
+        self._check_that_the_objective_reads("permutation", ("dkpp",))
+        if self.teacher_cache != "off":
+            raise ValueError(
+                f"teacher_cache: got {self.teacher_cache!r}, but this version keeps no teacher outputs; use 'off'."
+            )
+        if self.lr_milestones is not None:
+            self._check_milestones()
+
+    def decisive(self) -> dict[str, Any]:
+        """The arguments that decide the weights and are not at their defaults, for the record of an experiment.
+
+        Returns:
+            JSON-able values by name, `world_size` (number of processes) among them when it is not 1; without the seed
+            and the objective, which an experiment states for itself.
+        """
+        defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
+        chosen = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in _INDECISIVE and value != defaults.get(name)
+        }
+        return chosen if self.world_size == 1 else {**chosen, "world_size": self.world_size}
+
+    def _check_that_the_objective_reads(self, name: str, readers: tuple[str, ...]) -> None:
+        default = type(self).__dataclass_fields__[name].default
+        if getattr(self, name) != default and self.objective not in readers:
+            raise ValueError(
+                f"{name}: got {getattr(self, name)!r}, but objective {self.objective!r} does not read it; expected "
+                f"{default!r}, or an objective of {', '.join(map(repr, readers))}."
+            )
+
+    def _check_milestones(self) -> None:
+        milestones = [0.0, *self.lr_milestones, 1.0]
+        if not self.lr_milestones or any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+            raise ValueError(
+                f"lr_milestones: got {self.lr_milestones!r}, expected rising fractions of training between 0 and 1, "
+                "such as 0.3 0.6 0.8."
+            )
+        if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.CONSTANT):
+            raise ValueError(
+                f"lr_milestones: got {self.lr_milestones!r} and lr_scheduler_type {self.lr_scheduler_type.value!r}; "
+                "expected one of the two: milestones are a schedule of their own."
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _check_above_zero(name: str, value: float, remedy: str) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number above 0; {remedy}.")

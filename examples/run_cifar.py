@@ -1,0 +1,217 @@
+"""Trains a lineage of image classifiers: a teacher, then students of its architecture, each taught by the one before.
+
+    accelerate launch examples/run_cifar.py --generations 3
+    accelerate launch examples/run_cifar.py --generations 3 --dataset digits
+
+The same command goes on where it stopped. Every training argument of transformers is a flag; without flags the recipe is
+the paper's (digits and --smoke have small ones).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from born_again import BornAgainTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec, create_image_classifier
+from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
+from born_again.data.images import ImageData, load_images
+from born_again.lineage.arguments import parse_arguments
+from born_again.lineage.evaluation import evaluate_classifier
+from born_again.lineage.manifest import LineageError
+from born_again.lineage.runner import Generation
+from born_again.lineage.table import results_table
+from born_again.metrics import classification_metrics
+from born_again.model_card import image_classifier_card
+from born_again.models.image_classifier import check_architecture, load_image_classifier, save_image_classifier
+
+
+@dataclass
+class LineageArguments:
+    """What is trained on what; how is said by the training arguments."""
+
+    generations: int = field(default=3, metadata={"help": "Students after the teacher."})
+    model: str = field(default="densenet90_60_cifar", metadata={"help": "A timm architecture."})
+    dropout: float = field(default=0.0, metadata={"help": "proj_drop_rate of the model; 0.3 for the paper's Wide-ResNets."})
+    dataset: str = field(default="cifar100", metadata={"help": "digits, cifar10, cifar100, a Hub id or a folder."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."})
+    smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
+
+
+# Zagoruyko and Komodakis 2016 (arXiv 1605.07146), as the paper uses it: batch 128, 200 epochs.
+PAPER = {
+    "optim": "sgd",
+    "optim_args": "momentum=0.9,nesterov=True",
+    "learning_rate": 0.1,
+    "lr_milestones": [0.3, 0.6, 0.8],
+    "lr_gamma": 0.2,
+    "weight_decay": 5e-4,
+    "decay_all_parameters": True,
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 200.0,
+    "per_device_train_batch_size": 128,
+}
+DIGITS = {"model": "wide_resnet16_1_cifar", "num_train_epochs": 20.0, "per_device_train_batch_size": 64}
+SMOKE = {"model": "test_wide_resnet_cifar", "num_train_epochs": 2.0, "max_train_samples": 512, "max_eval_samples": 256}
+HOUSEKEEPING = {
+    "channels_last": True,
+    "per_device_eval_batch_size": 256,
+    "batch_eval_metrics": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 50,
+    "report_to": "none",
+    "remove_unused_columns": False,
+}
+
+
+def recipe(asked: Namespace) -> dict[str, Any]:
+    """The values that suit what was asked, under those that were asked."""
+    values = {**PAPER, **HOUSEKEEPING, "bf16": has_fast_bf16() and not asked.fp16}
+    values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
+    if asked.smoke:
+        values |= SMOKE
+    elif asked.dataset == "digits":
+        values |= DIGITS
+    # The batch is that of all processes together.
+    values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
+    model = values.get("model", asked.model) if asked.model == LineageArguments.model else asked.model
+    if re.match("wide_resnet28_", model):
+        values["dropout"] = 0.3
+    values["name"] = f"{family(model)}-{Path(asked.dataset).name}"
+    values["output_dir"] = f"outputs/{asked.name or values['name']}"
+    return values
+
+
+def family(model: str) -> str:
+    """densenet90_60_cifar -> densenet, wide_resnet28_10_cifar -> wide-resnet."""
+    return re.split(r"\d|_cifar", model)[0].strip("_").replace("_", "-")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies matrices in bfloat16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def use_cores(threads: int | None) -> None:
+    """accelerate launch leaves a CPU process one thread; an explicit number of threads is kept."""
+    if threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1" and not torch.cuda.is_available():
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
+    """What decides the weights, out of all flags."""
+    data_args = ("dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples")
+    return LineageSpec(
+        name=lineage.name,
+        model=lineage.model,
+        dataset=lineage.dataset,
+        generations=lineage.generations,
+        objective=training.objective,
+        seed=training.seed,
+        model_args={"proj_drop_rate": lineage.dropout} if lineage.dropout else {},
+        data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
+        training=training.decisive(),
+    )
+
+
+def build_runner(
+    spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, keep_checkpoints: bool
+) -> LineageRunner:
+    """The three factories, and how a generation is saved, measured and described."""
+    test = ImageDataset(data.test, data.mean, data.std, augment=False, flip=False, seed=0)
+
+    def build_student(generation: Generation) -> nn.Module:
+        return create_image_classifier(spec.model, data.label_names, data.mean, data.std, **spec.model_args)
+
+    def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
+        args = copy.copy(training)
+        args.output_dir, args.seed = str(generation.checkpoint_dir), generation.seed
+        return BornAgainTrainer(
+            student,
+            args,
+            teacher=teacher,
+            data_collator=collate_batch,
+            train_dataset=ImageDataset(
+                data.train, data.mean, data.std, augment=True, flip=data.flip, seed=generation.seed
+            ),
+            eval_dataset=test,
+            compute_metrics=classification_metrics(),
+            callbacks=[EpochCallback()],
+        )
+
+    return LineageRunner(
+        spec,
+        training.output_dir,
+        build_student=build_student,
+        build_trainer=build_trainer,
+        load_teacher=load_image_classifier,
+        evaluate=lambda model: {
+            "test": evaluate_classifier(
+                model, test, collate_batch, training.per_device_eval_batch_size, training.device
+            )
+        },
+        save_student=save_image_classifier,
+        write_card=image_classifier_card,
+        data=data.fingerprint,
+        keep_checkpoints=keep_checkpoints,
+    )
+
+
+def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> None:
+    if training.push_to_hub:
+        raise ValueError("push_to_hub: got True, but this version does not publish; leave it out and train offline.")
+    use_cores(lineage.threads)
+    disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
+    check_architecture(lineage.model)
+    spec = lineage_spec(lineage, training)
+    data = load_images(
+        lineage.dataset,
+        image_column=lineage.image_column,
+        label_column=lineage.label_column,
+        revision=lineage.dataset_revision,
+        max_train_samples=lineage.max_train_samples,
+        max_eval_samples=lineage.max_eval_samples,
+    )
+    runner = build_runner(spec, data, training, lineage.keep_checkpoints)
+    if training.process_index == 0:
+        print(
+            f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
+            f"{len(data.label_names)} classes), teacher + {spec.generations} by {spec.objective}, seed {spec.seed}, "
+            f"{'bf16' if training.bf16 else 'fp16' if training.fp16 else 'fp32'}, into {training.output_dir}"
+        )
+        if runner.is_finished():
+            print("Every generation is trained already; nothing is left to do.")
+    manifest = runner.run()
+    if training.process_index == 0:
+        print(results_table(manifest.content))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        main(*parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, description=__doc__))
+    except (ValueError, LineageError, FloatingPointError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

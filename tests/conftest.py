@@ -1,0 +1,18 @@
+"""Settings that must be in force before any library is imported, and fixtures that several folders share."""
+
+import os
+
+# Never a network, and never more threads than results can be repeated with.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The sums of a convolution depend on how many threads share it."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
