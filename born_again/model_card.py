@@ -65,7 +65,11 @@ def image_classifier_card(manifest: Mapping[str, Any], generation: int) -> str:
             "",
             "Measured on the weights in this folder, in float32, after the last epoch; one run, one seed.",
             "",
-            *(f"- {split} {metric}: {value:.4f}" for split, values in record["metrics"].items() for metric, value in values.items()),
+            *(
+                f"- {split} {metric}: {value:.4f}"
+                for split, values in record["metrics"].items()
+                for metric, value in values.items()
+            ),
             "",
             "## Training",
             "",
@@ -98,5 +102,7 @@ def _plain(value: Any) -> str:
     """User text in Markdown: no line breaks, no markup."""
     text = " ".join(str(value).split())
     for character in "\\`*_<>[]|":
-        text = text.replace(character, f"\\{character}" if character not in "<>" else {"<": "&lt;", ">": "&gt;"}[character])
+        text = text.replace(
+            character, f"\\{character}" if character not in "<>" else {"<": "&lt;", ">": "&gt;"}[character]
+        )
     return text

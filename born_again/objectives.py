@@ -126,9 +126,7 @@ def permuted_dark_knowledge_loss(
     _check_pair(student_logits, teacher_logits)
     if permutation not in PERMUTATIONS:
         raise ValueError(f"permutation: got {permutation!r}, expected one of {', '.join(map(repr, PERMUTATIONS))}.")
-    items = objective_items(
-        "dkpp", student_logits, teacher_logits, None, permutation=permutation, generator=generator
-    )
+    items = objective_items("dkpp", student_logits, teacher_logits, None, permutation=permutation, generator=generator)
     return _reduce(*items, reduction)
 
 

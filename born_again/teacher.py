@@ -148,7 +148,7 @@ def _check_same_classes(teacher: nn.Module, student: nn.Module) -> None:
             if their_names[index] != our_names[index]:
                 raise ValueError(
                     f"teacher: class {index} is called {their_names[index]!r}, by the student {our_names[index]!r}; "
-                    "expected the same label names in the same order. Train both on one dataset, or set id2label alike."
+                    "expected the same names in the same order. Train both on one dataset, or set id2label alike."
                 )
 
 

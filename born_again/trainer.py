@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from born_again.objectives import (
     IGNORED,
@@ -83,13 +84,14 @@ class BornAgainTrainer(Trainer):
     def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
         if not isinstance(self.args, BornAgainTrainingArguments):
             raise TypeError(
-                f"args: got {type(self.args).__name__} beside a teacher, expected BornAgainTrainingArguments, which hold "
-                "the objective."
+                f"args: got {type(self.args).__name__} beside a teacher, expected BornAgainTrainingArguments, which "
+                "hold the objective."
             )
         frozen = FrozenTeacher(teacher)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
         self._check_settings(student)
+        self._shifts_labels = self._loss_shifts_labels or _predicts_next_token(student)
         self.teacher = frozen.to(self.args.device, self._memory_format)
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
@@ -100,8 +102,8 @@ class BornAgainTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"teacher: {self.args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share "
-                "with a wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show it "
-                "one GPU with CUDA_VISIBLE_DEVICES."
+                "with a wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show "
+                "it one GPU with CUDA_VISIBLE_DEVICES."
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
@@ -218,22 +220,22 @@ class BornAgainTrainer(Trainer):
         name = self.label_names[0]
         if inputs.get(name) is None:
             raise ValueError(
-                f"labels: a batch has only the keys {', '.join(inputs)}, expected {name!r} among them; a teacher needs "
-                "labels to tell which items count. Name the column with label_names, or keep it with "
+                f"labels: a batch has only the keys {', '.join(inputs)}, expected {name!r} among them; a teacher "
+                "needs labels to tell which items count. Name the column with label_names, or keep it with "
                 "remove_unused_columns=False."
             )
         return {key: value for key, value in inputs.items() if key != name}, inputs[name]
 
     def _shift(self, labels: Tensor) -> Tensor:
         """Aligns labels with logits: in causal language models position i predicts token i + 1, the last nothing."""
-        return F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._loss_shifts_labels else labels
+        return F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if self._shifts_labels else labels
 
     def _items(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One row of logits (items, classes) for each label (items,)."""
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
-                f"labels: got shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; expected one label "
-                f"for each row of logits, shape {tuple(logits.shape[:-1])}."
+                f"labels: got shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; expected one "
+                f"label for each row of logits, shape {tuple(logits.shape[:-1])}."
             )
         return logits.reshape(-1, logits.shape[-1]), self._shift(labels).reshape(-1)
 
@@ -286,17 +288,17 @@ class BornAgainTrainer(Trainer):
         bad, self._first_bad_step = self._first_bad_step.item(), None
         if bad <= self.state.max_steps:
             raise FloatingPointError(
-                f"loss: not finite at step {bad} of {self.state.max_steps}; training stops, and checkpoints saved before "
-                "are kept. Lower learning_rate, clip with max_grad_norm, or train without fp16."
+                f"loss: not finite at step {bad} of {self.state.max_steps}; training stops, and checkpoints saved "
+                "before are kept. Lower learning_rate, clip with max_grad_norm, or train without fp16."
             )
 
     def _check_weights(self) -> None:
-        # A finite loss can have had an infinite gradient: without this the step's checkpoint would replace a sound one.
+        # A finite loss can have had an infinite gradient: this keeps the damage out of the checkpoint.
         finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
         if not finite.all():
             raise FloatingPointError(
-                f"weights: not finite after step {self.state.global_step} of {self.state.max_steps}; training stops, and "
-                "checkpoints saved before are kept. Lower learning_rate, or clip with max_grad_norm."
+                f"weights: not finite after step {self.state.global_step} of {self.state.max_steps}; training stops, "
+                "and checkpoints saved before are kept. Lower learning_rate, or clip with max_grad_norm."
             )
 
     # ---- Training and evaluation ----
@@ -335,7 +337,7 @@ class BornAgainTrainer(Trainer):
         if self.teacher_fit is None or self.args.objective in OBJECTIVES_WITH_LABELS:
             return
         accuracy = self.teacher_fit["accuracy"]
-        if accuracy < FITTED:
+        if accuracy < FITTED and self.is_world_process_zero():
             logger.warning(
                 f"The teacher is right on {accuracy:.1%} of a sample of the training set, under {FITTED:.0%}, and "
                 f"objective {self.args.objective!r} has no label term: the student may come out below its teacher. "
@@ -392,6 +394,18 @@ class BornAgainTrainer(Trainer):
         if getattr(self.args, "decay_all_parameters", False):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+
+def _predicts_next_token(model: nn.Module) -> bool:
+    """Whether transformers would shift this model's labels.
+
+    Trainer looks for "ForCausalLM" in the class name and so misses GPT2LMHeadModel and others of the early names,
+    whose labels transformers shifts all the same.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {kind.__name__ for kind in type(model).__mro__}
+    causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return causal and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _as_tuple(outputs: Any) -> tuple:

@@ -3,8 +3,8 @@
     accelerate launch examples/run_cifar.py --generations 3
     accelerate launch examples/run_cifar.py --generations 3 --dataset digits
 
-The same command goes on where it stopped. Every training argument of transformers is a flag; without flags the recipe is
-the paper's (digits and --smoke have small ones).
+The same command goes on where it stopped. Every training argument of transformers is a flag; without flags the recipe
+is the paper's (digits and --smoke have small ones).
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from born_again import BornAgainTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec, create_image_classifier
+from born_again import (
+    BornAgainTrainer,
+    BornAgainTrainingArguments,
+    LineageRunner,
+    LineageSpec,
+    create_image_classifier,
+)
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageData, load_images
 from born_again.lineage.arguments import parse_arguments
@@ -41,9 +47,13 @@ class LineageArguments:
     """What is trained on what; how is said by the training arguments."""
 
     generations: int = field(default=3, metadata={"help": "Students after the teacher."})
-    model: str = field(default="densenet90_60_cifar", metadata={"help": "A timm architecture."})
-    dropout: float = field(default=0.0, metadata={"help": "proj_drop_rate of the model; 0.3 for the paper's Wide-ResNets."})
-    dataset: str = field(default="cifar100", metadata={"help": "digits, cifar10, cifar100, a Hub id or a folder."})
+    model: str | None = field(default=None, metadata={"help": "A timm architecture; densenet90_60_cifar for cifar."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "proj_drop_rate of the model; 0.3 for wide_resnet28_*, as in the paper."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "digits (embedded), cifar10, cifar100 (the default), a Hub id or a folder."}
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
@@ -51,7 +61,9 @@ class LineageArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
     name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
+    )
     smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
 
 
@@ -68,8 +80,15 @@ PAPER = {
     "num_train_epochs": 200.0,
     "per_device_train_batch_size": 128,
 }
+CIFAR = {"model": "densenet90_60_cifar", "dataset": "cifar100"}
 DIGITS = {"model": "wide_resnet16_1_cifar", "num_train_epochs": 20.0, "per_device_train_batch_size": 64}
-SMOKE = {"model": "test_wide_resnet_cifar", "num_train_epochs": 2.0, "max_train_samples": 512, "max_eval_samples": 256}
+SMOKE = {
+    "model": "test_wide_resnet_cifar",
+    "dataset": "digits",
+    "num_train_epochs": 2.0,
+    "max_train_samples": 512,
+    "max_eval_samples": 256,
+}
 HOUSEKEEPING = {
     "channels_last": True,
     "per_device_eval_batch_size": 256,
@@ -90,12 +109,14 @@ def recipe(asked: Namespace) -> dict[str, Any]:
         values |= SMOKE
     elif asked.dataset == "digits":
         values |= DIGITS
+    else:
+        values |= CIFAR
     # The batch is that of all processes together.
     values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
-    model = values.get("model", asked.model) if asked.model == LineageArguments.model else asked.model
-    if re.match("wide_resnet28_", model):
+    model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
+    if model.startswith("wide_resnet28_"):
         values["dropout"] = 0.3
-    values["name"] = f"{family(model)}-{Path(asked.dataset).name}"
+    values["name"] = f"{family(model)}-{Path(dataset).name}"
     values["output_dir"] = f"outputs/{asked.name or values['name']}"
     return values
 
@@ -208,10 +229,14 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> Non
         print(results_table(manifest.content))
 
 
+def start(command_line: list[str] | None = None) -> None:
+    main(*parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__))
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        main(*parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, description=__doc__))
+        start()
     except (ValueError, LineageError, FloatingPointError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

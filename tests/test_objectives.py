@@ -27,7 +27,9 @@ def softmax_by_hand(row):
 
 
 def hard_label_by_hand(student, labels):
-    pairs = [(softmax_by_hand(row)[label], 1.0) for row, label in zip(student, labels, strict=True) if label != IGNORED]
+    pairs = [
+        (softmax_by_hand(row)[label], 1.0) for row, label in zip(student, labels, strict=True) if label != IGNORED
+    ]
     return weighted_mean_by_hand([(-math.log(q), weight) for q, weight in pairs])
 
 

@@ -33,18 +33,24 @@ def parse_arguments(
         One instance for each dataclass.
 
     Raises:
-        ValueError: a config file that cannot be read, or a field in it that does not exist.
-        SystemExit: a word on the command line that is no flag (argparse's way, with its message).
+        ValueError: a word on the command line or a name in the config file that is no flag, or a config file that
+            cannot be read.
+        SystemExit: a value that is not of its flag's type, with argparse's message.
     """
     parser = HfArgumentParser(list(dataclass_types), description=description)
     parser.add_argument("--config", type=Path, default=None, help="YAML or JSON file of flags; the command line wins.")
+    command_line = None if command_line is None else list(command_line)
     known = {action.dest for action in parser._actions} - {"help", "config"}
     asked, _ = parser.parse_known_args(command_line)
     config = {} if asked.config is None else read_config(asked.config, known)
     parser.set_defaults(**config)
-    asked, _ = parser.parse_known_args(command_line)
+    asked, unknown = parser.parse_known_args(command_line)
+    if unknown:
+        raise ValueError(
+            f"command line: {unknown[0]!r} is no flag{_near(unknown[0].lstrip('-').split('=')[0], known, '--')}"
+        )
     parser.set_defaults(**{**recipe(asked), **config})
-    return parser.parse_args_into_dataclasses(command_line)[: len(dataclass_types)]
+    return parser.parse_args_into_dataclasses(command_line, look_for_args_file=False)[: len(dataclass_types)]
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:
@@ -57,14 +63,19 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"config: got {str(path)!r}, expected a YAML or JSON file that can be read: {error}") from error
+        raise ValueError(
+            f"config: got {str(path)!r}, expected a YAML or JSON file that can be read: {error}"
+        ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"config: {str(path)!r} holds a {type(config).__name__}, expected a mapping such as 'seed: 1'.")
+        raise ValueError(
+            f"config: {str(path)!r} holds a {type(config).__name__}, expected a mapping such as 'seed: 1'."
+        )
     for name in config:
         if name not in known:
-            near = difflib.get_close_matches(str(name), sorted(known), n=1)
-            raise ValueError(
-                f"config: {str(path)!r} has {name!r}, which is no flag"
-                + (f"; did you mean {near[0]!r}?" if near else "; --help lists them.")
-            )
+            raise ValueError(f"config: {str(path)!r} has {name!r}, which is no flag{_near(str(name), known)}")
     return config
+
+
+def _near(name: str, known: set[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {prefix + near[0]!r}?" if near else "; --help lists them."

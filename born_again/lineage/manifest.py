@@ -26,8 +26,8 @@ class Manifest:
     """The content of lineage.json, written anew and atomically at every change.
 
     Layout: {"format", "version", "name", "spec", "spec_sha256", "data", "generations": [{"index", "status", "seed",
-    "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split; accuracy
-    and error are fractions, nll is nats per item, seconds are of training, over all of its starts.
+    "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split;
+    accuracy and error are fractions, nll is nats per item, seconds are of training, over all of its starts.
 
     Args:
         path: of lineage.json.
@@ -64,7 +64,9 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise LineageError(f"{path}: is not JSON ({error}); restore it from a copy, or use another folder.") from error
+            raise LineageError(
+                f"{path}: is not JSON ({error}); restore it from a copy, or use another folder."
+            ) from error
         _check(path, content)
         return cls(path, content)
 
@@ -141,7 +143,7 @@ def _check(path: Path, content: Any) -> None:
     expect(isinstance(version, int) and version >= 1, "version", "a whole number above 0")
     if version > VERSION:
         raise LineageError(
-            f"{path}: has version {version}, this born_again reads up to {VERSION}; upgrade born-again to go on with it."
+            f"{path}: has version {version}, this born_again reads up to {VERSION}; upgrade born-again."
         )
     expect(isinstance(content.get("spec"), dict), "spec", "an object")
     try:

@@ -161,8 +161,8 @@ class LineageRunner:
             return manifest
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise LineageError(
-                f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new or "
-                "empty folder; nothing in it was touched."
+                f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new "
+                "or empty folder; nothing in it was touched."
             )
         manifest = Manifest.create(folder, self.spec, data)
         self._processes.wait_for_everyone()  # before the first process makes the folder that the others still look at
@@ -268,13 +268,13 @@ class LineageRunner:
         expected = self.manifest.record(index)["weights_sha256"]
         if not path.is_file():
             raise LineageError(
-                f"{path}: is missing, though {MANIFEST_NAME} says that generation {index} is finished; put it back, or "
-                "start again in another output_dir."
+                f"{path}: is missing, though {MANIFEST_NAME} says that generation {index} is finished; put it back, "
+                "or start again in another output_dir."
             )
         if file_sha256(path) != expected:
             raise LineageError(
-                f"{path}: does not hash to what {MANIFEST_NAME} holds ({expected[:12]}...), so it is not the generation "
-                "that was trained here; put the file back, or start again in another output_dir."
+                f"{path}: does not hash to what {MANIFEST_NAME} holds ({expected[:12]}...), so it is not the "
+                "generation that was trained here; put the file back, or start again in another output_dir."
             )
 
     def _save_manifest(self) -> None:

@@ -86,7 +86,9 @@ class LineageSpec:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                raise ValueError(f"spec: got the unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+                raise ValueError(
+                    f"spec: got the unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                )
         for name in ("name", "model", "dataset"):
             if name not in values:
                 raise ValueError(f"spec: the field {name!r} is missing.")

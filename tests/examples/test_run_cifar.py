@@ -1,0 +1,172 @@
+"""The main job as a user runs it: from the command line, in new processes, without a network."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
+TINY = [
+    "--smoke",
+    "--dataset",
+    "digits",
+    "--max_train_samples",
+    "128",
+    "--max_eval_samples",
+    "64",
+    "--disable_tqdm",
+    "True",
+]
+
+
+def run(*words, launcher=()):
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, words)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def lineage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    launcher = ("-m", "accelerate.commands.launch")
+    done = run(*TINY, "--generations", 2, "--output_dir", folder, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done
+
+
+def test_one_command_trains_teacher_and_students_and_prints_the_table(lineage):
+    folder, done = lineage
+    assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
+    content = json.loads((folder / "lineage.json").read_text())
+    assert [record["status"] for record in content["generations"]] == ["finished"] * 3
+    for record in content["generations"]:
+        metrics = record["metrics"]["test"]
+        assert metrics["accuracy"] + metrics["error"] == pytest.approx(1)
+        assert metrics.keys() == {"accuracy", "error", "top5_accuracy", "nll", "ece"}
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and rows[0].split()[1] == "generation"
+    assert f"{100 * content['generations'][2]['metrics']['test']['accuracy']:.2f}" in rows[4]
+
+
+def test_the_same_command_says_that_all_is_done(lineage):
+    folder, first = lineage
+    done = run(*TINY, "--generations", 2, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Every generation is trained already" in done.stdout
+    assert done.stdout.splitlines()[-5:] == first.stdout.splitlines()[-5:]
+
+
+def test_another_command_on_the_folder_is_refused(lineage):
+    folder, _ = lineage
+    done = run(*TINY, "--generations", 2, "--output_dir", folder, "--objective", "ban+l", "--learning_rate", "0.05")
+    assert done.returncode != 0
+    assert "objective: 'ban+l' here, 'ban' there; training.learning_rate: 0.05 here, 0.1 there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_loads_by_timm_and_transformers_in_a_fresh_interpreter(lineage):
+    folder, _ = lineage
+    code = f"""
+import torch, timm, born_again
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+folder = {str(folder / "gen2")!r}
+pixels = torch.randn(2, 3, 32, 32)
+ours = born_again.load_generation(folder)
+theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
+network = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+with torch.no_grad():
+    expected = ours(pixels).logits
+    assert torch.equal(theirs(pixels).logits, expected)
+    assert torch.equal(network(pixels), expected)
+image = Image.new("RGB", (32, 32), (200, 30, 30))
+processor = AutoImageProcessor.from_pretrained(folder)
+answer = pipeline("image-classification", model=folder, image_processor=processor)(image)
+assert answer[0]["label"] in "0123456789"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def load_script():
+    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["run_cifar"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "densenet90_60_cifr"], "densenet90_60_cifar"),
+        (["--dataset", "cifar-10"], "cifar10"),
+        (["--generations", "-1"], "generations: got -1, expected 0 or more students"),
+        (["--objective", "bann"], "objective: got 'bann', expected one of .*; did you mean 'ban'"),
+        (["--temperature", "0"], "temperature: got 0.0, expected a finite number above 0"),
+        (["--generation", "1", "--epoch", "3"], "'--epoch' is no flag; did you mean"),
+        (["--push_to_hub", "True"], "push_to_hub: got True, but this version does not publish"),
+    ],
+)
+def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message):
+    script = load_script()
+    with pytest.raises(ValueError, match=message):
+        script.start(["--smoke", "--output_dir", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes():
+    script = load_script()
+
+    def parsed(*words):
+        arguments = (script.LineageArguments, script.BornAgainTrainingArguments)
+        return script.parse_arguments(arguments, script.recipe, list(words))
+
+    lineage, training = parsed()
+    assert (lineage.dataset, lineage.name) == ("cifar100", "densenet-cifar100")
+    assert (training.learning_rate, training.lr_milestones, training.lr_gamma) == (0.1, [0.3, 0.6, 0.8], 0.2)
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (200.0, 128)
+    assert (training.weight_decay, training.decay_all_parameters, training.max_grad_norm) == (5e-4, True, 0.0)
+    assert training.optim_args == "momentum=0.9,nesterov=True" and training.output_dir == "outputs/densenet-cifar100"
+    lineage, training = parsed("--model", "wide_resnet28_10_cifar", "--dataset", "cifar10", "--learning_rate", "0.2")
+    assert (lineage.dropout, lineage.name, training.learning_rate) == (0.3, "wide-resnet-cifar10", 0.2)
+    lineage, training = parsed("--dataset", "digits", "--name", "mine")
+    assert (lineage.model, training.num_train_epochs) == ("wide_resnet16_1_cifar", 20.0)
+    assert training.output_dir == "outputs/mine"
+    lineage, training = parsed("--smoke", "--model", "test_densenet_cifar")
+    assert (lineage.model, lineage.dataset, training.num_train_epochs) == ("test_densenet_cifar", "digits", 2.0)
+
+
+@pytest.mark.slow
+def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 24), ("test", 8)):
+        for label in ("cat", "dog"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for number in range(count):
+                shade = (number * 7 % 255, 40 if label == "cat" else 200, 90)
+                Image.new("RGB", (32, 32), shade).save(tmp_path / "data" / split / label / f"{number}.png")
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    done = run(
+        "--dataset", tmp_path / "data", "--model", "test_densenet_cifar", "--generations", 1, "--num_train_epochs", 1,
+        "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "out", "--disable_tqdm", "True",
+        launcher=launcher,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    content = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert content["spec"]["training"]["world_size"] == 2
+    assert [record["steps"] for record in content["generations"]] == [3, 3]
+    assert json.loads((tmp_path / "out" / "gen1" / "config.json").read_text())["label_names"] == ["cat", "dog"]
+
+
+@pytest.mark.slow
+def test_the_teacher_of_the_digits_lineage_reaches_97_percent(tmp_path):
+    done = run("--dataset", "digits", "--generations", 0, "--output_dir", tmp_path / "out", "--disable_tqdm", "True")
+    assert done.returncode == 0, done.stderr[-4000:]
+    content = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert content["generations"][0]["metrics"]["test"]["accuracy"] >= 0.97

@@ -1,0 +1,269 @@
+"""The loop: what it trains, what it writes, how it goes on, and what it refuses."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import arguments, sentences, sequence_classifier
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from born_again import BornAgainTrainer, LineageRunner, LineageSpec
+from born_again.lineage.manifest import LineageError, Manifest, file_sha256
+from born_again.lineage.runner import last_checkpoint
+
+STEPS = 6
+
+
+class Crash(TrainerCallback):
+    """What kill -9 leaves behind, as far as one process can show it."""
+
+    def __init__(self, generation, step):
+        self.generation, self.step = generation, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.output_dir.endswith(f"gen{self.generation}"):
+            raise KeyboardInterrupt
+
+
+def spec(**changes):
+    values = {
+        "name": "tiny-words",
+        "model": "bert",
+        "dataset": "words",
+        "generations": 2,
+        "objective": "ban+l",
+        "seed": 3,
+    }
+    return LineageSpec(**{**values, **changes})
+
+
+def runner(folder, *, crash=None, built=None, sentences_of="sequence", changes=(), **options):
+    data = sentences(sentences_of)
+    asked = options.pop("spec", spec())
+    options.setdefault("data", {"sha256": "a", "rows": {"train": 22}})
+
+    def build_student(generation):
+        if built is not None:
+            built.append(generation)
+        model = sequence_classifier(torch.initial_seed())
+        model.dropout.p = 0.2
+        return model
+
+    def build_trainer(student, teacher, generation):
+        args = arguments(
+            generation.checkpoint_dir,
+            objective=asked.objective,
+            seed=generation.seed,
+            max_steps=STEPS,
+            save_strategy="steps",
+            save_steps=2,
+            **dict(changes),
+        )
+        callbacks = [] if crash is None else [crash]
+        return BornAgainTrainer(
+            student, args, teacher=teacher, train_dataset=data, eval_dataset={"test": data}, callbacks=callbacks
+        )
+
+    return LineageRunner(
+        asked,
+        folder,
+        build_student=build_student,
+        build_trainer=build_trainer,
+        load_teacher=AutoModelForSequenceClassification.from_pretrained,
+        **options,
+    )
+
+
+def hashes(folder):
+    return [record["weights_sha256"] for record in Manifest.read(folder).generations]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.set_num_threads(2)
+    folder = tmp_path_factory.mktemp("lineage") / "out"
+    runner(folder).run()
+    return folder
+
+
+def test_a_lineage_leaves_a_folder_a_generation_and_its_record(finished):
+    assert sorted(path.name for path in finished.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
+    content = json.loads((finished / "lineage.json").read_text())
+    assert content["spec"]["objective"] == "ban+l" and content["data"]["sha256"] == "a"
+    for index, record in enumerate(content["generations"]):
+        assert record["index"] == index and record["status"] == "finished"
+        assert record["seed"] == 3 + index
+        assert record["parent"] == (None if index == 0 else index - 1)
+        assert record["objective"] == ("label" if index == 0 else "ban+l")
+        assert record["weights_sha256"] == file_sha256(finished / f"gen{index}" / "model.safetensors")
+        assert set(record["metrics"]) == {"test"} and record["metrics"]["test"]["loss"] > 0
+        assert (
+            record["seconds"] > 0
+            and torch.__version__.startswith(record["versions"]["torch"])
+            and record["hub"] is None
+        )
+        assert (record["teacher_fit"] is None) == (index == 0)
+        assert sorted(path.name for path in (finished / f"gen{index}").iterdir()) == [
+            "config.json",
+            "model.safetensors",
+        ]
+    assert len(set(hashes(finished))) == 3
+
+
+def test_the_same_command_again_trains_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    again = runner(finished, built=(built := []))
+    assert again.is_finished()
+    again.run()
+    assert built == []
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_two_runs_of_one_command_give_the_same_weights(finished, tmp_path):
+    runner(tmp_path / "out").run()
+    assert hashes(tmp_path / "out") == hashes(finished)
+
+
+def test_a_generation_depends_on_nothing_that_ran_before(finished, tmp_path):
+    """The second half of a lineage, trained by another process, is the same."""
+    folder = tmp_path / "out"
+    runner(folder, spec=spec(generations=1)).run()
+    torch.rand(1000)
+    more = runner(folder, built=(built := []))
+    assert not more.is_finished()
+    more.run()
+    assert [generation.index for generation in built] == [2]
+    assert hashes(folder) == hashes(finished)
+    assert Manifest.read(folder).spec.generations == 2
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_an_interrupted_lineage_goes_on_to_the_same_weights(finished, tmp_path, generation, step):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        runner(folder, crash=Crash(generation, step)).run()
+    assert Manifest.read(folder).record(generation)["status"] == "training"
+    runner(folder, built=(built := [])).run()
+    assert [entry.index for entry in built] == list(range(generation, 3))
+    assert hashes(folder) == hashes(finished)
+    assert Manifest.read(folder).record(generation)["metrics"] == Manifest.read(finished).record(generation)["metrics"]
+    assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
+
+
+def test_a_checkpoint_without_its_end_is_passed_over(tmp_path, caplog):
+    for step, state in ((2, "{}"), (10, '{"global_step": ')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-12 was not written to its end" in caplog.text
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_checkpoints_are_kept_on_request(tmp_path):
+    runner(tmp_path / "out", spec=spec(generations=0), keep_checkpoints=True).run()
+    kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints" / "gen0").iterdir())
+    assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_evaluate_measures_the_files_and_the_card_is_written(tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(model)
+        return {"test": {"accuracy": 0.5}}
+
+    def write_card(manifest, index):
+        return f"{manifest['name']} {index} {manifest['generations'][index]['metrics']['test']['accuracy']}"
+
+    done = runner(tmp_path / "out", spec=spec(generations=0), evaluate=evaluate, write_card=write_card).run()
+    assert done.record(0)["metrics"] == {"test": {"accuracy": 0.5}}
+    assert (tmp_path / "out" / "gen0" / "README.md").read_text() == "tiny-words 0 0.5"
+    on_disk = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "gen0")
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), on_disk.parameters(), strict=True))
+
+
+def test_another_experiment_is_refused_and_nothing_is_touched(finished):
+    before = (finished / "lineage.json").read_bytes()
+    with pytest.raises(LineageError, match="objective: 'ban' here, 'ban\\+l' there; seed: 4 here, 3 there"):
+        runner(finished, spec=spec(objective="ban", seed=4))
+    assert (finished / "lineage.json").read_bytes() == before
+
+
+def test_other_data_is_refused(finished):
+    with pytest.raises(LineageError, match=r"the data is not what the lineage .* was trained on \(other sha256\)"):
+        runner(finished, data={"sha256": "b", "rows": {"train": 22}})
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(LineageError, match="holds something that is no lineage .* nothing in it was touched"):
+        runner(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(LineageError, match="holds something that is no lineage"):
+        runner(tmp_path / "thesis.tex")
+
+
+def test_changed_and_missing_weights_are_refused(tmp_path):
+    folder = tmp_path / "out"
+    runner(folder, spec=spec(generations=0)).run()
+    weights = folder / "gen0" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(LineageError, match="does not hash to what lineage.json holds"):
+        runner(folder).run()
+    weights.unlink()
+    with pytest.raises(LineageError, match="is missing, though lineage.json says that generation 0 is finished"):
+        runner(folder).run()
+
+
+def test_a_generation_folder_of_unknown_origin_is_kept_aside(tmp_path, caplog):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        runner(folder, crash=Crash(0, 1)).run()
+    (folder / "gen0").mkdir()
+    (folder / "gen0" / "precious.txt").write_text("mine")
+    with caplog.at_level(logging.WARNING):
+        runner(folder, spec=spec(generations=0)).run()
+    assert (folder / "gen0.replaced-1" / "precious.txt").read_text() == "mine"
+    assert "kept as gen0.replaced-1" in caplog.text
+
+
+def test_nan_names_generation_and_step_and_keeps_checkpoints(tmp_path):
+    folder = tmp_path / "out"
+    runner(folder, spec=spec(generations=0)).run()
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.classifier.weight.fill_(float("nan"))
+
+    with pytest.raises(FloatingPointError, match="generation 1 of tiny-words: weights: not finite after step 4 of 6"):
+        runner(folder, crash=Poison()).run()
+    assert last_checkpoint(folder / "checkpoints" / "gen1").name == "checkpoint-2"
+    assert Path(folder / "gen0").is_dir()
+
+
+def test_memory_of_a_generation_is_let_go(tmp_path):
+    """No student, teacher or trainer of a finished generation is reachable."""
+    import gc
+    import weakref
+
+    alive = []
+    work = runner(tmp_path / "out")
+    build_trainer = work.build_trainer
+
+    def watch(student, teacher, generation):
+        trainer = build_trainer(student, teacher, generation)
+        alive.extend(weakref.ref(value) for value in (student, teacher, trainer) if value is not None)
+        return trainer
+
+    work.build_trainer = watch
+    work.run()
+    gc.collect()
+    assert len(alive) == 8 and not [reference for reference in alive if reference() is not None]

@@ -1,0 +1,120 @@
+"""The spec is frozen and hashed; the manifest is checked on reading and written in one step."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from born_again import LineageSpec
+from born_again.lineage.manifest import LineageError, Manifest, write_atomically
+
+
+def spec(**changes):
+    values = {"name": "a-b", "model": "a", "dataset": "b", "training": {"learning_rate": 0.1, "lr_milestones": [0.5]}}
+    return LineageSpec(**{**values, **changes})
+
+
+def test_spec_round_trips_and_is_frozen():
+    assert LineageSpec.from_dict(json.loads(json.dumps(spec().to_dict()))) == spec()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec().seed = 3
+
+
+def test_hash_changes_with_the_weights_and_not_with_the_number_of_generations():
+    assert spec().sha256() == spec().sha256() == spec(generations=9).sha256()
+    others = [spec(seed=1), spec(objective="ban+l"), spec(model="c"), spec(training={"learning_rate": 0.2})]
+    assert len({other.sha256() for other in [spec(), *others]}) == 5
+
+
+def test_differences_name_fields_and_both_values():
+    other = spec(seed=1, generations=9, training={"learning_rate": 0.2, "lr_milestones": [0.5], "bf16": True})
+    assert spec().differences(other) == [
+        "seed: 42 here, 1 there",
+        "training.bf16: 'default' here, True there",
+        "training.learning_rate: 0.1 here, 0.2 there",
+    ]
+    assert spec().differences(spec(generations=9)) == []
+
+
+def test_seeds_and_objectives_of_generations():
+    assert [spec(seed=5).seed_of(k) for k in range(3)] == [5, 6, 7]
+    assert [spec(objective="cwtm").objective_of(k) for k in range(3)] == ["label", "cwtm", "cwtm"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generations": -1}, "generations: got -1, expected 0 or more students"),
+        ({"generations": 1.5}, "generations: got 1.5, expected a whole number"),
+        ({"seed": "7"}, "seed: got '7', expected a whole number"),
+        ({"name": ""}, "name: got '', expected a text that is not empty"),
+        ({"model_args": {"a": object()}}, "model_args: expected a mapping of JSON values"),
+        ({"training": {"a": float("nan")}}, "training: expected a mapping of JSON values"),
+    ],
+)
+def test_spec_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**changes)
+
+
+def test_spec_refuses_unknown_and_missing_fields():
+    with pytest.raises(ValueError, match="spec: got the unknown field 'objectiv'; did you mean 'objective'"):
+        LineageSpec.from_dict({**spec().to_dict(), "objectiv": "ban"})
+    with pytest.raises(ValueError, match="spec: the field 'model' is missing"):
+        LineageSpec.from_dict({"name": "a", "dataset": "b"})
+
+
+def test_manifest_round_trips(tmp_path):
+    manifest = Manifest.create(tmp_path, spec(), {"rows": {"train": 3}})
+    manifest.update(0, status="finished", weights_sha256="0" * 64, metrics={"test": {"accuracy": 1.0}})
+    manifest.save()
+    read = Manifest.read(tmp_path)
+    assert read.content == manifest.content
+    assert read.spec == spec() and read.record(0)["index"] == 0 and read.record(1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "the field 'format' is wrong"),
+        ({"version": "1"}, "the field 'version' is wrong"),
+        ({"version": 2}, "has version 2, this born_again reads up to 1; upgrade"),
+        ({"spec": []}, "the field 'spec' is wrong, expected an object"),
+        ({"spec": {"name": "a"}}, "the field 'spec' is wrong: spec: the field 'model' is missing"),
+        ({"data": None}, "the field 'data' is wrong"),
+        ({"generations": {}}, "the field 'generations' is wrong"),
+        ({"generations": [{"index": 1}]}, r"the field 'generations\[0\].index' is wrong"),
+        ({"generations": [{"index": 0, "status": "done"}]}, r"'generations\[0\].status' is wrong"),
+        ({"generations": [{"index": 0, "status": "finished"}]}, r"'generations\[0\].weights_sha256' is wrong"),
+    ],
+)
+def test_manifest_names_the_wrong_field(tmp_path, change, message):
+    manifest = Manifest.create(tmp_path, spec(), {})
+    manifest.content.update(change)
+    manifest.save()
+    with pytest.raises(LineageError, match=message):
+        Manifest.read(tmp_path)
+
+
+def test_manifest_that_is_no_json(tmp_path):
+    (tmp_path / "lineage.json").write_text("{")
+    with pytest.raises(LineageError, match="is not JSON"):
+        Manifest.read(tmp_path)
+    (tmp_path / "lineage.json").write_text("[]")
+    with pytest.raises(LineageError, match="the field 'format' is wrong"):
+        Manifest.read(tmp_path)
+
+
+def test_a_write_that_breaks_off_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "lineage.json"
+    write_atomically(path, "old")
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lineage.json"]

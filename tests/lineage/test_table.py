@@ -1,0 +1,65 @@
+"""The table and the card say what the manifest holds, and nothing else."""
+
+import yaml
+
+from born_again.lineage.table import results_table
+from born_again.model_card import image_classifier_card
+
+
+def record(index, accuracy, **changes):
+    values = {
+        "index": index,
+        "status": "finished",
+        "seed": 42 + index,
+        "parent": index - 1 if index else None,
+        "objective": "ban" if index else "label",
+        "weights_sha256": "ab" * 32,
+        "metrics": {"test": {"accuracy": accuracy, "error": 1 - accuracy, "nll": 0.51234, "ece": 0.021}},
+        "seconds": 12.4,
+        "versions": {"torch": "2.15.0"},
+        "hardware": "CPU",
+        "teacher_fit": {"accuracy": 0.9, "samples": 10} if index else None,
+    }
+    return {**values, **changes}
+
+
+def manifest(*records, dataset="digits"):
+    spec = {"model": "test_wide_resnet_cifar", "dataset": dataset, "training": {"learning_rate": 0.1}}
+    return {"name": "wide-resnet-digits", "spec": spec, "data": {"rows": {"train": 3}}, "generations": list(records)}
+
+
+def test_table_has_a_line_for_each_finished_generation_and_its_gain():
+    lines = results_table(
+        manifest(record(0, 0.90), record(1, 0.925), record(2, 0.92), record(3, 0, status="training", metrics={}))
+    ).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["generation", "objective", "seed", "accuracy", "error", "NLL", "ECE", "seconds", "gain"]
+    assert set(lines[1]) == {"|", "-"}
+    assert cells[2:] == [
+        ["0 (teacher)", "label", "42", "90.00", "10.00", "0.5123", "2.10", "12", ""],
+        ["1", "ban", "43", "92.50", "7.50", "0.5123", "2.10", "12", "+2.50"],
+        ["2", "ban", "44", "92.00", "8.00", "0.5123", "2.10", "12", "-0.50"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_card_states_its_facts():
+    card = image_classifier_card(manifest(record(0, 0.90), record(1, 0.925)), 1)
+    _, header, body = card.split("---\n", 2)
+    facts = yaml.safe_load(header)
+    assert facts["born_again"] == {"generation": 1, "objective": "ban", "seed": 43, "weights_sha256": "ab" * 32}
+    assert facts["pipeline_tag"] == "image-classification"
+    assert "# wide-resnet-digits-gen1" in body
+    assert "taught by generation 0" in body and "right on 90.00%" in body
+    assert "- test accuracy: 0.9250" in body
+
+
+def test_card_of_the_teacher_claims_no_teacher():
+    card = image_classifier_card(manifest(record(0, 0.90)), 0)
+    assert "taught by generation" not in card and "generation 0 of a born-again lineage" in card
+
+
+def test_names_from_users_do_no_harm_in_a_card():
+    card = image_classifier_card(manifest(record(0, 0.90), dataset="</td><script>alert(1)\n---\nlicense: *boom"), 0)
+    assert "<script>" not in card
+    assert yaml.safe_load(card.split("---\n", 2)[1]).keys() == {"library_name", "pipeline_tag", "tags", "born_again"}

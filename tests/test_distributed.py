@@ -1,0 +1,55 @@
+"""Two processes of four against one of eight: same gradient, weights, evaluation and log, for every objective."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from born_again.objectives import OBJECTIVES
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    results = {}
+    for processes in (1, 2):
+        out = folder / str(processes)
+        out.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes == 1:
+            command = [sys.executable]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [*command, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results[processes] = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    return results
+
+
+@pytest.mark.parametrize("evaluate_first", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_of_four_are_one_of_eight(runs, objective, evaluate_first):
+    key = f"{objective} {evaluate_first}"
+    (one,), two = runs[1], runs[2]
+    expected = one[key]
+    assert not expected["wrapped"]
+    for rank in two:
+        seen = rank[key]
+        assert seen["wrapped"], "training ran without DistributedDataParallel"
+        torch.testing.assert_close(seen["gradient"], expected["gradient"], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(seen["weights"], expected["weights"], rtol=1e-10, atol=1e-13)
+        for name in ("eval_loss", "logged", "fit", *(["eval_loss_before"] if evaluate_first else [])):
+            torch.testing.assert_close(seen[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_evaluating_first_changes_no_training(runs):
+    for ranks in runs.values():
+        for results in ranks:
+            for objective in OBJECTIVES:
+                assert torch.equal(results[f"{objective} True"]["weights"], results[f"{objective} False"]["weights"])

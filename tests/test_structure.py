@@ -1,0 +1,105 @@
+"""The house rules that a reader would not see broken: layers, sizes, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import born_again
+
+ROOT = Path(born_again.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# A module imports only from lower layers; within a layer only where listed below.
+LAYERS = {
+    "objectives": 0,
+    "metrics": 0,
+    "lineage.spec": 0,
+    "lineage.manifest": 0,
+    "model_card": 0,
+    "models": 1,
+    "data": 1,
+    "teacher": 1,
+    "training_args": 2,
+    "trainer": 3,
+    "lm_trainer": 4,
+    "lineage": 5,
+    "hub": 5,
+    "report": 5,
+    "cli": 6,
+}
+NEVER = {"training_args", "trainer", "lm_trainer"}, {"models", "data", "lineage", "hub"}
+
+
+def parts(path: Path) -> list[str]:
+    names = list(path.relative_to(ROOT).with_suffix("").parts)
+    return names[:-1] if names[-1] == "__init__" else names
+
+
+def place(module: list[str]) -> str:
+    return next(name for length in (2, 1) if (name := ".".join(module[:length])) in LAYERS)
+
+
+def imports(path: Path) -> set[tuple[str, ...]]:
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                package = ["born_again", *path.relative_to(ROOT).parent.parts][
+                    : len(path.relative_to(ROOT).parts) + 1 - node.level
+                ]
+                names = [".".join([*package, node.module or ""])]
+            else:
+                names = [node.module]
+        found |= {tuple(name.split(".")[1:]) for name in names if name.split(".")[0] == "born_again"}
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != ROOT / "__init__.py"], ids=str)
+def test_imports_go_downward_only(path):
+    here = place(parts(path))
+    for module in imports(path):
+        if not module or module[0] == "models" and here == "models":
+            continue
+        there = place(list(module))
+        same_package = there.split(".")[0] == here.split(".")[0] and LAYERS[there] <= LAYERS[here]
+        assert same_package or LAYERS[there] < LAYERS[here], f"{here} imports {there}"
+        assert not (here in NEVER[0] and there.split(".")[0] in NEVER[1]), f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_have_one_job(path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def test_importing_the_package_registers_the_networks_and_loads_no_trainer():
+    code = """
+import sys, timm, torch, transformers
+before = set(sys.modules)
+import born_again
+heavy = {"transformers.trainer", "accelerate", "datasets", "evaluate", "sklearn", "born_again.trainer", "pandas"}
+assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
+assert timm.is_model("densenet90_60_cifar") and timm.is_model("wide_resnet28_10_cifar")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    for name in born_again.__all__:
+        assert getattr(born_again, name) is not None
+    assert set(born_again.__all__) <= set(dir(born_again))
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'; it has BornAgainTrainer"):
+        born_again.Trainer  # noqa: B018

@@ -1,0 +1,168 @@
+"""What a teacher refuses, before any work is lost."""
+
+import copy
+
+import pytest
+import torch
+from helpers import Network, arguments, language_model, sequence_classifier, vectors
+from torch import nn
+from transformers import TrainingArguments
+
+from born_again import BornAgainTrainer, BornAgainTrainingArguments
+from born_again.teacher import FrozenTeacher, logits_of
+
+
+def build(student, teacher, folder, **changes):
+    return BornAgainTrainer(student, arguments(folder, **changes), train_dataset=vectors(), teacher=teacher)
+
+
+def test_teacher_that_is_the_student(tmp_path):
+    student = Network(1)
+    with pytest.raises(ValueError, match="teacher: got the student itself, expected another network"):
+        build(student, student, tmp_path)
+
+
+def test_teacher_that_shares_parameters(tmp_path):
+    student, teacher = Network(1), Network(2)
+    teacher.out.weight = nn.Parameter(student.out.weight.detach())
+    with pytest.raises(ValueError, match="teacher: shares parameters with the student"):
+        build(student, [Network(3), teacher], tmp_path)
+
+
+def test_teacher_with_other_classes(tmp_path):
+    student, teacher = sequence_classifier(1), sequence_classifier(2)
+    teacher.config.id2label = {index: f"LABEL_{index}" for index in range(7)}
+    with pytest.raises(ValueError, match="teacher: has 7 labels, the student 4"):
+        build(student, teacher, tmp_path)
+
+
+def test_teacher_with_other_label_names(tmp_path):
+    student, teacher = sequence_classifier(1), sequence_classifier(2)
+    teacher.config.id2label = {0: "LABEL_0", 1: "cat", 2: "LABEL_2", 3: "LABEL_3"}
+    with pytest.raises(ValueError, match="teacher: class 1 is called 'cat', by the student 'LABEL_1'"):
+        build(student, teacher, tmp_path)
+
+
+def test_teacher_with_another_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match="teacher: has 29 words, the student 23"):
+        build(language_model(1), language_model(2, words=29), tmp_path)
+
+
+def test_teacher_of_plain_modules_with_other_classes_is_found_at_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher: gives logits of shape \(8, 3\) where the student's are \(8, 4\)"):
+        trainer = build(Network(1), Network(2, classes=3), tmp_path)
+        trainer.train()
+
+
+def test_teacher_that_is_no_network(tmp_path):
+    with pytest.raises(TypeError, match="teacher: got str, expected an nn.Module"):
+        build(Network(1), ["gen0"], tmp_path)
+    with pytest.raises(ValueError, match="teacher: got an empty list"):
+        build(Network(1), [], tmp_path)
+
+
+def test_settings_without_meaning_beside_a_teacher(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor: got 0.1 beside a teacher"):
+        build(sequence_classifier(1), sequence_classifier(2), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_names: got .* expected one name"):
+        build(Network(1), Network(2), tmp_path, label_names=["start", "end"])
+    with pytest.raises(ValueError, match="compute_loss_func: got a function beside a teacher"):
+        BornAgainTrainer(Network(1), arguments(tmp_path), teacher=Network(2), compute_loss_func=lambda *a, **k: 0)
+    student = sequence_classifier(1)
+    student.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="problem_type 'regression', expected single-label classification"):
+        build(student, sequence_classifier(2), tmp_path)
+    with pytest.raises(TypeError, match="args: got TrainingArguments beside a teacher"):
+        BornAgainTrainer(Network(1), TrainingArguments(str(tmp_path), use_cpu=True), teacher=Network(2))
+
+
+def test_several_gpus_in_one_process(tmp_path):
+    args = arguments(tmp_path)
+    student = Network(1)
+    trainer = BornAgainTrainer(student, args)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process.*accelerate launch"):
+        trainer._take_teacher(Network(2))
+
+
+def test_batch_without_labels(tmp_path):
+    unlabelled = [{"x": row["x"]} for row in vectors()]
+    trainer = BornAgainTrainer(Network(1), arguments(tmp_path), train_dataset=unlabelled, teacher=Network(2))
+    with pytest.raises(ValueError, match="labels: a batch has only the keys x, expected 'labels' among them"):
+        trainer.train()
+
+
+def test_labels_that_do_not_fit_the_logits(tmp_path):
+    wrong = [{**row, "labels": row["labels"].repeat(2)} for row in vectors()]
+    trainer = BornAgainTrainer(Network(1), arguments(tmp_path), train_dataset=wrong, teacher=Network(2))
+    with pytest.raises(ValueError, match=r"labels: got shape \(8, 2\) for logits of shape \(8, 4\)"):
+        trainer.train()
+
+
+def test_outputs_without_logits():
+    with pytest.raises(ValueError, match="model output: got the keys loss, expected 'logits'"):
+        logits_of({"loss": torch.zeros(())})
+    with pytest.raises(TypeError, match="model output: got str"):
+        logits_of("logits")
+
+
+def test_teacher_is_not_given_what_it_does_not_know():
+    teacher = FrozenTeacher(Network(2))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.equal(teacher({"x": x, "token_type_ids": None}), teacher({"x": x}))
+
+
+def test_mean_of_one_teacher_is_that_teacher():
+    network, x = Network(2), torch.randn(3, 5, dtype=torch.float64)
+    one, three = FrozenTeacher(network)({"x": x}), FrozenTeacher([network, copy.deepcopy(network), network])({"x": x})
+    torch.testing.assert_close(one.softmax(-1), three.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "bam"}, "objective: got 'bam', expected one of .*; did you mean 'ban'"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a finite number above 0"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected a finite number above 0"),
+        (
+            {"objective": "ban+l", "label_weight": -1.0},
+            "label_weight: got -1.0, expected a finite number of 0 or more",
+        ),
+        ({"label_weight": 2.0}, "label_weight: got 2.0, but objective 'ban' does not read it"),
+        ({"objective": "cwtm", "temperature": 2.0}, "temperature: got 2.0, but objective 'cwtm' does not read it"),
+        ({"permutation": "fixed"}, "permutation: got 'fixed', but objective 'ban' does not read it"),
+        ({"objective": "dkpp", "permutation": "none"}, "permutation: got 'none', expected one of 'fresh', 'fixed'"),
+        ({"teacher_cache": "ram"}, "teacher_cache: got 'ram', expected one of 'off', 'memory', 'disk'"),
+        ({"teacher_cache": "memory"}, "teacher_cache: got 'memory', but this version keeps no teacher outputs"),
+        ({"lr_gamma": 0.0}, "lr_gamma: got 0.0, expected a finite number above 0"),
+        ({"lr_milestones": [0.6, 0.3]}, r"lr_milestones: got \[0.6, 0.3\], expected rising fractions"),
+        ({"lr_milestones": [60, 120]}, r"lr_milestones: got \[60, 120\], expected rising fractions"),
+        ({"lr_milestones": []}, r"lr_milestones: got \[\], expected rising fractions"),
+        (
+            {"lr_milestones": [0.5], "lr_scheduler_type": "cosine"},
+            "lr_scheduler_type 'cosine'; expected one of the two",
+        ),
+    ],
+)
+def test_arguments_out_of_range(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **changes)
+
+
+def test_decisive_arguments_leave_out_what_changes_no_weight(tmp_path):
+    first = BornAgainTrainingArguments(str(tmp_path / "a"), use_cpu=True, learning_rate=0.1, logging_steps=3, seed=1)
+    second = BornAgainTrainingArguments(str(tmp_path / "b"), use_cpu=True, learning_rate=0.1, save_steps=9, seed=2)
+    assert first.decisive() == second.decisive() == {"learning_rate": 0.1}
+
+
+def test_sequences_train_with_labels_named_otherwise(tmp_path):
+    data = [{"x": row["x"], "label": row["labels"]} for row in vectors()]
+    for name, rows in (("labels", vectors()), ("label", data)):
+        args = arguments(tmp_path, label_names=[name], remove_unused_columns=False)
+        trainer = BornAgainTrainer(
+            Network(1), args, train_dataset=rows, teacher=Network(2), data_collator=torch.utils.data.default_collate
+        )
+        trainer.train()
+        if name == "labels":
+            expected = trainer.model.out.weight.detach()
+    assert torch.equal(trainer.model.out.weight, expected)

@@ -1,0 +1,66 @@
+"""What one of several processes does in test_distributed.py; prints nothing, saves what it saw.
+
+torchrun --nproc_per_node N tests/two_processes.py FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from helpers import Network, arguments, vectors
+
+from born_again import BornAgainTrainer
+from born_again.objectives import OBJECTIVES
+
+
+def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, torch.Tensor]:
+    """Gradient that the first of two optimizer steps saw, weights after both, and evaluations before and after."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = arguments(
+        folder,
+        objective=objective,
+        max_steps=3,
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=8 // processes,
+        logging_steps=1,
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **({"permutation": "fixed"} if objective == "dkpp" else {}),
+    )
+    data = vectors(24, ignored=(3, 4, 11, 17))
+    trainer = BornAgainTrainer(Network(1), args, train_dataset=data, eval_dataset=data, teacher=Network(2))
+    seen: dict[str, torch.Tensor] = {}
+    if evaluate_first:
+        seen["eval_loss_before"] = torch.tensor(trainer.evaluate()["eval_loss"])
+
+    def keep(optimizer, *_):
+        if "gradient" not in seen:
+            seen["gradient"] = torch.cat(
+                [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+            )
+
+    trainer.create_optimizer().register_step_pre_hook(keep)
+    trainer.train()
+    seen["wrapped"] = torch.tensor(isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel))
+    seen["weights"] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    seen["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
+    seen["fit"] = torch.tensor(trainer.teacher_fit["accuracy"])
+    logged = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
+    seen["logged"] = torch.tensor([[entry["loss"], entry["kd_loss"], entry["teacher_agreement"]] for entry in logged])
+    return seen
+
+
+def main(folder: Path) -> None:
+    results = {
+        f"{objective} {evaluate_first}": first_step(folder, objective, evaluate_first)
+        for objective in OBJECTIVES
+        for evaluate_first in (False, True)
+    }
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.save(results, folder / f"rank{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
