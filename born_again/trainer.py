@@ -11,11 +11,11 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from born_again.divergence import DivergenceGuard
 from born_again.objectives import (
     IGNORED,
     OBJECTIVES_WITH_LABELS,
@@ -24,6 +24,7 @@ from born_again.objectives import (
     item_weights,
     objective_items,
 )
+from born_again.schedule import multi_step_schedule
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.training_args import BornAgainTrainingArguments
 
@@ -73,7 +74,7 @@ class BornAgainTrainer(Trainer):
         self.teacher: FrozenTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._terms: dict[str, Tensor] | None = None
-        self._first_bad_step: Tensor | None = None
+        self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
         self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
         if self._memory_format is not None:
@@ -264,54 +265,27 @@ class BornAgainTrainer(Trainer):
     ) -> Tensor:
         """Trainer's, remembering on the device the first step whose loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        step = torch.full((), self.state.global_step + 1, device=loss.device)
-        bad = step.where(~loss.isfinite(), torch.iinfo(step.dtype).max)
-        self._first_bad_step = bad if self._first_bad_step is None else self._first_bad_step.minimum(bad)
+        self._guard.see(loss, self.state.global_step + 1)
         return loss
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
-            self.check_loss()
+            self._guard.check_loss(self.state.max_steps)
         if self.control.should_save:
-            self._check_weights()
+            self._guard.check_weights(self.model, self.state.global_step, self.state.max_steps)
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def check_loss(self) -> None:
-        """Stops a training that has gone wrong.
-
-        Raises:
-            FloatingPointError: a loss was NaN or infinite since training began; names the first such step.
-        """
-        if self._first_bad_step is None:
-            return
-        bad, self._first_bad_step = self._first_bad_step.item(), None
-        if bad <= self.state.max_steps:
-            raise FloatingPointError(
-                f"loss: not finite at step {bad} of {self.state.max_steps}; training stops, and checkpoints saved "
-                "before are kept. Lower learning_rate, clip with max_grad_norm, or train without fp16."
-            )
-
-    def _check_weights(self) -> None:
-        # A finite loss can have had an infinite gradient: this keeps the damage out of the checkpoint.
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
-        if not finite.all():
-            raise FloatingPointError(
-                f"weights: not finite after step {self.state.global_step} of {self.state.max_steps}; training stops, "
-                "and checkpoints saved before are kept. Lower learning_rate, or clip with max_grad_norm."
-            )
 
     # ---- Training and evaluation ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
-        self._first_bad_step = None
-        self._terms = None
+        self._guard, self._terms = DivergenceGuard(), None
         if self.teacher is not None:
             self.teacher_fit = self.measure_teacher_fit()
             self._warn_of_an_unfitted_teacher()
         output = super().train(*args, **kwargs)
-        self.check_loss()
+        self._guard.check_loss(self.state.max_steps)
         return output
 
     def measure_teacher_fit(self, samples: int = FIT_SAMPLES) -> dict[str, float] | None:
@@ -376,16 +350,13 @@ class BornAgainTrainer(Trainer):
         milestones = getattr(self.args, "lr_milestones", None)
         if milestones is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        drops = [round(fraction * num_training_steps) for fraction in milestones]
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        gamma = self.args.lr_gamma
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return step / warmup
-            return gamma ** sum(step >= drop for drop in drops)
-
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self.lr_scheduler = multi_step_schedule(
+            self.optimizer if optimizer is None else optimizer,
+            milestones,
+            self.args.lr_gamma,
+            num_training_steps,
+            self.args.get_warmup_steps(num_training_steps),
+        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -22,6 +22,8 @@ LAYERS = {
     "models": 1,
     "data": 1,
     "teacher": 1,
+    "divergence": 1,
+    "schedule": 1,
     "training_args": 2,
     "trainer": 3,
     "lm_trainer": 4,

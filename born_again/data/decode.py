@@ -294,7 +294,7 @@ def decode_images(
     pixels = np.empty((len(encoded), image_size, image_size, 3), dtype=np.uint8)
     position = 0
     with tqdm(
-        total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM
+        total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM or None
     ) as progress:
         for table in encoded.with_format("arrow").iter(batch_size=_DECODE_CHUNK):
             for item in table[column].to_pylist():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,34 @@ def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
     assert content["spec"]["training"]["world_size"] == 2
     assert [record["steps"] for record in content["generations"]] == [3, 3]
     assert json.loads((tmp_path / "out" / "gen1" / "config.json").read_text())["label_names"] == ["cat", "dog"]
+
+
+@pytest.mark.slow
+def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(tmp_path):
+    """Augmented images, bf16 where the machine has it, momentum: all of it must come back from disk."""
+    words = [*TINY, "--generations", 1, "--per_device_train_batch_size", 16, "--num_train_epochs", 4]
+    words += ["--save_strategy", "steps", "--save_steps", 5]  # an epoch has 8 steps
+
+    def hashes(folder):
+        return [
+            record["weights_sha256"] for record in json.loads((folder / "lineage.json").read_text())["generations"]
+        ]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*words, "--output_dir", whole).returncode == 0
+    command = [sys.executable, str(SCRIPT), *map(str, [*words, "--output_dir", cut])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    marker = cut / "checkpoints" / "gen1" / "checkpoint-15" / "trainer_state.json"
+    while not marker.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert json.loads((cut / "lineage.json").read_text())["generations"][1]["status"] == "training"
+    done = run(*words, "--output_dir", cut)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "going on from checkpoint-" in done.stderr
+    assert hashes(cut) == hashes(whole)
 
 
 @pytest.mark.slow
