@@ -109,7 +109,7 @@ def load_script():
         (["--generations", "-1"], "generations: got -1, expected 0 or more students"),
         (["--objective", "bann"], "objective: got 'bann', expected one of .*; did you mean 'ban'"),
         (["--temperature", "0"], "temperature: got 0.0, expected a finite number above 0"),
-        (["--generation", "1", "--epoch", "3"], "'--epoch' is no flag; did you mean"),
+        (["--generation", "1", "--num_epochs", "3"], "'--num_epochs' is no flag; did you mean '--num_train_epochs'"),
         (["--push_to_hub", "True"], "push_to_hub: got True, but this version does not publish"),
     ],
 )
