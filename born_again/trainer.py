@@ -120,10 +120,12 @@ class BornAgainTrainer(Trainer):
             )
         config = getattr(student, "config", None)
         problem = getattr(config, "problem_type", None)
+        if problem is None and getattr(config, "num_labels", None) == 1:
+            problem = "regression"  # transformers' own reading of a single label
         if problem in ("regression", "multi_label_classification"):
             raise ValueError(
-                f"teacher: the student's config has problem_type {problem!r}, expected single-label classification or "
-                "language modelling: the paper's losses compare probabilities of exclusive classes."
+                f"teacher: the student's config means {problem!r} by its problem_type or num_labels, expected "
+                "single-label classification or language modelling, whose classes exclude each other."
             )
 
     # ---- The loss of a step ----

@@ -68,10 +68,13 @@ def test_settings_without_meaning_beside_a_teacher(tmp_path):
         build(Network(1), Network(2), tmp_path, label_names=["start", "end"])
     with pytest.raises(ValueError, match="compute_loss_func: got a function beside a teacher"):
         BornAgainTrainer(Network(1), arguments(tmp_path), teacher=Network(2), compute_loss_func=lambda *a, **k: 0)
-    student = sequence_classifier(1)
-    student.config.problem_type = "regression"
-    with pytest.raises(ValueError, match="problem_type 'regression', expected single-label classification"):
-        build(student, sequence_classifier(2), tmp_path)
+    for setting in ({"problem_type": "multi_label_classification"}, {"num_labels": 1}):
+        pair = [sequence_classifier(1), sequence_classifier(2)]
+        for model in pair:
+            for name, value in setting.items():
+                setattr(model.config, name, value)
+        with pytest.raises(ValueError, match="the student's config means .* expected single-label classification"):
+            build(*pair, tmp_path)
     with pytest.raises(TypeError, match="args: got TrainingArguments beside a teacher"):
         BornAgainTrainer(Network(1), TrainingArguments(str(tmp_path), use_cpu=True), teacher=Network(2))
 
