@@ -152,7 +152,7 @@ def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
             for number in range(count):
                 shade = (number * 7 % 255, 40 if label == "cat" else 200, 90)
                 Image.new("RGB", (32, 32), shade).save(tmp_path / "data" / split / label / f"{number}.png")
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = run(
         "--dataset", tmp_path / "data", "--model", "test_densenet_cifar", "--generations", 1, "--num_train_epochs", 1,
         "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "out", "--disable_tqdm", "True",
