@@ -301,7 +301,7 @@ class _Clock(TrainerCallback):
             self.runner.manifest.save()
 
     def read(self) -> None:
-        seconds = round(self.before + time.perf_counter() - self.start, 1)
+        seconds = round(self.before + time.perf_counter() - self.start, 3)
         self.runner.manifest.update(self.index, seconds=seconds)
 
 

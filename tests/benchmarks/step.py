@@ -81,7 +81,7 @@ def with_trainer(name: str, dataset: ImageDataset, batch: int, steps: int) -> fl
 
 
 def with_bare_loop(name: str, dataset: ImageDataset, batch: int, steps: int) -> float:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     student = classifier(name).to(device, memory_format=torch.channels_last).train()
     teacher = classifier(name).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True)
