@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from born_again.blockwise import distilled_items
 
 IGNORED = -100
 OBJECTIVES = ("ban", "ban+l", "cwtm", "dkpp")
@@ -159,21 +160,68 @@ def objective_items(
     Returns:
         (items,) losses in nats and (items,) weights, float32 or wider; both are 0 where the label is `IGNORED`.
     """
-    if objective == "label":
-        losses = _cross_entropy(student_logits, labels)
-    elif objective == "ban":
-        losses = _soft_cross_entropy(student_logits, teacher_logits, temperature)
-    elif objective == "ban+l":
-        losses = _soft_cross_entropy(student_logits, teacher_logits, temperature)
-        losses = losses + label_weight * _cross_entropy(student_logits, labels)
-    elif objective == "cwtm":
-        losses = _cross_entropy(student_logits, labels)
-    elif objective == "dkpp":
-        shuffled = permute_all_but_largest(teacher_logits.detach(), permutation, generator)
-        losses = _soft_cross_entropy(student_logits, shuffled, 1.0)
-    else:
-        raise ValueError(f"objective: got {objective!r}, expected one of {', '.join(map(repr, OBJECTIVES))}.")
-    weights = item_weights(objective, teacher_logits, labels)
+    losses = _item_losses(
+        objective, student_logits, teacher_logits, labels, temperature, label_weight, permutation, generator
+    )[0]
+    return _weighted(losses, item_weights(objective, teacher_logits, labels))
+
+
+def watched_items(
+    objective: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    label_weight: float = 1.0,
+    permutation: str = "fresh",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`objective_items` and `distillation_terms` of the same items, sharing the work where they can.
+
+    Takes what `objective_items` takes, with a teacher and labels.
+
+    Returns:
+        Losses and weights, as from `objective_items`, and the terms, as from `distillation_terms`.
+    """
+    losses, terms = _item_losses(
+        objective,
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature,
+        label_weight,
+        permutation,
+        generator,
+        watch=True,
+    )
+    if terms is None:
+        terms = distillation_terms(student_logits, teacher_logits, labels)
+    return *_weighted(losses, item_weights(objective, teacher_logits, labels)), terms
+
+
+def _item_losses(
+    objective: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    label_weight: float,
+    permutation: str,
+    generator: torch.Generator | None,
+    watch: bool = False,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    if objective in ("label", "cwtm"):
+        return _cross_entropy(student, labels), None
+    if objective in ("ban", "ban+l"):
+        weight = label_weight if objective == "ban+l" else 0.0
+        return distilled_items(student, teacher, labels, temperature=temperature, label_weight=weight, watch=watch)
+    if objective == "dkpp":
+        return distilled_items(student, permute_all_but_largest(teacher.detach(), permutation, generator))
+    raise ValueError(f"objective: got {objective!r}, expected one of {', '.join(map(repr, OBJECTIVES))}.")
+
+
+def _weighted(losses: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     if weights is None:
         return losses, torch.ones_like(losses)
     return losses.where(weights != 0, 0), weights.to(losses.dtype)
@@ -251,32 +299,6 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
         "items": torch.ones_like(on_target),
     }
     return {name: values.where(counted, 0).sum() for name, values in terms.items()}
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """-sum_i p_i log q_i per item, keeping nothing for the backward pass but q - p."""
-
-    @staticmethod
-    def forward(ctx, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-        log_q = (_widen(student_logits) / temperature).log_softmax(-1)  # (items, classes)
-        p = (_widen(teacher_logits) / temperature).softmax(-1)  # (items, classes)
-        # A class that the teacher rules out adds nothing, even where the student rules it out too: 0 x log 0 is 0.
-        losses = -(p * log_q.masked_fill(p == 0, 0)).sum(-1)  # (items,)
-        ctx.temperature = temperature
-        ctx.dtype = student_logits.dtype
-        ctx.save_for_backward(log_q.exp_().sub_(p))
-        return losses * temperature**2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        # d(T^2 x loss)/dz = T^2 x (q - p) / T
-        return (difference * (grad_losses * ctx.temperature).unsqueeze(-1)).to(ctx.dtype), None, None
-
-
-def _soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    return _SoftCrossEntropy.apply(student_logits, teacher_logits.detach(), temperature)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
