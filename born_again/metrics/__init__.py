@@ -25,6 +25,22 @@ def classification_metrics() -> Callable[..., dict[str, float]]:
     return BatchMetrics([Accuracy(), Calibration()])
 
 
+def language_model_metrics() -> Callable[..., dict[str, float]]:
+    """Make a `compute_metrics` for `Trainer`: nll in nats per token, perplexity, and the number of tokens.
+
+    Predictions are logits (..., C), or the negative log-likelihood of each token in nats, of the shape of the labels:
+    with that, nobody needs to keep a row of logits for each token. Labels are shifted already: position i predicts
+    label i; -100 is ignored. For `batch_eval_metrics`, see `classification_metrics`.
+
+    Returns:
+        `compute_metrics(eval_prediction, compute_result=True)`, as `classification_metrics` does.
+    """
+    # Imported here for the reason given above.
+    from born_again.metrics.perplexity import Perplexity
+
+    return BatchMetrics([Perplexity()])
+
+
 class BatchMetrics:
     """Several summing metrics behind the one call that Trainer makes."""
 
@@ -39,8 +55,8 @@ class BatchMetrics:
         """Add a batch; at the last one, return the values.
 
         Args:
-            eval_prediction: transformers' EvalPrediction: predictions are logits (B, C) or a tuple that begins with
-                them, label_ids labels (B,) or a tuple that begins with them.
+            eval_prediction: transformers' EvalPrediction: predictions are logits (B, C), or what else the metrics
+                take, or a tuple that begins with them; label_ids labels (B,) or a tuple that begins with them.
             compute_result: whether this is the last batch.
 
         Raises:

@@ -61,16 +61,16 @@ class SummingMetric(evaluate.Metric, abc.ABC):
             raise ValueError(
                 f"unexpected inputs {sorted(kwargs)}; expected predictions and references only: drop them"
             )
-        logits, labels = counted_items(predictions, references)
-        if self.num_classes not in (None, logits.shape[1]):
+        values, labels, classes = self._counted(predictions, references)
+        if None not in (classes, self.num_classes) and classes != self.num_classes:
             raise ValueError(
-                f"predictions have {logits.shape[1]} classes and the batches before had {self.num_classes}; expected "
+                f"predictions have {classes} classes and the batches before had {self.num_classes}; expected "
                 "the same number in an evaluation: call compute() or reset() between two models"
             )
-        self.num_classes = logits.shape[1]
+        self.num_classes = classes or self.num_classes
         if len(labels):
             self.items += len(labels)
-            self._update(logits, labels)
+            self._update(values, labels)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one item: logits (C,) and a class number."""
@@ -114,13 +114,26 @@ class SummingMetric(evaluate.Metric, abc.ABC):
     def __len__(self) -> int:
         return self.items
 
+    def _counted(self, predictions: Any, references: Any) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+        """Check a batch without touching the sums, and keep the items that count.
+
+        Returns:
+            What `_update` takes, here logits (n, C) float64; labels (n,) int64; and the number of classes, or None
+            where the predictions do not tell it.
+
+        Raises:
+            ValueError: as `counted_items` does.
+        """
+        logits, labels = counted_items(predictions, references)
+        return logits, labels, logits.shape[1]
+
     @abc.abstractmethod
     def _reset(self) -> None:
         """Set the sums to zero."""
 
     @abc.abstractmethod
     def _update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add logits (n, C) float64 and labels (n,) int64, both on the CPU, to the sums; n >= 1."""
+        """Add what `_counted` gave to the sums: logits (n, C) float64 and labels (n,) int64 on the CPU; n >= 1."""
 
     @abc.abstractmethod
     def _result(self) -> dict[str, float]:
@@ -147,44 +160,99 @@ def counted_items(predictions: Any, references: Any) -> tuple[torch.Tensor, torc
     Raises:
         ValueError: if something is missing, of the wrong dtype or shape, or out of range.
     """
+    logits, labels = counted_rows(predictions, references)
+    # Widened only now: of a padded batch most rows may be ignored.
+    logits = logits.to("cpu").to(torch.float64)  # (n, C)
+    check_logits((torch.isnan(logits) | torch.isposinf(logits)).any(dim=1) | torch.isneginf(logits).all(dim=1))
+    return logits, labels
+
+
+def as_tensors(predictions: Any, references: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions and references, torch, numpy or lists, as tensors without a graph.
+
+    Raises:
+        ValueError: if one of them is None.
+    """
     if predictions is None or references is None:
         missing = "predictions" if predictions is None else "references"
         raise ValueError(
             f"{missing} is None; expected logits (N, C) as predictions and labels (N,) as references: give both"
         )
-    logits = _as_tensor(predictions)
-    labels = _as_tensor(references)
+    return _as_tensor(predictions), _as_tensor(references)
+
+
+def counted_labels(labels: torch.Tensor, classes: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check labels and keep those that count.
+
+    Args:
+        labels: class numbers (...), of any integer dtype, on any device; -100 is ignored.
+        classes: how many classes there are; None where only negative labels can be told to be wrong.
+
+    Returns:
+        The labels (n,) int64 that are not ignored, and which of all they are (N,) bool; both on the CPU.
+
+    Raises:
+        ValueError: if labels are no integers, or one is out of range.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"references is {labels.dtype}; expected integers: pass class numbers")
+    labels = labels.reshape(-1).to("cpu", torch.int64)  # (N,)
+    counted = labels != IGNORE_INDEX
+    labels = labels[counted]  # (n,)
+    wrong = labels < 0
+    if classes is not None:
+        wrong |= labels >= classes
+    if wrong.any():
+        expected = "0 or more" if classes is None else f"0 to {classes - 1} for {classes} classes"
+        raise ValueError(
+            f"references holds the label {labels[wrong][0].item()}; expected {expected}, or {IGNORE_INDEX} for an "
+            "item to ignore: check that labels and model belong together"
+        )
+    return labels, counted
+
+
+def counted_rows(predictions: Any, references: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check all of a batch but the values of its logits, and keep the items that count.
+
+    Args:
+        predictions: as in `counted_items`.
+        references: as in `counted_items`.
+
+    Returns:
+        Logits (n, C) of the n items that are not ignored, of the dtype and on the device they came with, and not
+        copied where no item is ignored; labels (n,) int64 on the CPU.
+
+    Raises:
+        ValueError: if something is missing, of the wrong dtype or shape, or a label is out of range.
+    """
+    logits, labels = as_tensors(predictions, references)
     if not logits.is_floating_point() or logits.ndim < 2 or logits.shape[-1] < 2:
         raise ValueError(
             f"predictions is {tuple(logits.shape)} {logits.dtype}; expected float logits (N, C) of at least 2 "
             "classes: pass the model's logits, not their argmax"
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"references is {labels.dtype}; expected integers: pass class numbers")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"references is {tuple(labels.shape)} for predictions {tuple(logits.shape)}; expected "
             f"{tuple(logits.shape[:-1])}: one label for each row of logits"
         )
     classes = logits.shape[-1]
-    labels = labels.reshape(-1).to("cpu", torch.int64)  # (N,)
-    counted = labels != IGNORE_INDEX
-    labels = labels[counted]  # (n,)
-    # Picked before moving and widening: of a padded batch most rows may be ignored.
-    logits = logits.reshape(-1, classes)[counted.to(logits.device)].to("cpu").to(torch.float64)  # (n, C)
-    wrong = (labels < 0) | (labels >= classes)
-    if wrong.any():
-        raise ValueError(
-            f"references holds the label {labels[wrong][0].item()}; expected 0 to {classes - 1} for {classes} "
-            f"classes, or {IGNORE_INDEX} for an item to ignore: check that labels and model belong together"
-        )
-    broken = (torch.isnan(logits) | torch.isposinf(logits)).any(dim=1) | torch.isneginf(logits).all(dim=1)  # (n,)
+    labels, counted = counted_labels(labels, classes)
+    logits = logits.reshape(-1, classes)  # (N, C)
+    return logits if counted.all() else logits[counted.to(logits.device)], labels
+
+
+def check_logits(broken: torch.Tensor) -> None:
+    """Refuse a batch with counted rows (n,) bool whose logits have no softmax.
+
+    Raises:
+        ValueError: if any row is broken.
+    """
     if broken.any():
         raise ValueError(
-            f"predictions holds NaN or infinity in {int(broken.sum())} of {len(labels)} counted rows; expected finite "
+            f"predictions holds NaN or infinity in {int(broken.sum())} of {len(broken)} counted rows; expected finite "
             "logits: the model has diverged or overflowed, lower the learning rate or evaluate in float32"
         )
-    return logits, labels
 
 
 def _as_tensor(values: Any) -> torch.Tensor:
