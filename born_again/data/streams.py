@@ -1,0 +1,120 @@
+"""The streams of token ids that a language model reads, window after window."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import Dataset
+
+IGNORED = -100
+
+
+class TokenStreams(Dataset):
+    """A corpus cut into contiguous streams that are read side by side, window after window, in order.
+
+    Every token is predicted once: the inputs are `before` and all tokens but the last, the labels are the tokens
+    themselves. Stream s holds positions s L ... (s + 1) L - 1 of both, where L is tokens / streams, rounded up; the
+    end of the last stream is padded with input `before` and label -100, which a loss ignores. Item i is window
+    i // streams of stream i % streams. So unshuffled batches of `streams` rows hold one window each, row s always
+    stream s, and a process that gets the same slice of every batch stays on its own streams. The last window is
+    shorter where `window` does not divide L.
+
+    Attributes:
+        streams, window: as given.
+        length: tokens in a stream, L.
+        windows: number of windows of a stream.
+        token_count: number of labels that are not ignored: the number of tokens.
+    """
+
+    def __init__(self, tokens: torch.Tensor, streams: int, window: int, *, before: int):
+        """
+        Args:
+            tokens: (N,) int64 token ids.
+            streams: how many streams, at least 1: the rows of a batch over all processes.
+            window: tokens in a window, at least 1 and at most L.
+            before: id of the token that comes before the first, that is of `<eos>`.
+
+        Raises:
+            ValueError: if the tokens or a number is not so, or the corpus is too short for so many streams.
+        """
+        if tokens.dtype != torch.int64 or tokens.dim() != 1 or len(tokens) == 0:
+            raise ValueError(
+                f"tokens is {tokens.dtype} of shape {tuple(tokens.shape)}; expected torch.int64 of shape (N,), N > 0: "
+                "pass a split of load_text"
+            )
+        for argument, value, least in (("streams", streams, 1), ("window", window, 1), ("before", before, 0)):
+            if value < least:
+                raise ValueError(f"{argument} is {value}; expected at least {least}: give a larger number")
+        count = len(tokens)
+        allowed = next((number for number in range(min(streams, count), 0, -1) if _fits(count, number, window)), 0)
+        if allowed != streams:
+            remedies = [f"at most {allowed} streams (the batch size)"] * (allowed > 0)
+            remedies += ["a shorter window"] * (window > 1 and _fits(count, min(streams, count), 1))
+            raise ValueError(
+                f"streams is {streams} and window is {window} for a corpus of {count} tokens; expected every stream "
+                f"to hold at least one window, and not padding alone: use {' or '.join(remedies)}"
+            )
+        self.streams = streams
+        self.window = window
+        self.length = -(-count // streams)
+        self.windows = -(-self.length // window)
+        self.token_count = count
+        padding = streams * self.length - count
+        first = tokens.new_tensor([before])
+        inputs = torch.cat([first, tokens[:-1], first.expand(padding)])
+        labels = torch.cat([tokens, tokens.new_full((padding,), IGNORED)])
+        self._inputs = inputs.view(streams, self.length)  # (S, L)
+        self._labels = labels.view(streams, self.length)  # (S, L)
+
+    def __len__(self) -> int:
+        return self.windows * self.streams
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One window of one stream: input_ids and labels, (T,) int64 each."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index is {index}; expected less than the {len(self)} windows of all streams")
+        return {name: rows[0] for name, rows in self.__getitems__([int(index) % len(self)]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A ready batch.
+
+        Args:
+            indices: (B,) items of one and the same window.
+
+        Returns:
+            input_ids and labels, (B, T) int64 each. The label of a position is the word after it: do not shift again.
+
+        Raises:
+            ValueError: if the items are not of one window.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        first, last = (int(end) // self.streams for end in rows.aminmax())
+        if first != last or not 0 <= first < self.windows:
+            raise ValueError(
+                f"indices are of the windows {first} to {last}; expected one of {self.windows}, since a batch is one "
+                f"place of the streams: use batches of {self.streams} rows in order, without shuffling"
+            )
+        rows = rows % self.streams
+        place = slice(first * self.window, (first + 1) * self.window)
+        return {"input_ids": self._inputs[:, place][rows], "labels": self._labels[:, place][rows]}
+
+
+def _fits(tokens: int, streams: int, window: int) -> bool:
+    """Whether every stream is at least a window long and none is padding alone."""
+    length = -(-tokens // streams)
+    return length >= window and (streams - 1) * length < tokens
+
+
+def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pass a ready batch through; stack a list of items of one length.
+
+    Raises:
+        ValueError: if `batch` is neither. In Trainer this is `remove_unused_columns`.
+    """
+    if isinstance(batch, dict):
+        return batch
+    if not all(isinstance(item, dict) for item in batch) or len({len(item["labels"]) for item in batch}) != 1:
+        raise ValueError(
+            f"batch is {batch!r:.80}; expected a ready batch or a list of windows of one length: use batches of as "
+            "many rows as there are streams, in order, and in a Trainer remove_unused_columns=False in its arguments"
+        )
+    return {name: torch.stack([item[name] for item in batch]) for name in batch[0]}

@@ -1,0 +1,303 @@
+"""A text corpus as three tensors of token ids, and its word-level tokenizer.
+
+A line is a sentence: it is split at white space, and `<eos>` follows every line, as in Mikolov's reading of Penn
+Treebank. Nothing is lowercased or normalised.
+"""
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from born_again.data.grammar import EOS, grammar_corpus, grammar_entropy
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "grammar"
+UNK = "<unk>"
+SPLITS = ("train", "validation", "test")
+Lines = dict[str, list[str]]
+SHORTCUTS = {"ptb": "ptb-text-only/ptb_text_only"}
+# The Hub's own conversion: the dataset itself is a script, and scripts no longer load.
+_PTB_REVISION = "refs/convert/parquet"
+_PTB_SIZES = {"train": 929_589, "validation": 73_760, "test": 82_430, "vocabulary": 10_000}
+_TEXT_FILE = re.compile(r"((?:[^.]+\.)?)(train|valid|validation|test)\.txt")
+_TABLES = {".parquet", ".jsonl", ".json", ".csv", ".arrow"}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A corpus, read.
+
+    Attributes:
+        train, validation, test: (tokens,) int64 token ids, in the order of the text.
+        tokenizer: of whole words; its vocabulary is that of the training split, see `load_text`.
+        entropy_per_word: nats per word, `<eos>` counted as a word: what no model can beat in expectation. None where
+            it is not known.
+        fingerprint: JSON-able, the same for the same data: tokens by split, vocabulary (number of words), sha256 of
+            the words and the ids of all splits, and entropy_per_word (rounded to 6 decimals) where it is known.
+    """
+
+    train: torch.Tensor
+    validation: torch.Tensor
+    test: torch.Tensor
+    tokenizer: PreTrainedTokenizerFast
+    entropy_per_word: float | None
+    fingerprint: dict[str, Any]
+
+
+def load_text(
+    dataset: str | Path,
+    *,
+    text_column: str | None = None,
+    revision: str | None = None,
+    max_train_tokens: int | None = None,
+    max_eval_tokens: int | None = None,
+) -> TextData:
+    """Read a corpus into memory.
+
+    The vocabulary is that of the whole training split, whatever the limits, so that a limit does not change the model:
+    by falling count, then by first appearance, `<eos>` included. A word that only the other splits have is read as
+    `<unk>` where the training split holds that word, as Penn Treebank's does. A blank line gives `<eos>` alone; the
+    newline that ends a file or a row begins no line. A literal `<eos>` in the text is that word too.
+
+    Args:
+        dataset: "grammar" (embedded, see `born_again.data.grammar`); a folder with train.txt, valid.txt (or
+            validation.txt) and test.txt, or the three with one prefix such as ptb.train.txt, or with tables that
+            `datasets` reads; "ptb" or "owner/name" on the Hub. A folder called as a shortcut is reached as "./ptb".
+        text_column: column of the text, where `datasets` reads it; None takes the only one of strings.
+        revision: branch, tag or commit of a dataset on the Hub.
+        max_train_tokens: keep the first so many tokens of the training split; None or more than there are: all.
+        max_eval_tokens: likewise for the validation and the test split, each.
+
+    Raises:
+        ValueError: if the name, a file, a split, a column, a word or a limit is not as expected; the message says
+            which.
+        ConnectionError: if the Hub is needed and cannot be reached.
+    """
+    limits = {"train": max_train_tokens, "validation": max_eval_tokens, "test": max_eval_tokens}
+    for flag, limit in (("max_train_tokens", max_train_tokens), ("max_eval_tokens", max_eval_tokens)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"--{flag} is {limit}; expected at least 1: leave it out to use every token")
+    lines, is_ptb = _read_lines(dataset, text_column, revision)
+    texts = {}
+    for split in SPLITS:
+        texts[split] = [word for line in lines[split] for word in (*line.split(), EOS)]
+        if len(texts[split]) == len(lines[split]):
+            raise ValueError(f"--dataset {str(dataset)!r}: split {split!r} is empty; expected words: check its file")
+    # most_common keeps the order of first appearance among equal counts.
+    words = [word for word, _ in Counter(texts["train"]).most_common()]
+    ids = {word: number for number, word in enumerate(words)}
+    unknown = ids.get(UNK)
+    tokens = {}
+    for split, text in texts.items():
+        numbers = [ids.get(word, unknown) for word in text]
+        if unknown is None and None in numbers:
+            word = text[numbers.index(None)]
+            line = next(number for number, line in enumerate(lines[split], 1) if word in line.split())
+            raise ValueError(
+                f"--dataset {str(dataset)!r}: the word {word!r} in line {line} of the split {split!r} is not in the "
+                f"training split, which has no {UNK!r} to stand for it; expected every word there: write "
+                f"{UNK} for rare words in all splits"
+            )
+        tokens[split] = torch.tensor(numbers[: limits[split]])
+    sizes = {split: len(text) for split, text in texts.items()} | {"vocabulary": len(words)}
+    differing = {part: size for part, size in sizes.items() if size != _PTB_SIZES[part]}
+    if is_ptb and differing and max_train_tokens is None and max_eval_tokens is None:
+        logger.warning(
+            "--dataset %r is Penn Treebank by its name, but has %s where Mikolov's preparation has %s (tokens of a "
+            "split, words of the vocabulary): perplexities cannot be compared with published ones.",
+            *(str(dataset), differing, {part: _PTB_SIZES[part] for part in differing}),
+        )
+    entropy = grammar_entropy() if dataset == EMBEDDED else None
+    fingerprint = {
+        "tokens": {split: len(numbers) for split, numbers in tokens.items()},
+        "vocabulary": len(words),
+        "sha256": _digest(words, tokens),
+    }
+    if entropy is not None:
+        fingerprint["entropy_per_word"] = round(entropy, 6)
+    return TextData(**tokens, tokenizer=word_tokenizer(words), entropy_per_word=entropy, fingerprint=fingerprint)
+
+
+def _digest(words: list[str], tokens: dict[str, torch.Tensor]) -> str:
+    """sha256 over the words, then the ids of each split."""
+    digest = hashlib.sha256("\n".join(words).encode())
+    for split in SPLITS:
+        digest.update(f"\n{split} {len(tokens[split])}\n".encode())
+        # Byte order spelled out, so that the digest is the same on any machine.
+        digest.update(tokens[split].numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def _read_lines(dataset: str | Path, text_column: str | None, revision: str | None) -> tuple[Lines, bool]:
+    """Lines of each split, and whether this is Penn Treebank by its name."""
+    name = str(dataset)
+    if dataset == EMBEDDED:
+        _refuse(name, "is embedded", text_column=text_column, revision=revision)
+        return grammar_corpus(), False
+    folder = Path(dataset).expanduser()
+    if folder.is_dir() and (isinstance(dataset, Path) or name not in SHORTCUTS):
+        _refuse(name, "is a folder, not a dataset on the Hub", revision=revision)
+        prefix, files = _find_files(name, folder)
+        if files:
+            _refuse(name, "is plain text without columns", text_column=text_column)
+            return {split: _read_file(path) for split, path in files.items()}, prefix == "ptb."
+        return _read_tables(name, str(folder), text_column, None), False
+    source = SHORTCUTS.get(name, name)
+    if isinstance(dataset, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(
+            f"--dataset is {name!r}; expected {EMBEDDED!r}, 'ptb', a folder, or 'owner/name' on the Hub, and there is "
+            "no such folder: check the spelling"
+        )
+    is_ptb = source == SHORTCUTS["ptb"]
+    return _read_tables(name, source, text_column, revision or (_PTB_REVISION if is_ptb else None)), is_ptb
+
+
+def _refuse(name: str, reason: str, **arguments: str | None) -> None:
+    for argument, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{argument} is {value!r} for --dataset {name!r}, which {reason}: drop it")
+
+
+def _find_files(name: str, folder: Path) -> tuple[str, dict[str, Path]]:
+    """The common prefix of the three text files and each split's file; no files where the folder holds tables."""
+    entries = sorted(entry.name for entry in folder.iterdir())
+    sets: dict[str, dict[str, list[Path]]] = {}
+    for entry in entries:
+        if match := _TEXT_FILE.fullmatch(entry):
+            split = "validation" if match[2] == "valid" else match[2]
+            sets.setdefault(match[1], {}).setdefault(split, []).append(folder / entry)
+    complete = [prefix for prefix, files in sets.items() if len(files) == len(SPLITS)]
+    chosen = [path.name for prefix in complete for paths in sets[prefix].values() for path in paths]
+    if len(chosen) > len(SPLITS):
+        raise ValueError(
+            f"--dataset {name!r} holds {', '.join(sorted(chosen))}; expected one file for each of train, validation "
+            "and test: move the others to a folder of their own"
+        )
+    if complete:
+        return complete[0], {split: sets[complete[0]][split][0] for split in SPLITS}
+    if not sets and any(path.suffix in _TABLES for path in folder.rglob("*")):
+        return "", {}
+    shown = ", ".join(entries[:20] + ["..."] * (len(entries) > 20)) or "nothing"
+    raise ValueError(
+        f"--dataset {name!r} is a folder that holds {shown}; expected train.txt, valid.txt (or validation.txt) and "
+        "test.txt, or the three with one prefix such as ptb.train.txt, or tables that `datasets` reads "
+        f"({', '.join(sorted(_TABLES))}): rename or add the missing files"
+    )
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not part of the first word
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 ({error}); expected a text file in UTF-8: convert it") from error
+    return _split_lines(text) if text else []
+
+
+def _split_lines(text: str) -> list[str]:
+    # Not splitlines(), which breaks at form feeds and a dozen other characters too.
+    return text.removesuffix("\n").split("\n")
+
+
+def _read_tables(name: str, source: str, text_column: str | None, revision: str | None) -> Lines:
+    """Lines of each split of a dataset that `datasets` reads: a folder, or an id on the Hub."""
+    # Imported here: it takes a second, which the other kinds of corpus do without.
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        if (Path(source) / "dataset_dict.json").is_file():
+            tables = datasets.load_from_disk(source)
+        else:
+            tables = datasets.load_dataset(source, revision=revision)
+    except DatasetNotFoundError as error:
+        raise ValueError(
+            f"--dataset {name!r} is neither a folder here nor a dataset on the Hub that this account can read "
+            f"({error}); check the spelling and the revision, or log in with `hf auth login` if it is private or gated"
+        ) from error
+    except (ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
+        raise ConnectionError(
+            f"--dataset {name!r} is not in the local cache and the Hub cannot be reached ({error}); use `--dataset "
+            f"{EMBEDDED}`, which needs no network, or `--dataset PATH` with a folder of train.txt, valid.txt, test.txt"
+        ) from error
+    # RuntimeError: a dataset that is a script. IndexError: load_from_disk on an empty split.
+    except (ValueError, IndexError, RuntimeError, FileNotFoundError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"--dataset {name!r} is refused by `datasets` ({error}); expected readable tables and one configuration: "
+            f"for a script on the Hub try the revision {_PTB_REVISION!r}, or save train.txt, valid.txt and test.txt"
+        ) from error
+    missing = [split for split in SPLITS if split not in tables]
+    if missing:
+        raise ValueError(
+            f"--dataset {name!r} has the splits {', '.join(tables)}; expected {', '.join(SPLITS)}, so "
+            f"{', '.join(missing)} is missing: rename or make it (Dataset.train_test_split, then save as parquet)"
+        )
+    features = tables["train"].features
+    columns = [name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")]
+    column = text_column or (columns[0] if len(columns) == 1 else None)
+    if column not in columns:
+        raise ValueError(
+            f"--text_column is {text_column!r}; dataset {name!r} has the columns {list(features)}, of which {columns} "
+            "hold strings: name one of these"
+        )
+    lines: Lines = {}
+    for split in SPLITS:
+        rows = tables[split].select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        if None in rows:
+            raise ValueError(
+                f"--dataset {name!r}: column {column!r} of the split {split!r} has no text in row {rows.index(None)}; "
+                "expected a string in every row: remove the row"
+            )
+        lines[split] = [line for row in rows for line in _split_lines(row)]
+    return lines
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words between white space; word i has the id i.
+
+    Nothing is added to a text: `decode(encode("the cat"))` is "the cat", and the `<eos>` of a line is put where the
+    ids of a corpus are made. `<unk>` and `<eos>` in a text are words like others. A word that is not in `words` is
+    `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding.
+
+    Args:
+        words: all different, without white space, `<eos>` among them.
+
+    Raises:
+        ValueError: if `words` is not so.
+    """
+    vocabulary = {word: number for number, word in enumerate(words)}
+    bad = [word for number, word in enumerate(words) if vocabulary[word] != number or word.split() != [word]]
+    if bad or EOS not in vocabulary:
+        wrong = f"holds {bad[0]!r}, which is repeated, empty or has white space" if bad else f"lacks {EOS!r}"
+        raise ValueError(f"words {wrong}; expected different words, {EOS!r} among them: pass those of a corpus")
+    unknown = {"unk_token": UNK} if UNK in vocabulary else {}
+    tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=EOS,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1_000_000_000,
+        model_input_names=["input_ids", "attention_mask"],
+        # Else a special token is cut out of the middle of a word that contains it.
+        split_special_tokens=True,
+        **unknown,
+    )
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The words of `tokenizer`, that of id 0 first."""
+    return tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
