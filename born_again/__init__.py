@@ -1,7 +1,7 @@
 """Born-again networks for the Hugging Face ecosystem.
 
-Importing this package registers its networks with timm, and does nothing else: every public name is imported when it
-is first used, so that reading a card or a manifest does not load a trainer.
+Importing this package registers its networks with timm and transformers, and does nothing else: every public name is
+imported when it is first used, so that reading a card or a manifest does not load a trainer.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from born_again import models as models  # registers the architectures with timm
+from born_again import models as models  # registers the architectures with timm and transformers
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BornAgainTrainer": "born_again.trainer",
+    "BornAgainLMTrainer": "born_again.lm_trainer",
     "BornAgainTrainingArguments": "born_again.training_args",
     "LineageSpec": "born_again.lineage.spec",
     "LineageRunner": "born_again.lineage.runner",
     "create_image_classifier": "born_again.models.image_classifier",
+    "LstmLMConfig": "born_again.models.lstm_lm",
+    "LstmLMForCausalLM": "born_again.models.lstm_lm",
+    "CharCnnLstmConfig": "born_again.models.char_cnn_lstm",
+    "CharCnnLstmForCausalLM": "born_again.models.char_cnn_lstm",
     "load_generation": "born_again.lineage.loading",
 }
 
