@@ -32,6 +32,8 @@ _INDECISIVE = frozenset(
     ddp_timeout ddp_backend
     """.split()
 )
+# Unless the learning rate or the choice of weights hangs on evaluations.
+_EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start"})
 
 
 @dataclass
@@ -53,6 +55,10 @@ class BornAgainTrainingArguments(TrainingArguments):
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
+        lr_plateau_factor: what the learning rate is multiplied by after an evaluation without enough gain, between 0
+            and 1; takes the place of `lr_scheduler_type`. What is watched is `metric_for_best_model`, eval_loss when
+            None; it needs an eval_strategy.
+        lr_plateau_gain: by how much that metric has to fall below its best so far; 0 or more, in its own unit.
         decay_all_parameters: weight decay on every parameter, as in the paper; transformers leaves out biases and
             some normalisation weights.
 
@@ -70,10 +76,21 @@ class BornAgainTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
     lr_gamma: float = field(default=0.2, metadata={"help": "Factor of the learning rate at each milestone."})
+    lr_plateau_factor: float | None = field(
+        default=None, metadata={"help": "Factor of the learning rate after an evaluation without enough gain."}
+    )
+    lr_plateau_gain: float = field(default=0.0, metadata={"help": "What counts as enough gain for the plateau."})
     decay_all_parameters: bool = field(default=False, metadata={"help": "Weight decay on every parameter."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
 
     def __post_init__(self) -> None:
+        if self.lr_plateau_factor is not None:
+            self._take_plateau()
+        elif self.lr_plateau_gain:
+            raise ValueError(
+                f"lr_plateau_gain: got {self.lr_plateau_gain!r} without lr_plateau_factor; give both, such as "
+                "lr_plateau_factor=0.5."
+            )
         super().__post_init__()
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("permutation", self.permutation, PERMUTATIONS)
@@ -100,10 +117,12 @@ class BornAgainTrainingArguments(TrainingArguments):
             and the objective, which an experiment states for itself.
         """
         defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
+        evaluation_decides = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        indecisive = _INDECISIVE - _EVALUATION if evaluation_decides else _INDECISIVE
         chosen = {
             name: value
             for name, value in self.to_dict().items()
-            if name not in _INDECISIVE and value != defaults.get(name)
+            if name not in indecisive and value != defaults.get(name)
         }
         return chosen if self.world_size == 1 else {**chosen, "world_size": self.world_size}
 
@@ -114,6 +133,42 @@ class BornAgainTrainingArguments(TrainingArguments):
                 f"{name}: got {getattr(self, name)!r}, but objective {self.objective!r} does not read it; expected "
                 f"{default!r}, or an objective of {', '.join(map(repr, readers))}."
             )
+
+    def _take_plateau(self) -> None:
+        """Turns the plateau arguments into the scheduler that transformers steps after every evaluation."""
+        if not 0 < self.lr_plateau_factor < 1:
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r}, expected a number between 0 and 1; 0.25 quarters "
+                "the learning rate."
+            )
+        if not (math.isfinite(self.lr_plateau_gain) and self.lr_plateau_gain >= 0):
+            raise ValueError(f"lr_plateau_gain: got {self.lr_plateau_gain!r}, expected a finite number of 0 or more.")
+        if self.lr_milestones is not None:
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} and lr_milestones {self.lr_milestones!r}; "
+                "expected one of the two schedules."
+            )
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} with eval_strategy 'no', which never finds out "
+                "whether there is a gain; use eval_strategy='epoch'."
+            )
+        kind = SchedulerType(self.lr_scheduler_type)
+        if kind not in (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU):
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} and lr_scheduler_type {kind.value!r}; expected "
+                "one of the two schedules."
+            )
+        self.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
+        self.metric_for_best_model = self.metric_for_best_model or "loss"
+        self.greater_is_better = False if self.greater_is_better is None else self.greater_is_better
+        self.lr_scheduler_kwargs = {
+            "mode": "max" if self.greater_is_better else "min",
+            "factor": self.lr_plateau_factor,
+            "patience": 0,
+            "threshold": self.lr_plateau_gain,
+            "threshold_mode": "abs",
+        }
 
     def _check_milestones(self) -> None:
         milestones = [0.0, *self.lr_milestones, 1.0]
