@@ -38,6 +38,7 @@ class FrozenTeacher:
                     "from_pretrained or load_generation first."
                 )
             module.eval().requires_grad_(False)
+        self.carries_state = [carries_state(module) for module in self.modules]
         self._accepted = [_accepted_arguments(module) for module in self.modules]
 
     def to(self, device: torch.device, memory_format: torch.memory_format | None = None) -> FrozenTeacher:
@@ -68,7 +69,6 @@ class FrozenTeacher:
                 )
             _check_same_classes(module, student)
 
-    @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """The logits of the teacher for one batch.
 
@@ -79,23 +79,45 @@ class FrozenTeacher:
             (..., classes), a floating point tensor without gradient. For several networks it is the logarithm of
             the mean of their probabilities, in float32 or wider, whose softmax is that mean.
         """
+        return self.read_on(inputs, [None] * len(self.modules))[0]
+
+    @torch.no_grad()
+    def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """As a call, for networks that carry a state from one window of a text to the next.
+
+        Args:
+            inputs: see `__call__`.
+            states: one for each network, as returned for the window before; None to begin, and for networks without.
+
+        Returns:
+            The logits, and the states after this window.
+        """
         outputs = [
-            self._logits(module, accepted, inputs)
-            for module, accepted in zip(self.modules, self._accepted, strict=True)
+            self._output(module, accepted, inputs if state is None else {**inputs, "state": state})
+            for module, accepted, state in zip(self.modules, self._accepted, states, strict=True)
         ]
-        if len(outputs) == 1:
-            return outputs[0]
-        wide = [logits if logits.dtype == torch.float64 else logits.float() for logits in outputs]
-        log_probabilities = torch.stack([logits.log_softmax(-1) for logits in wide])  # (networks, ..., classes)
-        return log_probabilities.logsumexp(0) - math.log(len(outputs))  # (..., classes)
+        logits = [logits_of(output) for output in outputs]
+        after = [
+            output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
+        ]
+        if len(logits) == 1:
+            return logits[0], after
+        wide = [part if part.dtype == torch.float64 else part.float() for part in logits]
+        log_probabilities = torch.stack([part.log_softmax(-1) for part in wide])  # (networks, ..., classes)
+        return log_probabilities.logsumexp(0) - math.log(len(logits)), after  # (..., classes)
 
     @staticmethod
-    def _logits(module: nn.Module, accepted: set[str] | None, inputs: Mapping[str, Any]) -> Tensor:
+    def _output(module: nn.Module, accepted: set[str] | None, inputs: Mapping[str, Any]) -> Any:
         if module.training:
             module.eval()
         if accepted is not None:
             inputs = {name: value for name, value in inputs.items() if name in accepted}
-        return logits_of(module(**inputs))
+        return module(**inputs)
+
+
+def carries_state(module: nn.Module) -> bool:
+    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next."""
+    return "state" in inspect.signature(module.forward).parameters
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -20,9 +20,9 @@ from born_again.objectives import (
     IGNORED,
     OBJECTIVES_WITH_LABELS,
     at_least_tiny,
-    distillation_terms,
     item_weights,
     objective_items,
+    watched_items,
 )
 from born_again.schedule import multi_step_schedule
 from born_again.teacher import FrozenTeacher, logits_of
@@ -76,6 +76,7 @@ class BornAgainTrainer(Trainer):
         self._terms: dict[str, Tensor] | None = None
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
+        self._owns_loss = False
         self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
         if self._memory_format is not None:
             self.model.to(memory_format=self._memory_format)
@@ -92,27 +93,33 @@ class BornAgainTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
         self._check_settings(student)
-        self._shifts_labels = self._loss_shifts_labels or _predicts_next_token(student)
         self.teacher = frozen.to(self.args.device, self._memory_format)
+        self._own_the_loss(student)
+
+    def _own_the_loss(self, student: nn.Module) -> None:
+        """From here on the loss is computed here, and never by the network."""
+        self._owns_loss = True
+        self._shifts_labels = self._loss_shifts_labels or _predicts_next_token(student)
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
         self.label_names = self.label_names or ["labels"]
 
-    def _check_settings(self, student: nn.Module) -> None:
+    def _check_settings(self, student: nn.Module, where: str = "beside a teacher") -> None:
+        """Refuses what would change a loss that is computed here, or leave it without meaning."""
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"teacher: {self.args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share "
+                f"n_gpu: {self.args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share "
                 "with a wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show "
                 "it one GPU with CUDA_VISIBLE_DEVICES."
             )
         if self.args.label_smoothing_factor != 0:
             raise ValueError(
-                f"label_smoothing_factor: got {self.args.label_smoothing_factor} beside a teacher, expected 0: the "
-                "teacher's distribution takes the place of smoothed labels."
+                f"label_smoothing_factor: got {self.args.label_smoothing_factor} {where}, expected 0: labels are not "
+                "smoothed here, and a teacher's distribution takes the place of that."
             )
         if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func: got a function beside a teacher, expected None: see `objective`.")
+            raise ValueError(f"compute_loss_func: got a function {where}, expected None: see `objective`.")
         if len(self.label_names) > 1:
             raise ValueError(
                 f"label_names: got {self.label_names}, expected one name, for example ['labels']: a student is taught "
@@ -152,7 +159,7 @@ class BornAgainTrainer(Trainer):
         return batches, total_weight
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        if self.teacher is None:
+        if not self._owns_loss:
             return super()._get_num_items_in_batch(batch_samples, device)
         labels = [self._shift(self._split_labels(batch)[1]) for batch in batch_samples]
         count = sum((part.ne(IGNORED).sum() for part in labels), start=torch.zeros((), dtype=torch.int64))
@@ -171,13 +178,13 @@ class BornAgainTrainer(Trainer):
         the batch a step of its own. The share is multiplied by the number of processes, since their gradients are
         averaged and not summed.
         """
-        if self.teacher is None:
+        if not self._owns_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, labels = self._split_labels(inputs)
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
-        outputs = model(**inputs)
+        outputs = self._ask_student(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
-        if model.training:
+        if model.training and self.teacher is not None:
             if teacher_logits is None:
                 teacher_logits = self._ask_teacher(inputs)
             teacher_rows, _ = self._items(teacher_logits, labels)
@@ -201,9 +208,7 @@ class BornAgainTrainer(Trainer):
                 f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
                 f"{tuple(student_rows.shape)}; expected as many items and classes from both."
             )
-        terms = distillation_terms(student_rows, teacher_rows, targets)
-        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
-        return objective_items(
+        losses, weights, terms = watched_items(
             self.args.objective,
             student_rows,
             teacher_rows,
@@ -213,6 +218,11 @@ class BornAgainTrainer(Trainer):
             permutation=self.args.permutation,
             generator=self._permutations,
         )
+        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
+        return losses, weights
+
+    def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        return model(**inputs)
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
