@@ -34,6 +34,7 @@ from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_b
 from born_again.data.images import ImageData, load_images
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
+from born_again.lineage.machine import has_fast_bf16, use_cores
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.runner import Generation
 from born_again.lineage.table import results_table
@@ -124,21 +125,6 @@ def recipe(asked: Namespace) -> dict[str, Any]:
 def family(model: str) -> str:
     """densenet90_60_cifar -> densenet, wide_resnet28_10_cifar -> wide-resnet."""
     return re.split(r"\d|_cifar", model)[0].strip("_").replace("_", "-")
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16."""
-    if torch.accelerator.is_available():
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def use_cores(threads: int | None) -> None:
-    """accelerate launch leaves a CPU process one thread; an explicit number of threads is kept."""
-    if threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1" and not torch.cuda.is_available():
-        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:

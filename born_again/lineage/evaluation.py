@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction
 
-from born_again.metrics import classification_metrics
+from born_again.metrics import classification_metrics, language_model_metrics
+from born_again.teacher import carries_state
 
 
 @torch.no_grad()
@@ -40,4 +41,33 @@ def evaluate_classifier(
         labels = batch.pop("labels")
         logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
         metrics(EvalPrediction(predictions=logits, label_ids=labels.to(device)), compute_result=False)
+    return metrics.compute()
+
+
+@torch.no_grad()
+def evaluate_language_model(
+    model: nn.Module, streams: Dataset, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Negative log-likelihood and perplexity of a language model, every token of the text weighing the same.
+
+    In the precision of the weights, without autocast, in eval mode; the same on every process. A model that carries a
+    state reads each stream from its start to its end, so that with one stream every word is predicted from all words
+    before it, whatever the window; another model sees the words of the window only.
+
+    Args:
+        model: called with input_ids (streams, time), and state where it takes one; returns an object with logits.
+        streams: `born_again.data.streams.TokenStreams` of the split.
+        device: where it is computed.
+
+    Returns:
+        nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (how many).
+    """
+    model = model.to(device).eval()
+    carries, state = carries_state(model), {}
+    metrics = language_model_metrics()
+    for window in range(streams.windows):
+        batch = streams.__getitems__(range(window * streams.streams, (window + 1) * streams.streams))
+        output = model(batch["input_ids"].to(device), **state)
+        state = {"state": output.state} if carries else {}
+        metrics(EvalPrediction(output.logits, batch["labels"].to(device)), compute_result=False)
     return metrics.compute()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from born_again.models.image_classifier import load_image_classifier
+from born_again.models.language_models import load_language_model
 
 
 def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
-    """Loads a generation, ready to evaluate.
+    """Loads a generation, image classifier or language model, ready to evaluate.
 
     Args:
         path_or_repo: the folder of a generation, such as OUTPUT_DIR/gen3, or a Hub repository.
@@ -24,4 +26,14 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
         OSError: the Hub has no such repository, or cannot be reached.
         ValueError: what is there is no generation.
     """
-    return load_image_classifier(path_or_repo, revision=revision)
+    return _loader(path_or_repo, revision)(path_or_repo, revision=revision)
+
+
+def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path_or_repo, revision=revision)
+    except OSError:
+        return load_image_classifier  # says what is missing, and what was expected
+    # timm's own config.json has an architecture and no model_type.
+    is_image = "architecture" in config or config.get("model_type") == "timm_wrapper"
+    return load_image_classifier if is_image else load_language_model

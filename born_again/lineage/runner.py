@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from born_again.lineage.machine import hardware, peak_memory_mib, versions
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256, sync_folder
 from born_again.lineage.spec import LineageSpec
 
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
-_PACKAGES = ("born-again", "torch", "transformers", "accelerate", "timm", "datasets", "numpy")
 _NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -241,8 +239,8 @@ class LineageRunner:
             generation.index,
             status="finished",
             weights_sha256=file_sha256(partial / WEIGHTS_NAME),
-            metrics=metrics,
-            teacher_fit=trainer.teacher_fit,
+            metrics={split: _finite(values) for split, values in metrics.items()},
+            teacher_fit=trainer.teacher_fit and _finite(trainer.teacher_fit),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             steps=trainer.state.global_step,
             peak_memory_mib=peak_memory_mib(),
@@ -321,41 +319,9 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def versions() -> dict[str, str]:
-    """The versions of the libraries that decide the weights."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)
-    }
-
-
-def hardware() -> str:
-    """The accelerator, or the processor with how many threads torch uses."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU {torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
-
-
-def peak_memory_mib() -> int | None:
-    """The most memory this process has held so far: of the CUDA device where there is one, else resident memory.
-
-    None where the system does not tell (Windows).
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    if os.name != "posix":
-        return None
-    import resource  # POSIX only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no infinity, and a bad measurement must not cost the generation its record."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -267,3 +267,13 @@ def test_memory_of_a_generation_is_let_go(tmp_path):
     work.run()
     gc.collect()
     assert len(alive) == 8 and not [reference for reference in alive if reference() is not None]
+
+
+def test_a_measurement_that_is_not_finite_costs_no_generation_its_record(tmp_path):
+    def evaluate(model):
+        return {"test": {"nll": 800.0, "perplexity": float("inf"), "tokens": 7}}
+
+    runner(tmp_path / "out", spec=spec(generations=0), evaluate=evaluate).run()
+    (record,) = json.loads((tmp_path / "out" / "lineage.json").read_text())["generations"]
+    assert record["status"] == "finished"
+    assert record["metrics"] == {"test": {"nll": 800.0, "perplexity": None, "tokens": 7}}

@@ -1,5 +1,7 @@
 """The table and the card say what the manifest holds, and nothing else."""
 
+import math
+
 import yaml
 
 from born_again.lineage.table import results_table
@@ -41,6 +43,50 @@ def test_table_has_a_line_for_each_finished_generation_and_its_gain():
         ["2", "ban", "44", "92.00", "8.00", "0.5123", "2.10", "12", "-0.50"],
     ]
     assert len({len(line) for line in lines}) == 1
+
+
+def text_record(index, perplexity, **changes):
+    nll = math.log(perplexity)
+    metrics = {
+        "validation": {"nll": nll + 0.1, "perplexity": 1.1 * perplexity, "tokens": 7},
+        "test": {"nll": nll, "perplexity": perplexity, "tokens": 8},
+    }
+    return record(index, 0, **{"metrics": metrics, **changes})
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_table_of_texts_gains_where_the_test_perplexity_falls():
+    table = results_table(
+        manifest(
+            text_record(0, 80.0),
+            text_record(1, 76.5, seconds=1234.5),
+            text_record(2, 77.5),
+            text_record(3, 1.0, status="training"),
+        )
+    )
+    header, rule, *rows = cells(table)
+    assert header == ["generation", "objective", "seed", "valid. ppl", "test ppl", "test NLL", "seconds", "gain"]
+    assert set("".join(rule)) == {"-"}
+    assert rows == [
+        ["0 (teacher)", "label", "42", "88.00", "80.00", "4.3820", "12", ""],
+        ["1", "ban", "43", "84.15", "76.50", "4.3373", "1234", "+3.50"],
+        ["2", "ban", "44", "85.25", "77.50", "4.3503", "12", "-1.00"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_table_of_texts_before_a_generation_has_metrics():
+    alone = [text_record(0, 80.0), text_record(1, 1.0, status="training", metrics={})]
+    assert results_table(manifest(*alone)) == results_table(manifest(alone[0]))
+
+
+def test_an_infinite_perplexity_is_a_cell_like_others():
+    infinite = {split: {"nll": 800.0, "perplexity": None, "tokens": 7} for split in ("validation", "test")}
+    rows = cells(results_table(manifest(text_record(0, 80.0), text_record(1, 1.0, metrics=infinite))))
+    assert rows[-1] == ["1", "ban", "43", "inf", "inf", "800.0000", "12", "-inf"]
 
 
 def test_card_states_its_facts():
