@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
 from born_again.teacher import carries_state, logits_of
 from born_again.trainer import BornAgainTrainer
-from born_again.vocabulary import check_same_words
 
 logger = logging.getLogger(__name__)
 
@@ -87,25 +86,15 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     Args:
         *args: those of transformers.Trainer, in its order.
-        teacher: as in BornAgainTrainer.
-        teacher_processing_class: the teacher's tokenizer; compared with processing_class where both are given.
-        **kwargs: those of transformers.Trainer.
+        **kwargs: those of transformers.Trainer, and teacher and teacher_processing_class of BornAgainTrainer.
 
     Raises:
         ValueError: as BornAgainTrainer does; a teacher with another vocabulary; when the training or evaluation
             begins, an arrangement of batches and processes in which a state would meet another stream's words.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        teacher: nn.Module | Sequence[nn.Module] | None = None,
-        teacher_processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, teacher=teacher, **kwargs)
-        if teacher_processing_class is not None and self.processing_class is not None:
-            check_same_words(teacher_processing_class, self.processing_class)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.teacher is None:
             self._check_settings(student, "in BornAgainLMTrainer")

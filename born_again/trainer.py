@@ -27,6 +27,7 @@ from born_again.objectives import (
 from born_again.schedule import multi_step_schedule
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.training_args import BornAgainTrainingArguments
+from born_again.vocabulary import check_same_words
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class BornAgainTrainer(Trainer):
         *args: those of transformers.Trainer, in its order.
         teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
             put in eval mode, frozen, moved to the training device, and never saved.
+        teacher_processing_class: the teacher's tokenizer; its words are compared with those of processing_class where
+            both are given.
         **kwargs: those of transformers.Trainer.
 
     Attributes:
@@ -69,8 +72,16 @@ class BornAgainTrainer(Trainer):
         FloatingPointError: from train(), when a loss is not finite.
     """
 
-    def __init__(self, *args: Any, teacher: nn.Module | Sequence[nn.Module] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | Sequence[nn.Module] | None = None,
+        teacher_processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if hasattr(teacher_processing_class, "get_vocab") and hasattr(self.processing_class, "get_vocab"):
+            check_same_words(teacher_processing_class, self.processing_class)
         self.teacher: FrozenTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._terms: dict[str, Tensor] | None = None
