@@ -108,7 +108,7 @@ TRANSFORMER = {
     "per_device_train_batch_size": 16,
     "window": 256,
 }
-SMOKE = {"model": "test-lstm", "dataset": "grammar", "num_train_epochs": 30.0}
+SMOKE = {"model": "test-lstm", "dataset": "grammar", "num_train_epochs": 30.0, "threads": 1}
 HOUSEKEEPING = {
     "objective": "ban+l",
     "accelerator_config": {"split_batches": True},  # each process reads its own streams
@@ -131,7 +131,10 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     own = RECIPES.get(model, LSTM if "lstm" in model else TRANSFORMER)
     values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not asked.fp16}
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
-    values["per_device_eval_batch_size"] = asked.per_device_train_batch_size
+    # Streams in which validation is read: fewer where the training has fewer.
+    values["per_device_eval_batch_size"] = min(8, asked.per_device_train_batch_size)
+    if asked.lr_milestones or asked.lr_scheduler_type != "linear":
+        values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
     values["name"] = f"{Path(model).name}-{Path(dataset).name}"
     values["output_dir"] = f"outputs/{asked.name or values['name']}"
     return values
@@ -158,11 +161,21 @@ def build_runner(
 ) -> LineageRunner:
     """The three factories, and how a generation is measured and described."""
     words = vocabulary_of(data.tokenizer)
-    before = data.tokenizer.eos_token_id
-    window = lineage.window
-    # Made before anything is written, since a text may be too short for them.
-    train = TokenStreams(data.train, training.per_device_train_batch_size, window, before=before)
-    validation = TokenStreams(data.validation, training.per_device_eval_batch_size, window, before=before)
+    window, eval_batch = lineage.window, training.per_device_eval_batch_size
+
+    def streams(tokens: torch.Tensor, count: int, steps: int) -> TokenStreams:
+        return TokenStreams(tokens, count, min(steps, len(tokens)), before=data.tokenizer.eos_token_id)
+
+    # Made before anything is written, since arguments may not fit the model, or a text be too short.
+    with torch.device("meta"):
+        carries = carries_state(create_language_model(spec.model, words, **spec.model_args))
+    train = streams(data.train, training.per_device_train_batch_size, window)
+    validation = streams(data.validation, eval_batch, window)
+    # A state makes one stream exact and the window indifferent; without it the window is the context.
+    measured = {
+        split: streams(tokens, 1, 10 * window) if carries else streams(tokens, eval_batch, window)
+        for split, tokens in (("validation", data.validation), ("test", data.test))
+    }
 
     def build_student(generation: Generation) -> nn.Module:
         return create_language_model(spec.model, words, **spec.model_args)
@@ -182,23 +195,15 @@ def build_runner(
             teacher_processing_class=None if teacher is None else AutoTokenizer.from_pretrained(parent),
         )
 
-    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
-        # A state makes one stream exact and the window indifferent; without it the window is the context.
-        streams, steps = (1, 10 * window) if carries_state(model) else (training.per_device_eval_batch_size, window)
-        return {
-            split: evaluate_language_model(
-                model, TokenStreams(tokens, streams, min(steps, len(tokens)), before=before), training.device
-            )
-            for split, tokens in (("validation", data.validation), ("test", data.test))
-        }
-
     return LineageRunner(
         spec,
         training.output_dir,
         build_student=build_student,
         build_trainer=build_trainer,
         load_teacher=load_language_model,
-        evaluate=evaluate,
+        evaluate=lambda model: {
+            split: evaluate_language_model(model, text, training.device) for split, text in measured.items()
+        },
         write_card=language_model_card,
         data=data.fingerprint,
         keep_checkpoints=lineage.keep_checkpoints,
@@ -216,8 +221,8 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> Non
         lineage.dataset,
         text_column=lineage.text_column,
         revision=lineage.dataset_revision,
-        max_train_tokens=lineage.max_train_samples,
-        max_eval_tokens=lineage.max_eval_samples,
+        max_train_samples=lineage.max_train_samples,
+        max_eval_samples=lineage.max_eval_samples,
     )
     runner = build_runner(spec, data, training, lineage)
     if training.process_index == 0:

@@ -61,8 +61,8 @@ def load_text(
     *,
     text_column: str | None = None,
     revision: str | None = None,
-    max_train_tokens: int | None = None,
-    max_eval_tokens: int | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
 ) -> TextData:
     """Read a corpus into memory.
 
@@ -77,16 +77,16 @@ def load_text(
             `datasets` reads; "ptb" or "owner/name" on the Hub. A folder called as a shortcut is reached as "./ptb".
         text_column: column of the text, where `datasets` reads it; None takes the only one of strings.
         revision: branch, tag or commit of a dataset on the Hub.
-        max_train_tokens: keep the first so many tokens of the training split; None or more than there are: all.
-        max_eval_tokens: likewise for the validation and the test split, each.
+        max_train_samples: keep the first so many tokens of the training split; None or more than there are: all.
+        max_eval_samples: likewise for the validation and the test split, each.
 
     Raises:
         ValueError: if the name, a file, a split, a column, a word or a limit is not as expected; the message says
             which.
         ConnectionError: if the Hub is needed and cannot be reached.
     """
-    limits = {"train": max_train_tokens, "validation": max_eval_tokens, "test": max_eval_tokens}
-    for flag, limit in (("max_train_tokens", max_train_tokens), ("max_eval_tokens", max_eval_tokens)):
+    limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
+    for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"--{flag} is {limit}; expected at least 1: leave it out to use every token")
     lines, is_ptb = _read_lines(dataset, text_column, revision)
@@ -113,7 +113,7 @@ def load_text(
         tokens[split] = torch.tensor(numbers[: limits[split]])
     sizes = {split: len(text) for split, text in texts.items()} | {"vocabulary": len(words)}
     differing = {part: size for part, size in sizes.items() if size != _PTB_SIZES[part]}
-    if is_ptb and differing and max_train_tokens is None and max_eval_tokens is None:
+    if is_ptb and differing and max_train_samples is None and max_eval_samples is None:
         logger.warning(
             "--dataset %r is Penn Treebank by its name, but has %s where Mikolov's preparation has %s (tokens of a "
             "split, words of the vocabulary): perplexities cannot be compared with published ones.",
@@ -269,7 +269,8 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
     Nothing is added to a text: `decode(encode("the cat"))` is "the cat", and the `<eos>` of a line is put where the
     ids of a corpus are made. `<unk>` and `<eos>` in a text are words like others. A word that is not in `words` is
-    `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding.
+    `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding: tell the two apart by
+    the attention mask, which DataCollatorForLanguageModeling does not do.
 
     Args:
         words: all different, without white space, `<eos>` among them.

@@ -185,7 +185,9 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
         """
         self._check(input_ids, attention_mask, state)
         hidden, state = self.stack(self.embed(input_ids), state)
-        logits = self.decoder(hidden)  # (batch, time, words)
+        # An LSTM's output is a transposed view, for which a frozen bf16 softmax layer takes nine times as long on a
+        # CPU.
+        logits = self.decoder(hidden.contiguous())  # (batch, time, words)
         loss = None
         if labels is not None:
             # Not an argument by name: Trainer would take it for a column of labels, and find no batch that has it.
@@ -282,6 +284,9 @@ class LstmLMForCausalLM(RecurrentLM):
         self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.stack = LstmStack(config.embedding_size, sizes, config)
         self.decoder = nn.Linear(last, config.vocab_size)
+        if config.tie_word_embeddings:
+            # One matrix is saved once, and Trainer need not warn that a checkpoint lacks the other.
+            self._keys_to_ignore_on_save = ["decoder.weight"]
         self.post_init()
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -90,11 +90,11 @@ def test_lines_are_those_of_newlines_only(tmp_path):
 
 def test_limits_keep_the_first_tokens_and_the_vocabulary(tmp_path):
     folder = write(tmp_path / "ptb")
-    whole, cut = load_text(folder), load_text(folder, max_train_tokens=5, max_eval_tokens=4)
+    whole, cut = load_text(folder), load_text(folder, max_train_samples=5, max_eval_samples=4)
     assert torch.equal(cut.train, whole.train[:5])
     assert (len(cut.validation), len(cut.test)) == (4, 4)
     assert vocabulary_of(cut.tokenizer) == vocabulary_of(whole.tokenizer)
-    assert load_text(folder, max_train_tokens=10_000).fingerprint == whole.fingerprint
+    assert load_text(folder, max_train_samples=10_000).fingerprint == whole.fingerprint
 
 
 def test_unknown_word_without_unk(tmp_path):
@@ -109,7 +109,7 @@ def test_another_preparation_of_ptb_is_a_warning(tmp_path, caplog):
         load_text(folder)
     assert "'train': 19" in caplog.text and "'train': 929589" in caplog.text and "cannot be compared" in caplog.text
     caplog.clear()
-    load_text(folder, max_eval_tokens=3)
+    load_text(folder, max_eval_samples=3)
     load_text(write(tmp_path / "own", names=("train.txt", "valid.txt", "test.txt")))
     assert not caplog.text
 
@@ -133,8 +133,8 @@ def test_embedded_grammar():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_train_tokens": 0}, "--max_train_tokens is 0; expected at least 1"),
-        ({"max_eval_tokens": -2}, "--max_eval_tokens is -2; expected at least 1"),
+        ({"max_train_samples": 0}, "--max_train_samples is 0; expected at least 1"),
+        ({"max_eval_samples": -2}, "--max_eval_samples is -2; expected at least 1"),
         ({"revision": "main"}, "revision is 'main' for --dataset 'grammar', which is embedded: drop it"),
         ({"text_column": "text"}, "text_column is 'text' for --dataset 'grammar', which is embedded: drop it"),
         ({"dataset": "gramar"}, "--dataset is 'gramar'; expected 'grammar', 'ptb', a folder, or 'owner/name'"),
