@@ -16,7 +16,7 @@ from born_again.models.language_configs import LstmLMConfig
 from born_again.models.lstm_lm import LstmLMForCausalLM
 
 STREAMS, WINDOW = 8, 5
-OBJECTIVES = ("label", "ban+l", "cwtm")
+CASES = (("label", 1), ("ban+l", 1), ("cwtm", 2))  # objective, accumulated windows
 
 
 def lstm(seed: int, units: int) -> LstmLMForCausalLM:
@@ -78,11 +78,10 @@ def trained(folder: Path, objective: str, accumulate: int, resume: bool = False)
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results = {}
-    for objective in OBJECTIVES:
-        for accumulate in (1, 2):
-            own = folder / f"{objective}-{accumulate}"
-            results[f"{objective} {accumulate}"] = trained(own, objective, accumulate)
-            results[f"{objective} {accumulate} resumed"] = trained(own, objective, accumulate, resume=True)
+    for objective, accumulate in CASES:
+        own = folder / f"{objective}-{accumulate}"
+        results[f"{objective} {accumulate}"] = trained(own, objective, accumulate)
+        results[f"{objective} {accumulate} resumed"] = trained(own, objective, accumulate, resume=True)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.save(results, folder / f"rank{rank}.pt")
     if torch.distributed.is_initialized():
