@@ -1,17 +1,14 @@
 """The LSTM language model in the hands of transformers: its Trainer, and generate()."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from born_again.models import lstm_lm
 from born_again.models.language_configs import LstmLMConfig
 from born_again.models.lstm_lm import LstmLMForCausalLM
 
-ROOT = Path(lstm_lm.__file__).parents[2]
 WORDS, ROWS, TIME = 11, 3, 10
 
 
@@ -23,12 +20,6 @@ def _model(seed: int = 0, **config) -> LstmLMForCausalLM:
 
 def _ids(rows: int = ROWS, time: int = TIME) -> torch.Tensor:
     return torch.randint(WORDS, (rows, time), generator=torch.Generator().manual_seed(1))
-
-
-def _labels() -> torch.Tensor:
-    labels = torch.randint(WORDS, (ROWS, TIME), generator=torch.Generator().manual_seed(2))
-    labels[0, :4] = labels[2, 5] = -100
-    return labels
 
 
 def _close(found, expected):
