@@ -19,6 +19,7 @@ _HOME = {
     "BornAgainTrainingArguments": "born_again.training_args",
     "LineageSpec": "born_again.lineage.spec",
     "LineageRunner": "born_again.lineage.runner",
+    "LineageEnsemble": "born_again.lineage.ensemble",
     "create_image_classifier": "born_again.models.image_classifier",
     "LstmLMConfig": "born_again.models.lstm_lm",
     "LstmLMForCausalLM": "born_again.models.lstm_lm",

@@ -35,6 +35,14 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```"""
 
 
+_ENSEMBLE = """```python
+from born_again import LineageEnsemble
+
+model = LineageEnsemble.from_pretrained("FOLDER")  # its members, genK, stand beside FOLDER
+logits = model({inputs}).logits
+```"""
+
+
 def image_classifier_card(manifest: Mapping[str, Any], generation: int) -> str:
     """The card of one generation of image classifiers.
 
@@ -51,6 +59,61 @@ def image_classifier_card(manifest: Mapping[str, Any], generation: int) -> str:
 def language_model_card(manifest: Mapping[str, Any], generation: int) -> str:
     """The card of one generation of language models; takes and returns what `image_classifier_card` does."""
     return _card(manifest, generation, "transformers", "text-generation", ["transformers"], _TEXT)
+
+
+def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The card of an ensemble of generations, of image classifiers or of language models.
+
+    Args:
+        manifest: the content of lineage.json, with the members' records.
+        record: {"members": their indices, "average": "probabilities" or "logits", "metrics": by split, {} where it
+            was not measured}.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    spec, members = manifest["spec"], [manifest["generations"][index] for index in record["members"]]
+    is_text = any("perplexity" in values for member in members for values in member["metrics"].values())
+    task = "text-generation" if is_text else "image-classification"
+    header = {
+        "library_name": "born_again",
+        "pipeline_tag": task,
+        "tags": ["born-again-networks", "knowledge-distillation", "ensemble", task],
+        "born_again": {
+            "members": list(record["members"]),
+            "average": record["average"],
+            "weights_sha256": [member["weights_sha256"] for member in members],
+        },
+    }
+    names = ", ".join(f"gen{index}" for index in record["members"])
+    measured = "Measured on the weights of the members, in float32; one run, one seed for each member."
+    return "\n".join(
+        [
+            *_front_matter(header),
+            f"# {_plain(manifest['name'])}, ensemble of {names}",
+            "",
+            f"The mean of the {record['average']} (equation 4 of the paper) of networks of one architecture, a "
+            f"{_plain(spec['model'])}, trained on {_plain(spec['dataset'])} in one born-again lineage. There are no "
+            "weights in this folder: the members are those of the folders beside it, known by their hashes.",
+            "",
+            *(f"- gen{member['index']}: {_plain(member['objective'])}, seed {member['seed']}" for member in members),
+            "",
+            "## Use",
+            "",
+            _ENSEMBLE.replace("{inputs}", "input_ids" if is_text else "pixel_values"),
+            "",
+            "## Results",
+            "",
+            measured if record["metrics"] else "Not measured.",
+            "",
+            *_results(record["metrics"]),
+            "",
+            "## Citation",
+            "",
+            _CITATION,
+            "",
+        ]
+    )
 
 
 def _card(
@@ -74,10 +137,7 @@ def _card(
     )
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(header, sort_keys=False).rstrip(),
-            "---",
-            "",
+            *_front_matter(header),
             f"# {_plain(manifest['name'])}-gen{generation}",
             "",
             _origin(spec, record),
@@ -90,11 +150,7 @@ def _card(
             "",
             f"Measured on the weights in this folder, in float32, {chosen}; one run, one seed.",
             "",
-            *(
-                f"- {split} {metric}: {_shown(value)}"
-                for split, values in record["metrics"].items()
-                for metric, value in values.items()
-            ),
+            *_results(record["metrics"]),
             "",
             "## Training",
             "",
@@ -109,6 +165,16 @@ def _card(
             "",
         ]
     )
+
+
+def _front_matter(header: Mapping[str, Any]) -> list[str]:
+    return ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", ""]
+
+
+def _results(metrics: Mapping[str, Mapping[str, float | int | None]]) -> list[str]:
+    return [
+        f"- {split} {metric}: {_shown(value)}" for split, values in metrics.items() for metric, value in values.items()
+    ]
 
 
 def _origin(spec: Mapping[str, Any], record: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,7 @@ class FrozenTeacher:
         ]
         if len(logits) == 1:
             return logits[0], after
-        wide = [part if part.dtype == torch.float64 else part.float() for part in logits]
-        log_probabilities = torch.stack([part.log_softmax(-1) for part in wide])  # (networks, ..., classes)
-        return log_probabilities.logsumexp(0) - math.log(len(logits)), after  # (..., classes)
+        return mean_log_probabilities(logits), after
 
     @staticmethod
     def _output(module: nn.Module, accepted: set[str] | None, inputs: Mapping[str, Any]) -> Any:
@@ -116,8 +114,29 @@ class FrozenTeacher:
 
 
 def carries_state(module: nn.Module) -> bool:
-    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next."""
-    return "state" in inspect.signature(module.forward).parameters
+    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next.
+
+    A network that hands its inputs on to others says in its `forward_signature` what those take.
+    """
+    return "state" in _forward_parameters(module)
+
+
+def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """Equation 4 of the paper: several networks as the mean of their probabilities.
+
+    Args:
+        logits: of each network, (..., classes) of any float dtype.
+
+    Returns:
+        (..., classes), float32 or wider: the logarithm of the mean, whose softmax is the mean.
+    """
+    log_probabilities = torch.stack([widened(part).log_softmax(-1) for part in logits])  # (networks, ..., classes)
+    return log_probabilities.logsumexp(0) - math.log(len(logits))  # (..., classes)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits of any float dtype in float32, or wider where they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -146,10 +165,15 @@ def logits_of(outputs: Any) -> Tensor:
 
 def _accepted_arguments(module: nn.Module) -> set[str] | None:
     """Names that forward takes, or None where it takes any."""
-    parameters: Iterable[inspect.Parameter] = inspect.signature(module.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = _forward_parameters(module)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
-    return {parameter.name for parameter in parameters}
+    return set(parameters)
+
+
+def _forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    signature = getattr(module, "forward_signature", None)
+    return (signature or inspect.signature(module.forward)).parameters
 
 
 def _storage(parameter: nn.Parameter) -> int:

@@ -1,0 +1,286 @@
+"""Generations of one lineage that answer together: the paper's born-again ensemble (BANE, equation 4)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
+
+from born_again.lineage.loading import load_generation
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, write_atomically
+from born_again.lineage.members import (
+    AVERAGES,
+    ENSEMBLE_NAME,
+    FORMAT,
+    VERSION,
+    Facts,
+    Member,
+    check_alike,
+    checked_folder,
+    chosen_generations,
+    read_ensemble,
+)
+from born_again.model_card import ensemble_card
+from born_again.teacher import logits_of, mean_log_probabilities, widened
+
+_GENERATION_FOLDER = re.compile("gen[0-9]+")
+# A loss of each member, a tuple in place of names, one cache that every member would write into.
+_NO_INPUT = ("labels", "return_dict", "past_key_values")
+
+
+@dataclass
+class EnsembleOutput(ModelOutput):
+    """What an ensemble returns.
+
+    Args:
+        logits: (..., classes), float32 or wider. For the mean of probabilities the logarithm of that mean, whose
+            softmax it is; for the mean of logits that mean.
+        state: the states of all members after this window, one after the other in one tuple; None without.
+    """
+
+    logits: Tensor | None = None
+    state: tuple[Tensor, ...] | None = None
+
+
+class LineageEnsemble(nn.Module):
+    """Finished generations of a lineage as one network: image classifiers, or language models token by token.
+
+    Made by `from_lineage` or `from_pretrained`. It is frozen and always in eval mode; it can be measured as a
+    generation is, and can teach: BornAgainTrainer(teacher=ensemble). Language models that carry a state each carry
+    their own.
+
+    Args:
+        output_dir: the lineage's folder, which holds the members' folders.
+        members: one or more.
+        average: "probabilities" (what the paper does is not stated; this is the usual reading) or "logits".
+        sequential: keeps one member in memory at a time: every call reads the members from their folders, one after
+            the other, which is worth it for networks too large to be held together, with large batches.
+
+    Raises:
+        LineageError: weights that are missing or not those of a member, members of different kinds, labels or words.
+        ValueError: no members, an average that there is none of, or a folder whose content is no generation.
+        FileNotFoundError: a member's folder lacks its config.json.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        members: Sequence[Member],
+        average: str = "probabilities",
+        sequential: bool = False,
+    ) -> None:
+        super().__init__()
+        if average not in AVERAGES:
+            raise ValueError(f"average: got {average!r}, expected {' or '.join(map(repr, AVERAGES))}.")
+        if not members:
+            raise ValueError("members: got none, expected at least one; from_lineage finds those of a lineage.")
+        self.output_dir = Path(output_dir).resolve()
+        self.members = tuple(members)
+        self.average = average
+        self.sequential = sequential
+        self.networks = nn.ModuleList()
+        self._conversions: list[Callable[[Tensor], Tensor]] = []
+        self._skeleton: list[nn.Module] = []  # in a list, so that it is no part of this module
+        facts = [self._take(member) for member in self.members]
+        for other in facts[1:]:
+            check_alike(facts[0], other)
+        self._state_parts = [fact.state_parts for fact in facts]
+        self.eval()
+
+    @classmethod
+    def from_lineage(
+        cls,
+        output_dir: str | Path,
+        members: str | Sequence[int] = "last 3",
+        average: str = "probabilities",
+        sequential: bool = False,
+    ) -> LineageEnsemble:
+        """The ensemble of some of a lineage's finished generations.
+
+        Args:
+            output_dir: the folder with lineage.json.
+            members: "last 3" for the three newest finished students, never the teacher (the paper's Ens*3, with
+                another number its Ens*2 ...); "all" for every finished generation, the teacher too; indices as
+                "1,2,3" or as whole numbers in a list, where 0 is the teacher.
+            average: see the class.
+            sequential: see the class.
+
+        Raises:
+            FileNotFoundError: there is no lineage.json.
+            ValueError: members or average that cannot be understood.
+            LineageError: fewer finished generations than asked for, or what the class raises.
+        """
+        folder = Path(output_dir)
+        if not (folder / MANIFEST_NAME).is_file():
+            raise FileNotFoundError(
+                f"output_dir: {folder} has no {MANIFEST_NAME}, expected the folder of a lineage; give the output_dir "
+                "that the lineage was trained into."
+            )
+        manifest = Manifest.read(folder)
+        chosen = [
+            Member(index, manifest.generations[index]["weights_sha256"])
+            for index in chosen_generations(members, manifest)
+        ]
+        return cls(folder, chosen, average, sequential)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, sequential: bool = False) -> LineageEnsemble:
+        """The ensemble that `save_pretrained` wrote down, its members read from the folders beside it.
+
+        Args:
+            folder: such as OUTPUT_DIR/ensemble.
+            sequential: see the class.
+
+        Raises:
+            FileNotFoundError: there is no ensemble.json.
+            LineageError: it is no JSON, of a newer version, has a wrong field or a member that is not a generation
+                beside it; or what the class raises.
+        """
+        path = Path(folder).resolve() / ENSEMBLE_NAME
+        members, average = read_ensemble(path)
+        return cls(path.parent.parent, members, average, sequential)
+
+    def save_pretrained(
+        self, folder: str | Path, metrics: Mapping[str, Mapping[str, float | None]] | None = None
+    ) -> None:
+        """Writes ensemble.json, which names the members and holds no weights, and README.md.
+
+        Args:
+            folder: in the lineage's folder, such as OUTPUT_DIR/ensemble; made if needed, an ensemble's is replaced.
+            metrics: of the ensemble by split, for the card: {"test": {"accuracy": ...}}.
+
+        Raises:
+            LineageError: a folder elsewhere, or one that holds or will hold something else; a member that the
+                lineage's lineage.json does not have.
+            OSError: the folder cannot be written; an ensemble in it is intact.
+        """
+        target = Path(folder).resolve()
+        if target.parent != self.output_dir or _GENERATION_FOLDER.fullmatch(target.name):
+            raise LineageError(
+                f"folder: got {folder}, expected a folder of its own beside the members in {self.output_dir}, which "
+                f"it names by their place; take {self.output_dir / 'ensemble'}."
+            )
+        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        if not is_free and not (target / ENSEMBLE_NAME).is_file():
+            raise LineageError(
+                f"folder: {folder} holds something that is no ensemble (it has no {ENSEMBLE_NAME}), expected a new or "
+                "empty folder; nothing in it was touched."
+            )
+        manifest = Manifest.read(self.output_dir)
+        for member in self.members:
+            record = manifest.record(member.generation)
+            if record is None or record["weights_sha256"] != member.weights_sha256:
+                raise LineageError(
+                    f"members: {manifest.path} does not have generation {member.generation} with the weights of this "
+                    "ensemble; make the ensemble again with from_lineage."
+                )
+        record = {"members": [member.generation for member in self.members], "average": self.average}
+        card = ensemble_card(manifest.content, {**record, "metrics": metrics or {}})
+        members = [{**asdict(member), "folder": f"../gen{member.generation}"} for member in self.members]
+        content = {"format": FORMAT, "version": VERSION, "average": self.average, "members": members}
+        write_atomically(target / "README.md", card)
+        write_atomically(target / ENSEMBLE_NAME, json.dumps(content, indent=2) + "\n")
+
+    @torch.no_grad()
+    def forward(
+        self, first: Tensor | None = None, /, *, state: Sequence[Tensor] | None = None, **inputs: Any
+    ) -> EnsembleOutput:
+        """Asks every member, and averages.
+
+        Args:
+            first: pixel_values or input_ids, where they are not given by name.
+            state: of the window before, as returned, for members that carry one; None to begin.
+            **inputs: what a member is called with.
+
+        Returns:
+            Logits without gradient, and the next state.
+
+        Raises:
+            ValueError: labels, return_dict or past_key_values among the inputs; a state that is not the members'.
+        """
+        for name in _NO_INPUT:
+            if name in inputs:
+                raise ValueError(
+                    f"{name}: got one, expected the inputs alone; an ensemble returns logits (and a state) by name, "
+                    "from which a loss can be computed."
+                )
+        given = () if first is None else (first,)
+        answers = [self._ask(index, given, inputs, own) for index, own in enumerate(self._split(state))]
+        logits = [own for own, _ in answers]
+        if self.average == "probabilities":
+            mean = mean_log_probabilities(logits)
+        else:
+            mean = torch.stack([widened(own) for own in logits]).mean(0)
+        return EnsembleOutput(logits=mean, state=tuple(part for _, after in answers for part in after) or None)
+
+    def train(self, mode: bool = True) -> LineageEnsemble:
+        """Stays in eval mode: the members are finished."""
+        return super().train(False)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The first member's, whose labels or words are those of all."""
+        return self._like().config
+
+    @property
+    def forward_signature(self) -> inspect.Signature:
+        """What the members' forward takes; see `born_again.teacher.carries_state`."""
+        return inspect.signature(self._like().forward)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The first member's, without values where `sequential`; None for image classifiers."""
+        return self._like().get_output_embeddings()
+
+    def _like(self) -> nn.Module:
+        return (self._skeleton or self.networks)[0]
+
+    def _ask(
+        self, index: int, given: tuple[Tensor, ...], inputs: Mapping[str, Any], state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A function of its own, so that a member read for it is freed before the next one is."""
+        network = self._load(self.members[index]) if self.sequential else self.networks[index]
+        output = network(*given, **inputs, **({} if state is None else {"state": state}))
+        return logits_of(output), tuple(output.state) if self._state_parts[index] else ()
+
+    def _split(self, state: Sequence[Tensor] | None) -> list[tuple[Tensor, ...] | None]:
+        """Each member's part of a state."""
+        if state is None:
+            return [None] * len(self.members)
+        if len(state) != sum(self._state_parts):
+            raise ValueError(
+                f"state: got {len(state)} tensors, expected {sum(self._state_parts) or 'none'} from members with "
+                f"{self._state_parts}; pass what the ensemble returned for the window before."
+            )
+        parts = iter(state)
+        return [tuple(islice(parts, count)) for count in self._state_parts]
+
+    def _take(self, member: Member) -> Facts:
+        network = self._load(member)
+        facts = Facts.of(network, self.output_dir, member.generation)
+        if not self.sequential:
+            self.networks.append(network)
+        elif not self._skeleton:
+            self._skeleton.append(network.to("meta"))
+        return facts
+
+    def _load(self, member: Member) -> nn.Module:
+        network = load_generation(checked_folder(self.output_dir, member)).requires_grad_(False)
+        for convert in self._conversions:
+            network._apply(convert)
+        return network
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LineageEnsemble:
+        # What to(), double() and their kind do to weights in memory is done later to those that are read.
+        if self.sequential:
+            self._conversions.append(fn)
+        return super()._apply(fn, recurse)
