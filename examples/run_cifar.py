@@ -37,6 +37,7 @@ from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, use_cores
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.runner import Generation
+from born_again.lineage.spec import plain_name
 from born_again.lineage.table import results_table
 from born_again.metrics import classification_metrics
 from born_again.model_card import image_classifier_card
@@ -117,7 +118,7 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
     if model.startswith("wide_resnet28_"):
         values["dropout"] = 0.3
-    values["name"] = f"{family(model)}-{Path(dataset).name}"
+    values["name"] = plain_name(f"{family(model)}-{Path(dataset).name}")
     values["output_dir"] = f"outputs/{asked.name or values['name']}"
     return values
 

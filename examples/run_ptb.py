@@ -32,6 +32,7 @@ from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, use_cores
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.runner import Generation
+from born_again.lineage.spec import plain_name
 from born_again.lineage.table import results_table
 from born_again.model_card import language_model_card
 from born_again.models.language_models import check_language_model, create_language_model, load_language_model
@@ -135,7 +136,7 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     values["per_device_eval_batch_size"] = min(8, asked.per_device_train_batch_size)
     if asked.lr_milestones or asked.lr_scheduler_type != "linear":
         values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
-    values["name"] = f"{Path(model).name}-{Path(dataset).name}"
+    values["name"] = plain_name(f"{Path(model).name}-{Path(dataset).name}")
     values["output_dir"] = f"outputs/{asked.name or values['name']}"
     return values
 

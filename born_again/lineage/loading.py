@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from torch import nn
 from transformers import PretrainedConfig
 
 from born_again.models.image_classifier import load_image_classifier
 from born_again.models.language_models import load_language_model
+from born_again.models.saved import read_settings
 
 
 def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
@@ -31,7 +33,10 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
 
 def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
     try:
-        config, _ = PretrainedConfig.get_config_dict(path_or_repo, revision=revision)
+        if os.path.isdir(path_or_repo):
+            config = read_settings(Path(path_or_repo))
+        else:
+            config, _ = PretrainedConfig.get_config_dict(path_or_repo, revision=revision)
     except OSError:
         return load_image_classifier  # says what is missing, and what was expected
     # timm's own config.json has an architecture and no model_type.

@@ -10,16 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from born_again.lineage.schema import FORMAT, VERSION, LineageError, read_manifest
 from born_again.lineage.spec import LineageSpec
 
+__all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256", "sync_folder", "write_atomically"]
+
 MANIFEST_NAME = "lineage.json"
-FORMAT = "born_again.lineage"
-VERSION = 1
-STATUSES = ("training", "finished")
-
-
-class LineageError(RuntimeError):
-    """A lineage that cannot go on as asked: another experiment's folder, changed weights, an unreadable manifest."""
 
 
 class Manifest:
@@ -61,14 +57,7 @@ class Manifest:
             LineageError: it is no JSON, no manifest, of a newer version, or a field is wrong; names the field.
         """
         path = Path(folder) / MANIFEST_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise LineageError(
-                f"{path}: is not JSON ({error}); restore it from a copy, or use another folder."
-            ) from error
-        _check(path, content)
-        return cls(path, content)
+        return cls(path, read_manifest(path))
 
     @property
     def spec(self) -> LineageSpec:
@@ -131,32 +120,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(path: Path, content: Any) -> None:
-    def expect(condition: bool, field: str, expected: str) -> None:
-        if not condition:
-            raise LineageError(f"{path}: the field {field!r} is wrong, expected {expected}; restore it from a copy.")
-
-    expect(isinstance(content, dict) and content.get("format") == FORMAT, "format", repr(FORMAT))
-    version = content.get("version")
-    expect(isinstance(version, int) and version >= 1, "version", "a whole number above 0")
-    if version > VERSION:
-        raise LineageError(
-            f"{path}: has version {version}, this born_again reads up to {VERSION}; upgrade born-again."
-        )
-    expect(isinstance(content.get("spec"), dict), "spec", "an object")
-    try:
-        LineageSpec.from_dict(content["spec"])
-    except ValueError as error:
-        raise LineageError(f"{path}: the field 'spec' is wrong: {error}") from error
-    expect(isinstance(content.get("data"), dict), "data", "an object")
-    generations = content.get("generations")
-    expect(isinstance(generations, list), "generations", "a list")
-    for index, record in enumerate(generations):
-        field = f"generations[{index}]"
-        expect(isinstance(record, dict) and record.get("index") == index, f"{field}.index", str(index))
-        expect(record.get("status") in STATUSES, f"{field}.status", " or ".join(map(repr, STATUSES)))
-        if record["status"] == "finished":
-            expect(isinstance(record.get("weights_sha256"), str), f"{field}.weights_sha256", "a SHA-256")
-            expect(isinstance(record.get("metrics"), dict), f"{field}.metrics", "an object by split")

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from born_again.lineage.folders import last_checkpoint, move_aside, sync_files
+from born_again.lineage.interruption import Interrupted, Interruption, StopAndSave
+from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import hardware, peak_memory_mib, versions
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256, sync_folder
 from born_again.lineage.spec import LineageSpec
@@ -62,6 +63,9 @@ class LineageRunner:
     whose weights still hash to the manifest is skipped, an interrupted one goes on from its last whole checkpoint.
     Initial weights depend on the generation's seed alone: set_seed, then `build_student`. A generation is loaded from
     its folder to teach and to be measured, so that what is measured is what a user loads.
+
+    One run at a time holds the folder. SIGTERM and SIGINT let it finish the step, write a checkpoint and leave; the
+    same command then gives the weights of a run that nothing interrupted.
 
     Args:
         spec: what is asked.
@@ -106,8 +110,10 @@ class LineageRunner:
         self.save_student = save_student or (lambda model, folder: model.save_pretrained(folder))
         self.write_card = write_card
         self.keep_checkpoints = keep_checkpoints
+        self.data = dict(data or {})
         self._processes = PartialState()
-        self.manifest = self._open(dict(data or {}))
+        self._interruption = Interruption()
+        self.manifest = self._open()
 
     def run(self) -> Manifest:
         """Trains every generation that is not finished.
@@ -116,17 +122,54 @@ class LineageRunner:
             The manifest, also on disk.
 
         Raises:
-            LineageError: weights of a finished generation are not those that were written.
+            LineageError: weights of a finished generation are not those that were written, or another run uses the
+                folder.
             FloatingPointError: a loss was not finite; names generation and step, checkpoints are kept.
+            Interrupted: a signal asked to stop, and what was trained is saved; ends a program that does not catch it.
         """
+        if self.is_finished():  # nothing is written, so that a folder may be read-only
+            self._run()
+            return self.manifest
+        with self._lock(), self._interruption:
+            self.manifest = self._open()  # another run may have gone on in between
+            self._processes.wait_for_everyone()
+            try:
+                self._run()
+            except Interrupted as interrupted:
+                if self._processes.is_main_process:
+                    logger.warning("%s", interrupted)
+                raise
+        return self.manifest
+
+    def _run(self) -> None:
         for index in range(self.spec.generations + 1):
             record = self.manifest.record(index)
             if record is not None and record["status"] == "finished":
                 self._check_weights(index)
                 logger.info("Generation %d of %s is finished.", index, self.spec.name)
-            else:
-                self._train(index)
-        return self.manifest
+                continue
+            signum = self._interruption.agreed()
+            if signum is not None:
+                raise Interrupted(signum, f"before generation {index}: {self._how_to_go_on()}")
+            self._train(index)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Holds the folder on the first process; where it cannot, every process raises and none waits."""
+        with contextlib.ExitStack() as held:
+            refusal = [None]
+            if self._processes.is_main_process:
+                try:
+                    held.enter_context(FolderLock(self.output_dir))
+                except LineageError as error:
+                    refusal = [str(error)]
+            broadcast_object_list(refusal)
+            if refusal[0] is not None:
+                raise LineageError(refusal[0])
+            yield
+
+    def _how_to_go_on(self) -> str:
+        return f"what is trained is saved in {self.output_dir}; the same command goes on from there."
 
     def folder(self, index: int) -> Path:
         """Where a finished generation is."""
@@ -138,8 +181,8 @@ class LineageRunner:
             record["status"] == "finished" for record in self.manifest.generations
         )
 
-    def _open(self, data: dict[str, Any]) -> Manifest:
-        folder = self.output_dir
+    def _open(self) -> Manifest:
+        folder, data = self.output_dir, self.data
         if (folder / MANIFEST_NAME).exists():
             manifest = Manifest.read(folder)
             differences = self.spec.differences(manifest.spec)
@@ -157,7 +200,7 @@ class LineageRunner:
                 )
             manifest.content["spec"]["generations"] = max(self.spec.generations, manifest.spec.generations)
             return manifest
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.name != LOCK_NAME for path in folder.iterdir())):
             raise LineageError(
                 f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new "
                 "or empty folder; nothing in it was touched."
@@ -181,6 +224,7 @@ class LineageRunner:
         trainer = self.build_trainer(student, teacher, generation)
         clock = _Clock(self, index)
         trainer.add_callback(clock)
+        trainer.add_callback(StopAndSave(self._interruption, self._how_to_go_on()))  # after the clock: it ends it
         checkpoint = last_checkpoint(generation.checkpoint_dir)
         logger.info(
             "Generation %d of %s: %s with seed %d%s.",
@@ -250,8 +294,8 @@ class LineageRunner:
         if self._processes.is_main_process:
             if self.write_card is not None:
                 (partial / "README.md").write_text(self.write_card(self.manifest.content, generation.index), "utf-8")
-            _sync_files(partial)
-            _move_aside(folder)
+            sync_files(partial)
+            move_aside(folder, f"is not in {MANIFEST_NAME}")
             os.rename(partial, folder)
             sync_folder(self.output_dir)
         self._save_manifest()
@@ -303,25 +347,12 @@ class _Clock(TrainerCallback):
         self.runner.manifest.update(self.index, seconds=seconds)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a training, None where there is none.
-
-    A checkpoint is whole when its trainer_state.json, which is written last, can be read.
-    """
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(found):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end; the checkpoint before it is used.", checkpoint)
-        else:
-            return checkpoint
-    return None
-
-
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no infinity, and a bad measurement must not cost the generation its record."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    """JSON knows no infinity and no number of torch's or numpy's; a bad one must not cost a generation its record."""
+    return {
+        name: (int(value) if isinstance(value, int) else float(value)) if math.isfinite(value) else None
+        for name, value in metrics.items()
+    }
 
 
 def _by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -335,20 +366,3 @@ def _by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
             split, metric = "test", name.removeprefix("eval_")
         splits.setdefault(split, {})[metric] = value
     return splits
-
-
-def _sync_files(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def _move_aside(folder: Path) -> None:
-    """Renames a folder that is in the way; it may be a generation that a crash kept out of the manifest."""
-    if not folder.exists():
-        return
-    numbered = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
-    aside = next(path for path in numbered if not path.exists())
-    logger.warning("%s is not in %s; it is kept as %s.", folder, MANIFEST_NAME, aside.name)
-    os.rename(folder, aside)

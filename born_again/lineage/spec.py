@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 # May change without making another lineage: more generations go on from those there are.
 _GROWS = ("generations",)
 OBJECTIVE_OF_THE_TEACHER = "label"
+# Folders and repositories are called after a lineage, so that a name is never a path.
+_PLAIN_NAME = re.compile(r"\w[\w.-]{0,89}")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class LineageSpec:
     """The experiment: architecture, data, objective, seed and recipe. Two equal specs train equal weights.
 
     Args:
-        name: of the lineage, such as "densenet-cifar100"; generation K is called NAME-genK.
+        name: of the lineage, such as "densenet-cifar100"; generation K is called NAME-genK. Letters, digits, ".", "_"
+            and "-", at most 90 of them.
         model: of the architecture, the same for every generation.
         dataset: what it is trained on, as the user wrote it.
         generations: students after the teacher, 0 or more.
@@ -31,7 +35,8 @@ class LineageSpec:
         training: arguments of the training that decide the weights, JSON-able.
 
     Raises:
-        ValueError: generations below 0, an empty name, or values that are not JSON-able.
+        ValueError: generations below 0, a text that is empty, a name that is no plain name, or values that are not
+            JSON-able.
     """
 
     name: str
@@ -48,6 +53,11 @@ class LineageSpec:
         for name in ("name", "model", "dataset", "objective"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty.")
+        if not _PLAIN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name: got {self.name!r}, expected at most 90 letters, digits, '.', '_' and '-', since repositories "
+                "are called after it; give a plain name, without a path."
+            )
         for name in ("generations", "seed"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a whole number.")
@@ -96,8 +106,7 @@ class LineageSpec:
 
     def sha256(self) -> str:
         """Of everything that decides the weights; the number of generations is left out."""
-        values = {name: value for name, value in self.to_dict().items() if name not in _GROWS}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return spec_sha256(self.to_dict())
 
     def differences(self, other: LineageSpec) -> list[str]:
         """Where two specs are not the same experiment, one readable line a field: "seed: 43 here, 42 there"."""
@@ -107,6 +116,17 @@ class LineageSpec:
             for name in sorted({*here, *there})
             if name not in _GROWS and here.get(name, _flat) != there.get(name, _flat)
         ]
+
+
+def spec_sha256(values: Mapping[str, Any]) -> str:
+    """The hash of a spec from its JSON values, as `LineageSpec.to_dict` gives them."""
+    kept = {name: value for name, value in values.items() if name not in _GROWS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def plain_name(text: str) -> str:
+    """The name of a lineage made from any text: "wide-resnet-my data" becomes "wide-resnet-my-data"."""
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:90].rstrip(".-")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,8 @@ from timm.models import get_arch_name, get_model_input_config
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from born_again.models.saved import check_index, check_settings, check_size, loading, read_settings
+
 __all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]
 
 # What the labels and the statistics decide, what would bring in other weights, and what is no property of the network.
@@ -125,28 +127,20 @@ def load_image_classifier(
     Raises:
         FileNotFoundError: If a folder is missing, or lacks config.json or model.safetensors.
         OSError: If the Hub has no such repository, or it lacks one of the files.
-        ValueError: If what is there is not a timm image classifier, its network is unknown, or the weights are not
-            all of this network and nothing else.
+        ValueError: If what is there is not a timm image classifier, its network is unknown or is described by
+            anything but its own arguments, or the weights are not all of this network and nothing else.
     """
     source = os.fspath(path_or_repo)
     if os.path.isdir(source):
         _check_files(Path(source))
+        check_index(Path(source))
     elif os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
         raise FileNotFoundError(
             f"path_or_repo={source!r} is not a folder; give a folder with config.json and model.safetensors, or a Hub "
             "repository as 'namespace/name'."
         )
-    settings, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    if settings.get("model_type") != "timm_wrapper" or settings.get("num_classes") == 0:
-        raise ValueError(
-            f"path_or_repo={source!r} holds a model of type {settings.get('model_type')!r} with "
-            f"{settings.get('num_classes', 'no')} classes, not an image classifier around a timm network; give one "
-            "that save_image_classifier or a Trainer of such a model wrote, or load this one with transformers."
-        )
-    check_architecture(settings.get("architecture", ""))
-    model, report = TimmWrapperForImageClassification.from_pretrained(
-        source, revision=revision, use_safetensors=True, output_loading_info=True
-    )
+    with loading(source):
+        model, settings, report = _load(source, revision)
     # transformers would fill in what is missing at random, with a warning.
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
@@ -155,6 +149,40 @@ def load_image_classifier(
             f"unexpected: {unexpected[:5]} (the first 5 of {len(missing)} and {len(unexpected)}). Save it again."
         )
     return model.eval()
+
+
+def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassification, dict, dict]:
+    is_folder = os.path.isdir(source)
+    settings = (
+        read_settings(Path(source)) if is_folder else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    )
+    if settings.get("model_type") != "timm_wrapper" or settings.get("num_classes") == 0:
+        raise ValueError(
+            f"path_or_repo={source!r} holds a model of type {settings.get('model_type')!r} with "
+            f"{settings.get('num_classes', 'no')} classes, not an image classifier around a timm network; give one "
+            "that save_image_classifier or a Trainer of such a model wrote, or load this one with transformers."
+        )
+    check_settings(settings, source)
+    check_architecture(settings.get("architecture", ""))
+    labels = settings.get("label_names")
+    if labels is not None and not (isinstance(labels, list) and len(labels) == settings.get("num_classes")):
+        raise ValueError(
+            f"path_or_repo={source!r}: config.json has label_names {str(labels)[:200]} and num_classes "
+            f"{settings.get('num_classes')!r}, expected one name for each class; correct it."
+        )
+    reserved = sorted(set(settings.get("model_args") or {}) & set(_RESERVED))
+    if reserved:  # checkpoint_path, for one, would unpickle a file anywhere
+        raise ValueError(
+            f"path_or_repo={source!r}: config.json has model_args {reserved}, which would bring in other weights or "
+            "another number of classes, expected arguments of the network alone; take them out."
+        )
+    if is_folder:
+        config = TimmWrapperConfig.from_dict(copy.deepcopy(settings))
+        check_size(lambda: TimmWrapperForImageClassification(config), Path(source))
+    model, report = TimmWrapperForImageClassification.from_pretrained(
+        source, revision=revision, use_safetensors=True, output_loading_info=True
+    )
+    return model, settings, report
 
 
 def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> None:

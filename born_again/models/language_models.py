@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
 from born_again.models.language_configs import CharCnnLstmConfig, LstmLMConfig
+from born_again.models.saved import check_index, check_settings, check_size, loading, read_settings
 
 # Sizes of Zaremba et al. 2014 (arXiv 1409.2329); large with the paper's tied embeddings has 51.0 M parameters.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -83,26 +84,29 @@ def load_language_model(path_or_repo: str | os.PathLike[str], revision: str | No
     source = os.fspath(path_or_repo)
     if os.path.isdir(source):
         _check_files(Path(source))
+        check_index(Path(source))
     elif os.path.isabs(source) or source.startswith(".") or source.count("/") > 1:
         raise FileNotFoundError(
             f"path_or_repo: {source!r} is not a folder, expected that of a generation, or a Hub repository as "
             "'namespace/name'; check the spelling."
         )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype="float32",
-            use_safetensors=True,
-            trust_remote_code=False,  # else it asks, and waits for an answer
-            ignore_mismatched_sizes=True,  # so that they come with the report
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"path_or_repo: the weights of {source!r} cannot be read ({error}), expected a whole safetensors file; "
-            "copy or download it again."
-        ) from error
+    with loading(source):
+        if os.path.isdir(source):
+            check_settings(read_settings(Path(source)), source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            _check_stored(source, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype="float32",
+                use_safetensors=True,
+                trust_remote_code=False,  # else it asks, and waits for an answer
+                ignore_mismatched_sizes=True,  # so that they come with the report
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise _unreadable(source, error) from error
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     mismatched = sorted(f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in report["mismatched_keys"])
     if missing or unexpected or mismatched:
@@ -113,6 +117,20 @@ def load_language_model(path_or_repo: str | os.PathLike[str], revision: str | No
             f"of {len(missing)}, {len(unexpected)} and {len(mismatched)}). Save it again."
         )
     return model.eval()
+
+
+def _check_stored(source: str, build: Callable[[], PreTrainedModel]) -> None:
+    try:
+        check_size(build, Path(source))
+    except SafetensorError as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"path_or_repo: the weights of {source!r} cannot be read ({error}), expected a whole safetensors file; "
+        "copy or download it again."
+    )
 
 
 def check_language_model(name: str, window: int = 1) -> None:

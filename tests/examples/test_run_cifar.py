@@ -194,6 +194,34 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
 
 
 @pytest.mark.slow
+def test_sigterm_and_the_same_command_give_the_same_weights(tmp_path):
+    words = [*TINY, "--generations", 1, "--per_device_train_batch_size", 16, "--num_train_epochs", 4]
+    words += ["--save_strategy", "steps", "--save_steps", 5, "--keep_checkpoints", "True"]
+
+    def hashes(folder):
+        return [
+            record["weights_sha256"] for record in json.loads((folder / "lineage.json").read_text())["generations"]
+        ]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*words, "--output_dir", whole).returncode == 0
+    command = [sys.executable, str(SCRIPT), *map(str, [*words, "--output_dir", cut])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    marker = cut / "checkpoints" / "gen1" / "checkpoint-5" / "trainer_state.json"
+    while not marker.exists():
+        assert process.poll() is None, "the run ended before it was asked to stop"
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors[-4000:]
+    assert "SIGTERM after step" in errors and "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    done = run(*words, "--output_dir", cut)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert hashes(cut) == hashes(whole)
+
+
+@pytest.mark.slow
 def test_the_teacher_of_the_digits_lineage_reaches_97_percent(tmp_path):
     done = run("--dataset", "digits", "--generations", 0, "--output_dir", tmp_path / "out", "--disable_tqdm", "True")
     assert done.returncode == 0, done.stderr[-4000:]

@@ -289,6 +289,9 @@ def test_load_refuses_what_is_not_a_whole_folder(tmp_path):
     [
         ({"model_type": "bert"}, "holds a model of type 'bert' .* not an image classifier around a timm network"),
         ({"num_classes": 0}, "holds a model of type 'timm_wrapper' with 0 classes"),
+        ({"model_args": {"checkpoint_path": "/tmp/x.pth"}}, r"model_args \['checkpoint_path'\], which would bring in"),
+        ({"model_args": {"pretrained": True}}, r"model_args \['pretrained'\], which would bring in other weights"),
+        ({"label_names": ["a"]}, r"has label_names \['a'\] and num_classes 3, expected one name for each class"),
         ({"architecture": "test_densenet_cifer"}, "name='test_densenet_cifer' is not .*Near it: test_densenet_cifar"),
     ],
 )

@@ -1,0 +1,126 @@
+"""One run at a time on the folder of a lineage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from born_again.lineage.schema import LineageError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lineage.lock"
+
+
+class FolderLock:
+    """Holds FOLDER/.lineage.lock while its block runs; the folder is made where there is none.
+
+    The operating system holds the lock, and lets go of it when the process ends in whatever way, so that nothing is
+    ever guessed about a process that is gone. Worker processes that a killed run leaves behind hold it until they end,
+    which those of torch do within seconds. The file is there while the lock is held, and tells who holds it.
+
+    It is not re-entrant: a second lock on the folder is refused in the same process too.
+
+    Where the file system knows no locks (some network mounts) it warns and goes on. Where the operating system knows
+    none the file itself is the lock, and after a kill it must be deleted by hand, as the message then says.
+
+    Args:
+        folder: of the lineage.
+
+    Raises:
+        LineageError: from entering: another run holds it, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK_NAME
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        if self._descriptor is not None:
+            raise LineageError(self._in_use())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = self._take_file() if fcntl is None else self._take_lock()
+        except OSError as error:
+            raise LineageError(
+                f"output_dir: {self.folder} cannot be written ({error.strerror or error}), expected a folder that "
+                "this run may write to; change its permissions, make room, or use another output_dir."
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, json.dumps(_this_process()).encode())
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        # Before the lock is let go of: who waits for the file that is gone looks again, and makes a new one.
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of the copies that worker processes have
+        os.close(descriptor)
+
+    def _take_lock(self) -> int:
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise LineageError(self._in_use()) from error
+            except OSError as error:
+                logger.warning(
+                    "%s: the file system knows no locks (%s); see to it that one run at a time uses it.",
+                    self.folder,
+                    error,
+                )
+                return descriptor
+            if _is_at(descriptor, self.path):
+                return descriptor
+            os.close(descriptor)  # its holder deleted it in between
+
+    def _take_file(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError as error:
+            raise LineageError(f"{self._in_use()} If that process is gone, delete {self.path}.") from error
+
+    def _in_use(self) -> str:
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                holder = json.loads(file.read(4096))
+            who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # it has only just been taken
+            who = "another process"
+        return f"output_dir: {self.folder} is in use by {who}; wait for it or use another output_dir."
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        # Not its flags, which may hold a token.
+        "command": Path(sys.argv[0]).name if sys.argv else "",
+    }
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
