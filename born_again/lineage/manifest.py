@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,15 @@ class Manifest:
     Args:
         path: of lineage.json.
         content: as read by `read` or made by `create`.
+
+    Attributes:
+        lock: held while content is changed or written, since generations are published in the background.
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self.path = path
         self.content = content
+        self.lock = threading.RLock()
 
     @classmethod
     def create(cls, folder: Path, spec: LineageSpec, data: Mapping[str, Any]) -> Manifest:
@@ -75,13 +81,22 @@ class Manifest:
 
     def update(self, index: int, **fields: Any) -> None:
         """Sets fields of one generation's record, appending the record where it is the next one."""
-        if index == len(self.generations):
-            self.generations.append({"index": index})
-        self.generations[index].update(fields)
+        with self.lock:
+            if index == len(self.generations):
+                self.generations.append({"index": index})
+            self.generations[index].update(fields)
+
+    def content_with(self, index: int, **fields: Any) -> dict[str, Any]:
+        """A copy of the content in which one generation's record has other fields."""
+        with self.lock:
+            content = copy.deepcopy(self.content)
+        content["generations"][index].update(fields)
+        return content
 
     def save(self) -> None:
         """Writes the file atomically."""
-        write_atomically(self.path, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
+        with self.lock:
+            write_atomically(self.path, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -20,6 +20,8 @@ MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class LineageError(RuntimeError):
@@ -87,6 +89,23 @@ def check_manifest(path: Path, content: Any) -> None:
     )
     for index, record in enumerate(content["generations"]):
         _check_record(check, index, record, is_last=index == len(content["generations"]) - 1)
+    if "ensembles" in content:
+        _check_ensembles(check, content)
+    if "hub" in content:
+        check.field(content, "", "hub", _is_object, "an object")
+        for name in ("namespace", "pattern"):
+            check.field(content["hub"], "hub", name, _is_name, "a text that is not empty")
+        for name in ("ensemble", "collection"):
+            if name in content["hub"]:
+                check.field(content["hub"], "hub", name, _is_hub_state, _HUB_STATE)
+    if "restart" in content:
+        check.field(
+            content,
+            "",
+            "restart",
+            lambda value: _is_object(value) and _whole(value.get("from_generation"), 0),
+            "an object with from_generation, a whole number of 0 or more",
+        )
 
 
 def _check_record(check: _Checks, index: int, record: Any, is_last: bool) -> None:
@@ -113,6 +132,19 @@ def _check_record(check: _Checks, index: int, record: Any, is_last: bool) -> Non
     for name, (is_right, expected) in _OPTIONAL.items():
         if name in record:
             check.field(record, place, name, is_right, expected)
+
+
+def _check_ensembles(check: _Checks, content: Mapping[str, Any]) -> None:
+    weights = [record["weights_sha256"] for record in content["generations"]]
+    check.field(content, "", "ensembles", lambda value: isinstance(value, list), "a list")
+    for index, record in enumerate(content["ensembles"]):
+        place = f"ensembles[{index}]"
+        check.that(_is_object(record), place, record, "an object")
+        check.field(record, place, "members", lambda value: _is_some_of(value, weights), "indices of generations")
+        own = [weights[member] for member in record["members"]]
+        check.field(record, place, "weights_sha256", lambda value, own=own: value == own, "the hashes of its members")
+        check.field(record, place, "average", _is_name, "a text that is not empty")
+        check.field(record, place, "metrics", _is_metrics, "an object of numbers or null, by split")
 
 
 class _Checks:
@@ -193,6 +225,33 @@ def _is_metrics(value: Any) -> bool:
     return _is_object(value) and all(_is_numbers(numbers) for numbers in value.values())
 
 
+def _is_some_of(value: Any, weights: list[str | None]) -> bool:
+    """A list of indices of trained generations, each once."""
+    if not isinstance(value, list) or not value or not all(_whole(index, 0) for index in value):
+        return False
+    return len(set(value)) == len(value) and all(
+        index < len(weights) and weights[index] is not None for index in value
+    )
+
+
+_HUB_STATE = "an object with status 'pending' or 'published', and plain texts for its repository and commit"
+
+
+def _is_hub_state(value: Any) -> bool:
+    if not _is_object(value) or value.get("status") not in ("pending", "published"):
+        return False
+    known = [value.get(name) for name in ("repo", "commit", "slug", "message", "card_sha256")]
+    if not all(text is None or isinstance(text, str) for text in known):
+        return False
+    repo, commit = value.get("repo"), value.get("commit")
+    if repo is not None and (not _REPO.fullmatch(repo) or ".." in repo):
+        return False
+    if commit is not None and not _COMMIT.fullmatch(commit):
+        return False
+    items = value.get("items", [])
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
+
+
 def _is_text(value: str) -> bool:
     try:
         value.encode()
@@ -203,7 +262,7 @@ def _is_text(value: str) -> bool:
 
 _Rule = tuple[Callable[[Any], bool], str]
 _RECORD: dict[str, _Rule] = {
-    "seed": (_whole, "a whole number"),
+    "seed": (lambda value: value is None or _whole(value), "a whole number, or null where it is not known"),
     "objective": (_is_name, "a text that is not empty"),
     "seconds": (lambda value: _number(value) and value >= 0, "a number of 0 or more"),
     "versions": (
@@ -213,10 +272,15 @@ _RECORD: dict[str, _Rule] = {
 }
 _OPTIONAL: dict[str, _Rule] = {
     "hardware": (lambda value: isinstance(value, str), "a text"),
-    "hub": (lambda value: value is None or _is_object(value), "an object or null"),
+    "hub": (lambda value: value is None or _is_hub_state(value), f"{_HUB_STATE}, or null"),
     "teacher_fit": (lambda value: value is None or _is_numbers(value), "an object of numbers or null"),
     "parameters": (lambda value: _whole(value, 0), "a whole number of 0 or more"),
     "steps": (lambda value: _whole(value, 0), "a whole number of 0 or more"),
+    "checkpoints": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of texts",
+    ),
+    "source": (_is_object, "an object"),
     "peak_memory_mib": (lambda value: value is None or _whole(value, 0), "a whole number of 0 or more, or null"),
 }
 

@@ -14,6 +14,8 @@ from typing import Any
 # May change without making another lineage: more generations go on from those there are.
 _GROWS = ("generations",)
 OBJECTIVE_OF_THE_TEACHER = "label"
+# Of a teacher that was trained elsewhere: how is not known.
+EXTERNAL = "external"
 # Folders and repositories are called after a lineage, so that a name is never a path.
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,89}")
 
@@ -33,6 +35,9 @@ class LineageSpec:
         model_args: of the architecture, JSON-able.
         data_args: of the dataset (columns, limits), JSON-able.
         training: arguments of the training that decide the weights, JSON-able.
+        teacher: folder or Hub repository of a network trained elsewhere, which generation 0 is a copy of; None trains
+            generation 0 on labels.
+        teacher_revision: branch, tag or commit of that repository.
 
     Raises:
         ValueError: generations below 0, a text that is empty, a name that is no plain name, or values that are not
@@ -48,11 +53,21 @@ class LineageSpec:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     data_args: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    teacher_revision: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "model", "dataset", "objective"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty.")
+        for name in ("teacher", "teacher_revision"):
+            if getattr(self, name) is not None and not (isinstance(getattr(self, name), str) and getattr(self, name)):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty, or None.")
+        if self.teacher_revision is not None and self.teacher is None:
+            raise ValueError(
+                f"teacher_revision: got {self.teacher_revision!r} without a teacher, expected that of its repository; "
+                "give the teacher too, or leave it out."
+            )
         if not _PLAIN_NAME.fullmatch(self.name):
             raise ValueError(
                 f"name: got {self.name!r}, expected at most 90 letters, digits, '.', '_' and '-', since repositories "
@@ -78,8 +93,10 @@ class LineageSpec:
         return self.seed + generation
 
     def objective_of(self, generation: int) -> str:
-        """What one generation is trained by: the labels, or the students' objective."""
-        return OBJECTIVE_OF_THE_TEACHER if generation == 0 else self.objective
+        """What one generation is trained by: the labels, something unknown elsewhere, or the students' objective."""
+        if generation == 0:
+            return OBJECTIVE_OF_THE_TEACHER if self.teacher is None else EXTERNAL
+        return self.objective
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON values."""
