@@ -38,12 +38,13 @@ def network(kind: str, seed: int, **changes) -> torch.nn.Module:
     return model.eval()
 
 
-def lineage(folder: Path, networks: list, words: list[list[str]] | None = None, finished: int | None = None) -> Path:
-    """A lineage's folder as a runner leaves it."""
+def lineage(
+    folder: Path, networks: list, words: list[list[str]] | None = None, finished: int | None = None, **asked
+) -> Path:
+    """A lineage's folder as a runner leaves it; `asked` is of the spec."""
     students = len(networks) - 1
-    manifest = Manifest.create(
-        folder, LineageSpec("tiny", "test", "made", generations=students, objective="ban+l"), {}
-    )
+    asked = {"name": "tiny", "model": "test", "dataset": "made", "objective": "ban+l", **asked}
+    manifest = Manifest.create(folder, LineageSpec(**asked, generations=students), {})
     for index, model in enumerate(networks):
         here = folder / f"gen{index}"
         if hasattr(model, "timm_model"):

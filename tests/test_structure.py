@@ -21,7 +21,11 @@ LAYERS = {
     "lineage.schema": 0,
     "lineage.manifest": 0,
     "lineage.lock": 0,
-    "model_card": 0,
+    "lineage.table": 0,
+    "card_markup": 0,
+    "card_facts": 1,
+    "model_card": 2,
+    "curve": 0,
     "models": 1,
     "data": 1,
     "teacher": 1,
@@ -32,9 +36,11 @@ LAYERS = {
     "trainer": 3,
     "lm_trainer": 4,
     "lineage": 5,
-    "hub": 5,
-    "report": 5,
-    "cli": 6,
+    "hub": 6,
+    "report": 6,
+    "publishing": 7,
+    "launch": 8,
+    "cli": 8,
 }
 NEVER = {"training_args", "trainer", "lm_trainer"}, {"models", "data", "lineage", "hub"}
 

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-Metrics = Mapping[str, Mapping[str, float]]
+from born_again.lineage.spec import EXTERNAL
 
+Metrics = Mapping[str, Mapping[str, float | None]]
 
-def _number(values: Mapping[str, float | None], name: str) -> float:
-    """JSON has no infinity: a manifest holds null for it."""
-    return math.inf if values[name] is None else values[name]
-
-
-# Column -> what it shows of a record's metrics by split.
-_IMAGES: dict[str, Callable[[Metrics], str]] = {
-    "accuracy": lambda metrics: f"{100 * metrics['test']['accuracy']:.2f}",
-    "error": lambda metrics: f"{100 * metrics['test']['error']:.2f}",
-    "NLL": lambda metrics: f"{metrics['test']['nll']:.4f}",
-    "ECE": lambda metrics: f"{100 * metrics['test']['ece']:.2f}",
+# Column -> split, metric, factor and format of what it shows of a record's metrics; empty where it was not measured.
+_IMAGES = {
+    "accuracy": ("test", "accuracy", 100, ".2f"),
+    "error": ("test", "error", 100, ".2f"),
+    "NLL": ("test", "nll", 1, ".4f"),
+    "ECE": ("test", "ece", 100, ".2f"),
 }
-_TEXT: dict[str, Callable[[Metrics], str]] = {
-    "valid. ppl": lambda metrics: f"{_number(metrics['validation'], 'perplexity'):.2f}",
-    "test ppl": lambda metrics: f"{_number(metrics['test'], 'perplexity'):.2f}",
-    "test NLL": lambda metrics: f"{_number(metrics['test'], 'nll'):.4f}",
+_TEXT = {
+    "valid. ppl": ("validation", "perplexity", 1, ".2f"),
+    "test ppl": ("test", "perplexity", 1, ".2f"),
+    "test NLL": ("test", "nll", 1, ".4f"),
 }
+_UNBOUNDED = ("nll", "perplexity")
 
 
 def results_table(manifest: Mapping[str, Any]) -> str:
@@ -33,7 +30,8 @@ def results_table(manifest: Mapping[str, Any]) -> str:
 
     Images: accuracy, error and calibration error are in percent, NLL in nats per item, and the gain is in percentage
     points of accuracy over the generation's own teacher. Text: perplexities are per word, NLL in nats per word, and
-    the gain is by how much the test perplexity fell below the teacher's. Seconds are of training.
+    the gain is by how much the test perplexity fell below the teacher's. Seconds are of training. Measured ensembles
+    follow, their gain being over the newest of their members. What was not measured is an empty cell.
 
     Args:
         manifest: the content of lineage.json.
@@ -42,24 +40,61 @@ def results_table(manifest: Mapping[str, Any]) -> str:
     is_text = any("perplexity" in values for record in finished for values in record["metrics"].values())
     columns = _TEXT if is_text else _IMAGES
     rows = [("generation", "objective", "seed", *columns, "seconds", "gain")]
-    scores: dict[int, float] = {}
+    scores: dict[int | None, float | None] = {}
     for record in finished:
-        test = record["metrics"]["test"]
-        scores[record["index"]] = -_number(test, "perplexity") if is_text else 100 * test["accuracy"]
-        teacher = scores.get(record["parent"])
+        score = scores[record["index"]] = _score(record["metrics"])
         rows.append(
             (
                 f"{record['index']} (teacher)" if record["parent"] is None else str(record["index"]),
                 record["objective"],
-                str(record["seed"]),
-                *(show(record["metrics"]) for show in columns.values()),
-                f"{record['seconds']:.0f}",
-                "" if teacher is None else f"{scores[record['index']] - teacher:+.2f}",
+                "" if record["seed"] is None else str(record["seed"]),
+                *_cells(record["metrics"], columns),
+                "" if record["objective"] == EXTERNAL else f"{record['seconds']:.0f}",
+                _gain(score, scores.get(record["parent"])),
+            )
+        )
+    for ensemble in manifest.get("ensembles", []):
+        if not ensemble["metrics"]:
+            continue
+        rows.append(
+            (
+                f"mean of {', '.join(map(str, ensemble['members']))}",
+                "ensemble",
+                "",
+                *_cells(ensemble["metrics"], columns),
+                "",
+                _gain(_score(ensemble["metrics"]), scores.get(ensemble["members"][-1])),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cells(metrics: Metrics, columns: Mapping[str, tuple[str, str, int, str]]) -> list[str]:
+    values = [(_number(metrics, split, name), factor, form) for split, name, factor, form in columns.values()]
+    return ["" if value is None else f"{factor * value:{form}}" for value, factor, form in values]
+
+
+def _number(metrics: Metrics, split: str, name: str) -> float | None:
+    """None where it was not measured; JSON has no infinity: a manifest holds null for it."""
+    values = metrics.get(split, {})
+    value = values.get(name)
+    return math.inf if value is None and name in values and name in _UNBOUNDED else value
+
+
+def _score(metrics: Metrics) -> float | None:
+    """What is higher for the better of two generations."""
+    perplexity, accuracy = _number(metrics, "test", "perplexity"), _number(metrics, "test", "accuracy")
+    if perplexity is not None:
+        return -perplexity
+    return None if accuracy is None else 100 * accuracy
+
+
+def _gain(score: float | None, teacher: float | None) -> str:
+    if score is None or teacher is None or math.isnan(score - teacher):  # nan: neither is finite
+        return ""
+    return f"{score - teacher:+.2f}"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

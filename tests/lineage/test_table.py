@@ -93,7 +93,14 @@ def test_card_states_its_facts():
     card = image_classifier_card(manifest(record(0, 0.90), record(1, 0.925)), 1)
     _, header, body = card.split("---\n", 2)
     facts = yaml.safe_load(header)
-    assert facts["born_again"] == {"generation": 1, "objective": "ban", "seed": 43, "weights_sha256": "ab" * 32}
+    assert facts["born_again"] == {
+        "generation": 1,
+        "objective": "ban",
+        "seed": 43,
+        "weights_sha256": "ab" * 32,
+        "parent": {"generation": 0, "weights_sha256": "ab" * 32},
+        "versions": {"torch": "2.15.0"},
+    }
     assert facts["pipeline_tag"] == "image-classification"
     assert "# wide-resnet-digits-gen1" in body
     assert "taught by generation 0" in body and "right on 90.00%" in body
@@ -108,4 +115,18 @@ def test_card_of_the_teacher_claims_no_teacher():
 def test_names_from_users_do_no_harm_in_a_card():
     card = image_classifier_card(manifest(record(0, 0.90), dataset="</td><script>alert(1)\n---\nlicense: *boom"), 0)
     assert "<script>" not in card
-    assert yaml.safe_load(card.split("---\n", 2)[1]).keys() == {"library_name", "pipeline_tag", "tags", "born_again"}
+    keys = {"library_name", "pipeline_tag", "tags", "model-index", "born_again"}
+    assert yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n")).keys() == keys
+
+
+def test_what_was_not_measured_is_an_empty_cell():
+    alone = record(1, 0, metrics={"test": {"accuracy": 0.95, "nll": None, "ece": None}})
+    rows = cells(results_table(manifest(record(0, 0.90), alone, record(2, 0, metrics={}), record(3, 0.5))))
+    assert rows[3] == ["1", "ban", "43", "95.00", "", "inf", "", "12", "+5.00"]
+    assert rows[4] == ["2", "ban", "44", "", "", "", "", "12", ""]
+    assert rows[5][-1] == ""
+
+
+def test_a_teacher_from_elsewhere_took_no_time_that_is_known():
+    rows = cells(results_table(manifest(record(0, 0.90, objective="external", seed=None, seconds=0.0))))
+    assert rows[2] == ["0 (teacher)", "external", "", "90.00", "10.00", "0.5123", "2.10", "", ""]
