@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 
-from born_again.models.language_configs import CharCnnLstmConfig
+from born_again.models.language_configs import IN_PACKAGE, CharCnnLstmConfig
 from born_again.models.lstm_lm import LstmStack, RecurrentLM
 
 _PADDING, _START, _END = range(3)
@@ -208,4 +208,5 @@ class CharCnnLstmForCausalLM(RecurrentLM):
         return self.decoder
 
 
-AutoModelForCausalLM.register(CharCnnLstmConfig, CharCnnLstmForCausalLM)
+if IN_PACKAGE:
+    AutoModelForCausalLM.register(CharCnnLstmConfig, CharCnnLstmForCausalLM)

@@ -12,6 +12,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+# False in the copy of this file that is published beside weights. There config.json names the classes and nothing is
+# registered, since what is registered stands for every repository's models, also those whose code is newer.
+IN_PACKAGE = __name__ == "born_again.models.language_configs"
+
 
 class _RecurrentConfig(PretrainedConfig):
     """What both recurrent language models have in common; see `LstmLMConfig`."""
@@ -41,7 +45,8 @@ class _RecurrentConfig(PretrainedConfig):
         for name in ("dropout", *(n for n in self.__dict__ if n.startswith(("locked_dropout", "recurrent_drop")))):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a probability of 0 to below 1.")
-        importlib.import_module(self._network)
+        if IN_PACKAGE:
+            importlib.import_module(self._network)
 
     def _check_sizes(self, *names: str) -> None:
         for name in names:
@@ -171,5 +176,6 @@ class CharCnnLstmConfig(_RecurrentConfig):
             )
 
 
-AutoConfig.register(LstmLMConfig.model_type, LstmLMConfig)
-AutoConfig.register(CharCnnLstmConfig.model_type, CharCnnLstmConfig)
+if IN_PACKAGE:
+    AutoConfig.register(LstmLMConfig.model_type, LstmLMConfig)
+    AutoConfig.register(CharCnnLstmConfig.model_type, CharCnnLstmConfig)

@@ -30,7 +30,14 @@ _KINDS: dict[str, type[PretrainedConfig]] = {"char-cnn-lstm": CharCnnLstmConfig,
 _OF_THE_WORDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _OF_THE_SPELLING = ("character_vocab_size", "max_word_length", "alphabet")
 # Of the weights that a config.json stands beside, which are not taken: a student in half precision would not train.
-_OF_THE_WEIGHTS = ("_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version")
+_OF_THE_WEIGHTS = (
+    "_name_or_path",
+    "auto_map",
+    "architectures",
+    "dtype",
+    "quantization_config",
+    "transformers_version",
+)
 
 
 def create_language_model(name: str, words: Sequence[str], end: str = "<eos>", **model_args: Any) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from born_again.models.language_configs import CharCnnLstmConfig, LstmLMConfig
+from born_again.models.language_configs import IN_PACKAGE, CharCnnLstmConfig, LstmLMConfig
 
 State = tuple[Tensor, ...]
 
@@ -313,4 +313,5 @@ def _mean_cross_entropy(logits: Tensor, targets: Tensor, items: Tensor | int | N
     return total / items
 
 
-AutoModelForCausalLM.register(LstmLMConfig, LstmLMForCausalLM)
+if IN_PACKAGE:
+    AutoModelForCausalLM.register(LstmLMConfig, LstmLMForCausalLM)
