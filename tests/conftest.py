@@ -5,9 +5,13 @@ import os
 # Never a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Test processes share the cores: threads of one that wait for work must not keep those of another from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.fixture(autouse=True)
