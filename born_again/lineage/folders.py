@@ -1,41 +1,51 @@
-"""The folders of a lineage: checkpoints that are whole, files that survive a loss of power, nothing deleted."""
+"""The folders of a lineage: files that survive a loss of power, leftovers removed, nothing of worth deleted."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from born_again.lineage.checkpoints import last_checkpoint
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, file_sha256, sync_folder
 
-from born_again.lineage.manifest import sync_folder
+__all__ = ["check_weights", "last_checkpoint", "move_aside", "put_in_place", "sync_checkpoint", "sync_files"]
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_NAME = "model.safetensors"
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a training, None where there is none.
 
-    A checkpoint is whole when its trainer_state.json, which is written last, can be read.
+def sync_checkpoint(checkpoint: Path) -> None:
+    """Makes a checkpoint survive a loss of power: its files, and its name in the folders that the runner made.
+
+    Called once every process has written its part; the files of a checkpoint are not synced by who writes them.
+
+    Args:
+        checkpoint: OUTPUT_DIR/checkpoints/gen2/checkpoint-100.
+
+    Raises:
+        OSError: something cannot be written, or not be opened.
     """
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(found):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end; the checkpoint before it is used.", checkpoint)
-        else:
-            return checkpoint
-    return None
+    sync_files(checkpoint)
+    for folder in list(checkpoint.absolute().parents)[:3]:
+        sync_folder(folder)
 
 
 def sync_files(folder: Path) -> None:
-    """Makes the files of a folder survive a loss of power."""
+    """Makes the files of a folder, and of those in it, survive a loss of power; follows no links."""
     for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            sync_files(path)
+        elif path.is_file():  # nothing that opening would wait for
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     sync_folder(folder)
 
 
@@ -52,3 +62,47 @@ def move_aside(folder: Path, why: str) -> None:
     aside = next(path for path in numbered if not path.exists())
     logger.warning("%s %s; it is kept as %s.", folder, why, aside.name)
     os.rename(folder, aside)
+
+
+def put_in_place(partial: Path, folder: Path, weights_sha256: str) -> None:
+    """Gives a generation that is written to its end its own name, in one step.
+
+    Args:
+        partial: where it was written.
+        folder: what it is to be called. What has that name is moved aside, unless it is this very generation: then a
+            crash came between an earlier renaming and the record of it.
+        weights_sha256: of its weights.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors lets nobody but the owner read
+    sync_files(partial)
+    weights = folder / WEIGHTS_NAME
+    if not folder.is_symlink() and weights.is_file() and file_sha256(weights) == weights_sha256:
+        os.rename(folder, old := partial.with_suffix(".old"))  # a crash must not leave a part of it under its name
+        shutil.rmtree(old)
+    move_aside(folder, f"is not in {MANIFEST_NAME}")
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+
+
+def check_weights(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuses a generation whose weights are not those of its record.
+
+    Raises:
+        LineageError: they are missing, or changed.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise LineageError(
+            f"{path}: is missing, though {MANIFEST_NAME} says that generation {record['index']} is finished; put it "
+            "back, or start again in another output_dir."
+        )
+    expected = record["weights_sha256"]
+    if file_sha256(path) != expected:
+        raise LineageError(
+            f"{path}: does not hash to what {MANIFEST_NAME} holds ({expected[:12]}...), so it is not the generation "
+            "that was trained here; put the file back, or start again in another output_dir."
+        )

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ except ImportError:  # no POSIX system
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lineage.lock"
+_HOLDER_FIELDS = {"pid": int, "host": str, "since": str, "command": str}
+# Who asks for the holder has a shared lock for some microseconds, which must refuse no run that begins just then.
+_ATTEMPTS, _PAUSE = 5, 0.01
 
 
 class FolderLock:
@@ -75,13 +79,18 @@ class FolderLock:
         os.close(descriptor)
 
     def _take_lock(self) -> int:
+        blocked = 0
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(descriptor)
-                raise LineageError(self._in_use()) from error
+                blocked += 1
+                if blocked == _ATTEMPTS:
+                    raise LineageError(self._in_use()) from error
+                time.sleep(_PAUSE)
+                continue
             except OSError as error:
                 logger.warning(
                     "%s: the file system knows no locks (%s); see to it that one run at a time uses it.",
@@ -107,6 +116,59 @@ class FolderLock:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):  # it has only just been taken
             who = "another process"
         return f"output_dir: {self.folder} is in use by {who}; wait for it or use another output_dir."
+
+
+def lock_holder(folder: str | Path) -> dict[str, Any] | None:
+    """Who holds the folder of a lineage at this moment; nothing is written, deleted or waited for.
+
+    Args:
+        folder: of the lineage; it may be read-only, and need not be there.
+
+    Returns:
+        None where nobody does, though a killed run may have left its file. Else "pid", "host", "since" (ISO 8601, UTC)
+        and "command" of the holder, each None where its file does not say; and "certain", False where the system
+        knows no locks (or the file cannot be opened), so that only the file is seen and its run may be gone.
+    """
+    path = Path(folder) / LOCK_NAME
+    # A link is never followed, and a pipe in the file's place never waited for.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    for _ in range(_ATTEMPTS):
+        try:
+            descriptor = os.open(path, flags)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return {**dict.fromkeys(_HOLDER_FIELDS), "certain": False}
+        try:
+            held = _is_held(descriptor)
+            if _is_at(descriptor, path):
+                return None if held is False else {**_read_holder(descriptor), "certain": held is True}
+        finally:
+            os.close(descriptor)
+    return None  # it came and went at every look
+
+
+def _is_held(descriptor: int) -> bool | None:
+    """Whether a run holds the lock; None where the system cannot tell."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: it can be had from a file that is read-only
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.read(descriptor, 4096).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):  # it has only just been taken
+        holder = None
+    values = holder if isinstance(holder, dict) else {}
+    return {name: values[name] if type(values.get(name)) is kind else None for name, kind in _HOLDER_FIELDS.items()}
 
 
 def _this_process() -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""What of a killed run is deleted, and what never is."""
+
+import logging
+import shutil
+
+import pytest
+from lineage import manifests
+
+from born_again.lineage.lock import LOCK_NAME, FolderLock
+from born_again.lineage.manifest import Manifest
+from born_again.lineage.tidying import remove_checkpoints_after, remove_leftovers, tidy
+
+
+def manifest(folder, *records):
+    return Manifest(folder / "lineage.json", manifests.content(*records or [manifests.training(0)]))
+
+
+def test_leftovers_of_a_killed_run_are_deleted_and_nothing_else(tmp_path, caplog):
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    gone = [".gen0.partial", ".gen12.partial", ".lineage.json.a_b1c2d3", ".lineage.replaced-1.json.abcdefgh"]
+    kept = ["gen0", ".gen.partial", ".gen1.partial.old", "x.gen1.partial", ".lineage.lock", "lineage.json"]
+    kept += [".lineage.json.bak", ".lineage.json.A_b1c2d3", "lineage.json.a_b1c2d3", ".gen3.partial", ".gen4.partial"]
+    kept += [".lineage.json.aaaaaaaa", ".lineage.json.bbbbbbbb"]
+    for name in (*gone[:2], "gen0", ".gen.partial", ".gen1.partial.old", "x.gen1.partial", ".lineage.json.bbbbbbbb"):
+        (folder / name / "inner").mkdir(parents=True)
+        (folder / name / "inner" / "file").write_text("1")
+    for name in (*gone[2:], ".lineage.lock", "lineage.json", ".lineage.json.bak", ".lineage.json.A_b1c2d3"):
+        (folder / name).write_text("1")
+    for name in ("lineage.json.a_b1c2d3", ".gen4.partial"):
+        (folder / name).write_text("1")
+    outside.mkdir()
+    (outside / "precious").write_text("mine")
+    (folder / ".gen3.partial").symlink_to(outside)
+    (folder / ".lineage.json.aaaaaaaa").symlink_to(outside / "precious")
+    (folder / ".gen0.partial" / "link").symlink_to(outside)
+    with caplog.at_level(logging.INFO):
+        assert [path.name for path in remove_leftovers(manifest(folder))] == gone
+    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+    assert ".gen12.partial, which a killed run left, is deleted" in caplog.text
+    assert remove_leftovers(manifest(folder)) == [] and remove_leftovers(manifest(tmp_path / "nothing")) == []
+
+
+def test_a_leftover_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / ".gen0.partial").mkdir()
+    (tmp_path / ".lineage.json.abcdefgh").write_text("")
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert [path.name for path in remove_leftovers(manifest(tmp_path))] == [".lineage.json.abcdefgh"]
+    assert ".gen0.partial, which a killed run left, cannot be deleted (Permission denied)" in caplog.text
+
+
+def test_temporary_files_of_the_ensemble_are_deleted_and_its_own_are_not(tmp_path):
+    (tmp_path / "ensemble").mkdir()
+    for name in ("ensemble.json", "README.md", ".ensemble.json.a_b1c2d3", ".README.md.abcdefgh"):
+        (tmp_path / "ensemble" / name).write_text("1")
+    assert len(remove_leftovers(manifest(tmp_path))) == 2
+    assert sorted(path.name for path in (tmp_path / "ensemble").iterdir()) == ["README.md", "ensemble.json"]
+
+
+def test_checkpoints_of_finished_generations_are_deleted_unless_they_are_kept(tmp_path):
+    for index in range(4):
+        (tmp_path / "checkpoints" / f"gen{index}" / "checkpoint-2").mkdir(parents=True)
+    known = manifest(
+        tmp_path,
+        manifests.record(0, checkpoints=[]),
+        manifests.record(1, checkpoints=["checkpoint-2"]),
+        manifests.record(2),  # of a version that did not tell
+        manifests.training(3, checkpoints=[]),
+    )
+    assert [path.name for path in remove_leftovers(known)] == ["gen0"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["gen1", "gen2", "gen3"]
+
+
+@pytest.mark.parametrize("left", [["gen0"], []])
+def test_an_empty_folder_of_checkpoints_goes_too(tmp_path, left):
+    (tmp_path / "checkpoints").mkdir()
+    for name in left:
+        (tmp_path / "checkpoints" / name).mkdir()
+    tidy(manifest(tmp_path, manifests.record(0, checkpoints=[])))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_lineage_is_left_alone_while_another_run_holds_it(tmp_path):
+    (tmp_path / ".gen0.partial").mkdir()
+    with FolderLock(tmp_path):
+        tidy(manifest(tmp_path))
+        assert (tmp_path / ".gen0.partial").exists()
+    (tmp_path / LOCK_NAME).write_text("{}")  # of a killed run
+    tidy(manifest(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("last", "kept"), [("checkpoint-4", ["checkpoint-2", "checkpoint-4"]), (None, [])])
+def test_checkpoints_that_were_begun_after_the_one_in_use_are_deleted(tmp_path, last, kept):
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-x"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    remove_checkpoints_after(tmp_path, last and tmp_path / last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "checkpoint-x"]
