@@ -26,6 +26,7 @@ _HOME = {
     "CharCnnLstmConfig": "born_again.models.char_cnn_lstm",
     "CharCnnLstmForCausalLM": "born_again.models.char_cnn_lstm",
     "load_generation": "born_again.lineage.loading",
+    "publish_lineage": "born_again.publishing",
 }
 
 __all__ = [*_HOME, "models"]

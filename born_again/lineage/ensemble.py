@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from born_again.lineage.loading import load_generation
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, write_atomically
@@ -60,7 +60,7 @@ class LineageEnsemble(nn.Module):
     their own.
 
     Args:
-        output_dir: the lineage's folder, which holds the members' folders.
+        output_dir: the lineage's folder, which holds the members' folders; None for members that name a repository.
         members: one or more.
         average: "probabilities" (what the paper does is not stated; this is the usual reading) or "logits".
         sequential: keeps one member in memory at a time: every call reads the members from their folders, one after
@@ -74,7 +74,7 @@ class LineageEnsemble(nn.Module):
 
     def __init__(
         self,
-        output_dir: str | Path,
+        output_dir: str | Path | None,
         members: Sequence[Member],
         average: str = "probabilities",
         sequential: bool = False,
@@ -84,7 +84,7 @@ class LineageEnsemble(nn.Module):
             raise ValueError(f"average: got {average!r}, expected {' or '.join(map(repr, AVERAGES))}.")
         if not members:
             raise ValueError("members: got none, expected at least one; from_lineage finds those of a lineage.")
-        self.output_dir = Path(output_dir).resolve()
+        self.output_dir = None if output_dir is None else Path(output_dir).resolve()
         self.members = tuple(members)
         self.average = average
         self.sequential = sequential
@@ -134,19 +134,28 @@ class LineageEnsemble(nn.Module):
         return cls(folder, chosen, average, sequential)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, sequential: bool = False) -> LineageEnsemble:
-        """The ensemble that `save_pretrained` wrote down, its members read from the folders beside it.
+    def from_pretrained(
+        cls, path_or_repo: str | Path, sequential: bool = False, revision: str | None = None
+    ) -> LineageEnsemble:
+        """The ensemble that `save_pretrained` wrote down or that was published.
 
         Args:
-            folder: such as OUTPUT_DIR/ensemble.
+            path_or_repo: a folder such as OUTPUT_DIR/ensemble, whose members are read from the folders beside it, or
+                a Hub repository, whose members are read from theirs at the commits it names.
             sequential: see the class.
+            revision: branch, tag or commit of the Hub repository.
 
         Raises:
             FileNotFoundError: there is no ensemble.json.
             LineageError: it is no JSON, of a newer version, has a wrong field or a member that is not a generation
                 beside it; or what the class raises.
+            OSError: the Hub has no such repository, or cannot be reached.
         """
-        path = Path(folder).resolve() / ENSEMBLE_NAME
+        if not Path(path_or_repo).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
+            path = Path(cached_file(str(path_or_repo), ENSEMBLE_NAME, revision=revision))
+            members, average = read_ensemble(path, from_hub=True)
+            return cls(None, members, average, sequential)
+        path = Path(path_or_repo).resolve() / ENSEMBLE_NAME
         members, average = read_ensemble(path)
         return cls(path.parent.parent, members, average, sequential)
 
@@ -164,6 +173,11 @@ class LineageEnsemble(nn.Module):
                 lineage's lineage.json does not have.
             OSError: the folder cannot be written; an ensemble in it is intact.
         """
+        if self.output_dir is None:
+            raise LineageError(
+                f"folder: got {folder} for an ensemble from the Hub, expected one from a lineage's folder, beside "
+                "which it is saved; the published one needs no saving."
+            )
         target = Path(folder).resolve()
         if target.parent != self.output_dir or _GENERATION_FOLDER.fullmatch(target.name):
             raise LineageError(
@@ -186,10 +200,18 @@ class LineageEnsemble(nn.Module):
                 )
         record = {"members": [member.generation for member in self.members], "average": self.average}
         card = ensemble_card(manifest.content, {**record, "metrics": metrics or {}})
-        members = [{**asdict(member), "folder": f"../gen{member.generation}"} for member in self.members]
+        members = [
+            {
+                "generation": member.generation,
+                "folder": f"../gen{member.generation}",
+                "weights_sha256": member.weights_sha256,
+            }
+            for member in self.members
+        ]
         content = {"format": FORMAT, "version": VERSION, "average": self.average, "members": members}
-        write_atomically(target / "README.md", card)
+        # In this order, since a folder without ensemble.json is taken for something else after a crash.
         write_atomically(target / ENSEMBLE_NAME, json.dumps(content, indent=2) + "\n")
+        write_atomically(target / "README.md", card)
 
     @torch.no_grad()
     def forward(
@@ -248,7 +270,10 @@ class LineageEnsemble(nn.Module):
         self, index: int, given: tuple[Tensor, ...], inputs: Mapping[str, Any], state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A function of its own, so that a member read for it is freed before the next one is."""
-        network = self._load(self.members[index]) if self.sequential else self.networks[index]
+        if self.sequential:
+            network = self._load(checked_folder(self.output_dir, self.members[index]))
+        else:
+            network = self.networks[index]
         output = network(*given, **inputs, **({} if state is None else {"state": state}))
         return logits_of(output), tuple(output.state) if self._state_parts[index] else ()
 
@@ -265,16 +290,17 @@ class LineageEnsemble(nn.Module):
         return [tuple(islice(parts, count)) for count in self._state_parts]
 
     def _take(self, member: Member) -> Facts:
-        network = self._load(member)
-        facts = Facts.of(network, self.output_dir, member.generation)
+        folder = checked_folder(self.output_dir, member)
+        network = self._load(folder)
+        facts = Facts.of(network, folder, member.generation)
         if not self.sequential:
             self.networks.append(network)
         elif not self._skeleton:
             self._skeleton.append(network.to("meta"))
         return facts
 
-    def _load(self, member: Member) -> nn.Module:
-        network = load_generation(checked_folder(self.output_dir, member)).requires_grad_(False)
+    def _load(self, folder: Path) -> nn.Module:
+        network = load_generation(folder).requires_grad_(False)
         for convert in self._conversions:
             network._apply(convert)
         return network

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
 from born_again.teacher import carries_state
@@ -33,6 +33,8 @@ class Member:
     Args:
         generation: its index; it is the folder gen{index} of the lineage.
         weights_sha256: of its model.safetensors, hexadecimal.
+        repo: on the Hub, where it is read from there and not from the folder.
+        commit: of that repository.
 
     Raises:
         ValueError: a generation that is no whole number from 0 on.
@@ -40,6 +42,8 @@ class Member:
 
     generation: int
     weights_sha256: str
+    repo: str | None = None
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         # It becomes the name of a folder, which must never be a way to another one.
@@ -66,9 +70,9 @@ class Facts:
     state_parts: int
 
     @classmethod
-    def of(cls, network: nn.Module, output_dir: Path, generation: int) -> Facts:
+    def of(cls, network: nn.Module, folder: Path, generation: int) -> Facts:
         """Looks at a network that `load_generation` gave; one that carries a state is asked for one word."""
-        tokenizer = output_dir / f"gen{generation}" / "tokenizer.json"
+        tokenizer = folder / "tokenizer.json"
         if network.main_input_name == "pixel_values":
             return cls(generation, "an image classifier", dict(network.config.id2label), tokenizer, 0)
         words = network.config.get_text_config().vocab_size
@@ -115,25 +119,40 @@ def _words(path: Path) -> Tokenizer:
         raise LineageError(f"{path}: is no tokenizer ({error}); restore it from a copy, or remove it.") from error
 
 
-def checked_folder(output_dir: Path, member: Member) -> Path:
+def checked_folder(output_dir: Path | None, member: Member) -> Path:
     """The folder of a member, after checking that it is here and holds the member's weights.
+
+    Args:
+        output_dir: of the lineage; None for a member on the Hub, which is downloaded at its commit.
+        member: with a repo and a commit where there is no output_dir.
 
     Raises:
         LineageError: it is missing, leads elsewhere, or has other weights.
+        OSError: the Hub has no such member, or cannot be reached.
     """
+    if output_dir is None:
+        path = Path(cached_file(member.repo, SAFE_WEIGHTS_NAME, revision=member.commit))
+        for name in ("config.json", "tokenizer.json"):
+            cached_file(member.repo, name, revision=member.commit, _raise_exceptions_for_missing_entries=False)
+        _check_hash(path, member)
+        return path.parent
     folder = output_dir / f"gen{member.generation}"
     path = folder / SAFE_WEIGHTS_NAME
     for own in (folder, *folder.glob("*")):
         _refuse_link(own)
     if not path.is_file():
         raise LineageError(f"{path}: is missing, expected the weights of a member; put the file back.")
+    _check_hash(path, member)
+    return folder
+
+
+def _check_hash(path: Path, member: Member) -> None:
     if file_sha256(path) != member.weights_sha256:
         raise LineageError(
             f"{path}: does not hash to what is written of generation {member.generation} "
             f"({member.weights_sha256[:12]}...), so it is another network; put the file back, or make the ensemble "
             "of other members."
         )
-    return folder
 
 
 def _refuse_link(path: Path) -> None:
@@ -181,13 +200,15 @@ def chosen_generations(members: str | Sequence[int], manifest: Manifest) -> list
     return list(members)
 
 
-def read_ensemble(path: Path) -> tuple[list[Member], str]:
+def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str]:
     """Reads and checks an ensemble.json.
 
-    Layout: {"format", "version", "average", "members": [{"generation", "folder", "weights_sha256"}]}.
+    Layout: {"format", "version", "average", "members": [{"generation", "folder", "weights_sha256"}]}; on the Hub each
+    member has its "repo" and "commit" too.
 
     Args:
         path: of the file.
+        from_hub: whether the members are to be read from their repositories.
 
     Returns:
         Members, and what is averaged.
@@ -203,7 +224,8 @@ def read_ensemble(path: Path) -> tuple[list[Member], str]:
                 f"{path}: the field {field!r} is {got!r:.99}, expected {expected}; restore the file from a copy."
             )
 
-    _refuse_link(path)
+    if not from_hub:  # its cache is made of links
+        _refuse_link(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -233,5 +255,13 @@ def read_ensemble(path: Path) -> tuple[list[Member], str]:
         expect(folder == f"../gen{generation}", f"{field}.folder", folder, f"'../gen{generation}'")
         is_hash = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
         expect(is_hash, f"{field}.weights_sha256", sha256, "a SHA-256")
-        members.append(Member(generation, sha256))
+        if from_hub:
+            repo, commit = entry.get("repo"), entry.get("commit")
+            is_repo = isinstance(repo, str) and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repo) is not None
+            expect(is_repo and ".." not in repo, f"{field}.repo", repo, "a repository, namespace/name")
+            is_commit = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) is not None
+            expect(is_commit, f"{field}.commit", commit, "a commit, 40 hexadecimal digits")
+            members.append(Member(generation, sha256, repo, commit))
+        else:
+            members.append(Member(generation, sha256))
     return members, average
