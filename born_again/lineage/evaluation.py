@@ -1,8 +1,9 @@
-"""Measures a generation as a user would load it."""
+"""Measures a generation as a user would load it, and brings metrics into the form of its record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from transformers import EvalPrediction
 
 from born_again.metrics import classification_metrics, language_model_metrics
 from born_again.teacher import carries_state
+
+_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 @torch.no_grad()
@@ -71,3 +74,24 @@ def evaluate_language_model(
         state = {"state": output.state} if carries else {}
         metrics(EvalPrediction(output.logits, batch["labels"].to(device)), compute_result=False)
     return metrics.compute()
+
+
+def by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """From Trainer's flat names, eval_accuracy or eval_SPLIT_accuracy, to metrics by split."""
+    splits: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if name == "epoch" or name.endswith(_NO_METRIC):
+            continue
+        split, _, metric = name.removeprefix("eval_").partition("_")
+        if split not in ("train", "validation", "test"):
+            split, metric = "test", name.removeprefix("eval_")
+        splits.setdefault(split, {})[metric] = value
+    return splits
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no infinity and no number of torch's or numpy's; a bad one must not cost a generation its record."""
+    return {
+        name: (int(value) if isinstance(value, int) else float(value)) if math.isfinite(value) else None
+        for name, value in metrics.items()
+    }

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a lineage is trained: finish the step, save, and leave with a message."""
+"""SIGTERM and SIGINT while a lineage is trained: noted, and agreed on by all processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on to its processes what the terminal has sent to all of them already: that is one request.
@@ -80,48 +79,3 @@ class Interruption:
             torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
             self.signum = int(found.item()) or None
         return self.signum
-
-
-class StopAndSave(TrainerCallback):
-    """Ends a training with a checkpoint, soon after a signal: at the end of the step on every process alike.
-
-    After the last step of an epoch that is where the epoch has been evaluated, since a training that goes on from a
-    checkpoint there begins with the next epoch. After the last step of all there is nothing to go on with, and the
-    training ends as it does.
-
-    Args:
-        interruption: notes the signals.
-        message: how to go on.
-
-    Raises:
-        Interrupted: once the checkpoint is written.
-    """
-
-    def __init__(self, interruption: Interruption, message: str) -> None:
-        self.interruption = interruption
-        self.message = message
-        self._signum: int | None = None
-        self._leaves = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        is_last = state.global_step >= state.max_steps
-        self._signum = None if is_last else self.interruption.agreed()
-        if self._signum is not None and not float(state.epoch).is_integer():
-            control.should_save = self._leaves = True
-        return control
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self._signum is not None:
-            control.should_save = self._leaves = True
-        return control
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Not by control.should_training_stop: what Trainer does at its end is for a training that is finished, and
-        # would delete this checkpoint where the best one alone is kept.
-        if self._leaves:
-            name = signal.Signals(self._signum).name
-            raise Interrupted(self._signum, f"{name} after step {state.global_step}: {self.message}")

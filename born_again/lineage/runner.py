@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,23 +15,36 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-from born_again.lineage.folders import last_checkpoint, move_aside, sync_files
-from born_again.lineage.interruption import Interrupted, Interruption, StopAndSave
+from born_again.curve import draw_curve
+from born_again.lineage.callbacks import KeepRecord, SaveAfterEvaluation, StopAndSave, checkpoint_names
+from born_again.lineage.disk import disk_message, disk_problem
+from born_again.lineage.ensembles import measure_ensemble, missing_ensembles
+from born_again.lineage.evaluation import by_split, finite
+from born_again.lineage.folders import WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
+from born_again.lineage.interruption import Interrupted, Interruption
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import hardware, peak_memory_mib, versions
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256, sync_folder
-from born_again.lineage.spec import LineageSpec
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.publication import CURVE_NAME, unpublished
+from born_again.lineage.restart import check_restart, start_again
+from born_again.lineage.spec import EXTERNAL, LineageSpec
+from born_again.lineage.tidying import (
+    CHECKPOINTS_NAME,
+    is_leftover,
+    remove_checkpoints,
+    remove_checkpoints_after,
+    remove_leftovers,
+    tidy,
+)
+from born_again.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
+    from born_again.publishing import BackgroundPublisher
     from born_again.trainer import BornAgainTrainer
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "model.safetensors"
-CHECKPOINTS_NAME = "checkpoints"
-_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Generation:
     Args:
         index: 0 for the teacher, k for the k-th student.
         seed: of its initial weights, data order and augmentation.
-        objective: "label" for generation 0, the spec's for students.
+        objective: "label" or, for a network trained elsewhere, "external" for generation 0, the spec's for students.
         parent: index of its teacher, None for generation 0.
         checkpoint_dir: where its trainer must keep its checkpoints (`output_dir` of the training arguments).
     """
@@ -78,13 +88,25 @@ class LineageRunner:
             evaluate(), whose eval_dataset may be a dict by split.
         save_student: writes config.json and model.safetensors of a trained network into a folder; None calls its
             save_pretrained.
-        write_card: from (manifest content, generation index) to the text of the generation's README.md; None writes
-            none.
+        write_card: from (manifest content, generation index, curve=name of the training curve's picture or None) to
+            the text of the generation's README.md; None writes neither card nor picture.
         data: fingerprint of the data, compared when the lineage goes on.
         keep_checkpoints: keeps the checkpoints of finished generations.
+        take_teacher: gives the network trained elsewhere that the spec names as teacher; it is saved and measured as
+            generation 0, and not trained.
+        from_generation: starts again from this generation, see `born_again.lineage.restart`; the same command after
+            a crash goes on with what it has started.
+        ensembles: how many of the newest students answer together, as their mean probability, once all are trained:
+            each is measured by `evaluate`, without which there are none, and the last is saved in OUTPUT_DIR/ensemble.
+        publisher: sends finished generations to the Hub while the next one trains; None publishes nothing.
+
+    Attributes:
+        manifest: what is known of the lineage.
+        unpublished: after run(), what the publisher could not publish, from its name to why.
 
     Raises:
         LineageError: the folder holds something else, another experiment, other data, or changed weights.
+        ValueError: a from_generation that is none; a teacher in the spec without take_teacher, or the reverse.
     """
 
     def __init__(
@@ -97,9 +119,13 @@ class LineageRunner:
         load_teacher: Callable[[Path], nn.Module],
         evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None = None,
         save_student: Callable[[nn.Module, Path], None] | None = None,
-        write_card: Callable[[Mapping[str, Any], int], str] | None = None,
+        write_card: Callable[..., str] | None = None,
         data: Mapping[str, Any] | None = None,
         keep_checkpoints: bool = False,
+        take_teacher: Callable[[], nn.Module] | None = None,
+        from_generation: int | None = None,
+        ensembles: Sequence[int] = (2, 3),
+        publisher: BackgroundPublisher | None = None,
     ) -> None:
         self.spec = spec
         self.output_dir = Path(output_dir)
@@ -111,62 +137,107 @@ class LineageRunner:
         self.write_card = write_card
         self.keep_checkpoints = keep_checkpoints
         self.data = dict(data or {})
+        self.take_teacher = take_teacher
+        self.from_generation = from_generation
+        self.ensembles = () if evaluate is None else tuple(ensembles)
+        self.publisher = publisher
+        self.unpublished: dict[str, str] = {}
+        if (spec.teacher is None) != (take_teacher is None):
+            raise ValueError(
+                f"take_teacher: got {take_teacher!r} and a spec with teacher {spec.teacher!r}, expected both or none "
+                "of the two; the spec says what take_teacher loads."
+            )
         self._processes = PartialState()
         self._interruption = Interruption()
         self.manifest = self._open()
+        if from_generation is not None:
+            check_restart(self.manifest, from_generation)
 
     def run(self) -> Manifest:
-        """Trains every generation that is not finished.
+        """Trains every generation that is not finished, then measures the ensembles.
 
         Returns:
             The manifest, also on disk.
 
         Raises:
-            LineageError: weights of a finished generation are not those that were written, or another run uses the
-                folder.
+            LineageError: weights of a finished generation are not those that were written, another run uses the
+                folder, or it cannot be written: the disk is full, or it is read-only.
             FloatingPointError: a loss was not finite; names generation and step, checkpoints are kept.
             Interrupted: a signal asked to stop, and what was trained is saved; ends a program that does not catch it.
         """
         if self.is_finished():  # nothing is written, so that a folder may be read-only
             self._run()
+            if self._processes.is_main_process:
+                tidy(self.manifest)
             return self.manifest
         with self._lock(), self._interruption:
             self.manifest = self._open()  # another run may have gone on in between
             self._processes.wait_for_everyone()
+            if self._processes.is_main_process:
+                remove_leftovers(self.manifest)
             try:
+                self._start_again()
+                if self.publisher is not None:
+                    self._on_main(lambda: self.publisher.start(self.manifest))
                 self._run()
+                if self.publisher is not None and self._processes.is_main_process:
+                    self.unpublished = self.publisher.finish()
             except Interrupted as interrupted:
                 if self._processes.is_main_process:
                     logger.warning("%s", interrupted)
                 raise
+            except Exception as error:
+                problem = disk_problem(error, self.output_dir)
+                if problem is None:
+                    raise
+                raise LineageError(disk_message(problem, self.manifest)) from error
         return self.manifest
+
+    def _start_again(self) -> None:
+        if self.from_generation is None:
+            return
+        if self._processes.is_main_process:
+            start_again(self.manifest, self.from_generation)
+        self._processes.wait_for_everyone()
+        self.manifest, self.from_generation = self._open(), None
 
     def _run(self) -> None:
         for index in range(self.spec.generations + 1):
             record = self.manifest.record(index)
             if record is not None and record["status"] == "finished":
-                self._check_weights(index)
+                check_weights(self.folder(index), record)
                 logger.info("Generation %d of %s is finished.", index, self.spec.name)
                 continue
             signum = self._interruption.agreed()
             if signum is not None:
                 raise Interrupted(signum, f"before generation {index}: {self._how_to_go_on()}")
             self._train(index)
+        for members in missing_ensembles(self.manifest, self.ensembles):
+            measure_ensemble(self.manifest, members, self.evaluate)
+            self._save_manifest()
+        with self.manifest.lock:
+            restarted = self.manifest.content.pop("restart", None)
+        if restarted is not None:
+            self._save_manifest()
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Holds the folder on the first process; where it cannot, every process raises and none waits."""
+        """Holds the folder."""
         with contextlib.ExitStack() as held:
-            refusal = [None]
-            if self._processes.is_main_process:
-                try:
-                    held.enter_context(FolderLock(self.output_dir))
-                except LineageError as error:
-                    refusal = [str(error)]
-            broadcast_object_list(refusal)
-            if refusal[0] is not None:
-                raise LineageError(refusal[0])
+            self._on_main(lambda: held.enter_context(FolderLock(self.output_dir)))
             yield
+
+    def _on_main(self, step: Callable[[], Any]) -> None:
+        """Takes a step on the first process; where it is refused, every process raises and none waits."""
+        refusal: list[RuntimeError | None] = [None]
+        if self._processes.is_main_process:
+            try:
+                step()
+            except RuntimeError as error:
+                refusal = [error]
+        broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise refusal[0]
 
     def _how_to_go_on(self) -> str:
         return f"what is trained is saved in {self.output_dir}; the same command goes on from there."
@@ -176,9 +247,14 @@ class LineageRunner:
         return self.output_dir / f"gen{index}"
 
     def is_finished(self) -> bool:
-        """Whether every generation that is asked for is trained."""
-        return len(self.manifest.generations) > self.spec.generations and all(
-            record["status"] == "finished" for record in self.manifest.generations
+        """Whether every generation that is asked for is trained, and nothing is left to do."""
+        return (
+            self.from_generation is None
+            and "restart" not in self.manifest.content
+            and len(self.manifest.generations) > self.spec.generations
+            and all(record["status"] == "finished" for record in self.manifest.generations)
+            and not missing_ensembles(self.manifest, self.ensembles)
+            and (self.publisher is None or not unpublished(self.manifest))
         )
 
     def _open(self) -> Manifest:
@@ -200,7 +276,7 @@ class LineageRunner:
                 )
             manifest.content["spec"]["generations"] = max(self.spec.generations, manifest.spec.generations)
             return manifest
-        if folder.exists() and (not folder.is_dir() or any(path.name != LOCK_NAME for path in folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(map(_may_stay, folder.iterdir()))):
             raise LineageError(
                 f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new "
                 "or empty folder; nothing in it was touched."
@@ -219,13 +295,25 @@ class LineageRunner:
         )
         self._begin(generation)
         set_seed(generation.seed)
+        if generation.objective == EXTERNAL:
+            logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
+            taken = self.take_teacher()
+            FrozenTeacher(taken).check_against(self.build_student(generation))  # before it is kept
+            self._finish(generation, self.build_trainer(taken, None, generation))
+            return
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self.build_trainer(student, teacher, generation)
-        clock = _Clock(self, index)
-        trainer.add_callback(clock)
-        trainer.add_callback(StopAndSave(self._interruption, self._how_to_go_on()))  # after the clock: it ends it
+        record = self.manifest.record(index)
+        keeper = KeepRecord(generation.checkpoint_dir, record["seconds"], lambda **fields: self._keep(index, **fields))
+        trainer.add_callback(SaveAfterEvaluation())
+        trainer.add_callback(keeper)
+        trainer.add_callback(StopAndSave(self._interruption, self._how_to_go_on()))
         checkpoint = last_checkpoint(generation.checkpoint_dir)
+        self._processes.wait_for_everyone()
+        if self._processes.is_main_process:
+            remove_checkpoints_after(generation.checkpoint_dir, checkpoint)
+        self._processes.wait_for_everyone()
         logger.info(
             "Generation %d of %s: %s with seed %d%s.",
             index,
@@ -238,11 +326,11 @@ class LineageRunner:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except FloatingPointError as error:
             raise FloatingPointError(f"generation {index} of {self.spec.name}: {error}") from error
-        clock.read()
+        self.manifest.update(index, seconds=keeper.seconds)
         self._finish(generation, trainer)
         # The next generation must not find this one's optimizer and activations in memory.
         trainer.accelerator.free_memory()
-        del trainer, student, teacher, clock
+        del trainer, student, teacher, keeper
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -252,16 +340,20 @@ class LineageRunner:
             self.manifest.update(
                 generation.index,
                 status="training",
-                seed=generation.seed,
+                seed=None if generation.objective == EXTERNAL else generation.seed,
                 parent=generation.parent,
                 objective=generation.objective,
                 weights_sha256=None,
                 metrics={},
                 seconds=0.0,
+                checkpoints=[],
                 versions=versions(),
                 hardware=hardware(),
                 hub=None,
             )
+            if generation.objective == EXTERNAL:
+                source = {"path_or_repo": self.spec.teacher, "revision": self.spec.teacher_revision}
+                self.manifest.update(generation.index, source=source)
         self._save_manifest()
 
     def _finish(self, generation: Generation, trainer: BornAgainTrainer) -> None:
@@ -276,48 +368,40 @@ class LineageRunner:
                 trainer.processing_class.save_pretrained(partial)
         self._processes.wait_for_everyone()
         if self.evaluate is None:
-            metrics = _by_split(trainer.evaluate())
+            metrics = by_split(trainer.evaluate())
         else:
             metrics = {split: dict(values) for split, values in self.evaluate(self.load_teacher(partial)).items()}
-        self.manifest.update(
-            generation.index,
-            status="finished",
-            weights_sha256=file_sha256(partial / WEIGHTS_NAME),
-            metrics={split: _finite(values) for split, values in metrics.items()},
-            teacher_fit=trainer.teacher_fit and _finite(trainer.teacher_fit),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            steps=trainer.state.global_step,
-            peak_memory_mib=peak_memory_mib(),
-        )
+        facts = {
+            "status": "finished",
+            "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
+            "metrics": {split: finite(values) for split, values in metrics.items()},
+            "teacher_fit": trainer.teacher_fit and finite(trainer.teacher_fit),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "steps": trainer.state.global_step,
+            "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],
+            "peak_memory_mib": peak_memory_mib(),
+        }
         self._processes.wait_for_everyone()  # every process has read the weights where they are
         folder = self.folder(generation.index)
         if self._processes.is_main_process:
             if self.write_card is not None:
-                (partial / "README.md").write_text(self.write_card(self.manifest.content, generation.index), "utf-8")
-            sync_files(partial)
-            move_aside(folder, f"is not in {MANIFEST_NAME}")
-            os.rename(partial, folder)
-            sync_folder(self.output_dir)
+                drawn = draw_curve(trainer.state.log_history, partial / CURVE_NAME)
+                content = self.manifest.content_with(generation.index, **facts)
+                card = self.write_card(content, generation.index, curve=CURVE_NAME if drawn else None)
+                (partial / "README.md").write_text(card, "utf-8")
+            put_in_place(partial, folder, facts["weights_sha256"])
+        self.manifest.update(generation.index, **facts)  # only now: a record that says so has its folder
         self._save_manifest()
+        if self.publisher is not None and self._processes.is_main_process:
+            self.publisher.wake()
         if self._processes.is_main_process and not self.keep_checkpoints:
-            shutil.rmtree(generation.checkpoint_dir, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds the checkpoints of another generation
-                generation.checkpoint_dir.parent.rmdir()
+            remove_checkpoints(self.output_dir, generation.index)
         self._processes.wait_for_everyone()
 
-    def _check_weights(self, index: int) -> None:
-        path = self.folder(index) / WEIGHTS_NAME
-        expected = self.manifest.record(index)["weights_sha256"]
-        if not path.is_file():
-            raise LineageError(
-                f"{path}: is missing, though {MANIFEST_NAME} says that generation {index} is finished; put it back, "
-                "or start again in another output_dir."
-            )
-        if file_sha256(path) != expected:
-            raise LineageError(
-                f"{path}: does not hash to what {MANIFEST_NAME} holds ({expected[:12]}...), so it is not the "
-                "generation that was trained here; put the file back, or start again in another output_dir."
-            )
+    def _keep(self, index: int, **fields: Any) -> None:
+        self.manifest.update(index, **fields)
+        if self._processes.is_main_process:
+            self.manifest.save()
 
     def _save_manifest(self) -> None:
         if self._processes.is_main_process:
@@ -325,44 +409,6 @@ class LineageRunner:
         self._processes.wait_for_everyone()
 
 
-class _Clock(TrainerCallback):
-    """Adds a training's seconds to its record, at every checkpoint, so that those before a crash are counted."""
-
-    def __init__(self, runner: LineageRunner, index: int) -> None:
-        self.runner = runner
-        self.index = index
-        self.before = runner.manifest.record(index)["seconds"]
-        self.start = time.perf_counter()
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.read()
-        if self.runner._processes.is_main_process:
-            self.runner.manifest.save()
-
-    def read(self) -> None:
-        seconds = round(self.before + time.perf_counter() - self.start, 3)
-        self.runner.manifest.update(self.index, seconds=seconds)
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no infinity and no number of torch's or numpy's; a bad one must not cost a generation its record."""
-    return {
-        name: (int(value) if isinstance(value, int) else float(value)) if math.isfinite(value) else None
-        for name, value in metrics.items()
-    }
-
-
-def _by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """From Trainer's flat names, eval_accuracy or eval_SPLIT_accuracy, to metrics by split."""
-    splits: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        if name == "epoch" or name.endswith(_NO_METRIC):
-            continue
-        split, _, metric = name.removeprefix("eval_").partition("_")
-        if split not in ("train", "validation", "test"):
-            split, metric = "test", name.removeprefix("eval_")
-        splits.setdefault(split, {})[metric] = value
-    return splits
+def _may_stay(path: Path) -> bool:
+    """What a run leaves in a new folder that is killed before its first manifest is written."""
+    return path.name == LOCK_NAME or is_leftover(path)

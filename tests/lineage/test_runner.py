@@ -2,13 +2,17 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import sequence_classifier
 from lineage.tiny_lineage import Crash, hashes, runner, spec
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from born_again import LineageRunner
 from born_again.lineage.folders import last_checkpoint
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
 
@@ -86,21 +90,81 @@ def test_an_interrupted_lineage_goes_on_to_the_same_weights(finished, tmp_path, 
     assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
 
 
-def test_a_checkpoint_without_its_end_is_passed_over(tmp_path, caplog):
-    for step, state in ((2, "{}"), (10, '{"global_step": ')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-12").mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert "checkpoint-12 was not written to its end" in caplog.text
-    assert last_checkpoint(tmp_path / "nothing") is None
-
-
 def test_checkpoints_are_kept_on_request(tmp_path):
-    runner(tmp_path / "out", spec=spec(generations=0), keep_checkpoints=True).run()
+    done = runner(tmp_path / "out", spec=spec(generations=0), keep_checkpoints=True).run()
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints" / "gen0").iterdir())
-    assert kept == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert kept == done.record(0)["checkpoints"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_checkpoints_in_training_are_told_and_those_of_finished_generations_are_removed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        runner(tmp_path / "out", crash=Crash(1, 5)).run()
+    finished, begun = Manifest.read(tmp_path / "out").generations
+    assert finished["checkpoints"] == [] and not (tmp_path / "out" / "checkpoints" / "gen0").exists()
+    assert begun["checkpoints"] == ["checkpoint-2", "checkpoint-4"] and begun["seconds"] > 0
+
+
+def test_a_crash_between_a_generation_and_its_record_leaves_nothing_behind(finished, tmp_path, monkeypatch):
+    folder, update = tmp_path / "out", Manifest.update
+
+    def crashing(manifest, index, **fields):
+        if fields.get("status") == "finished":
+            raise KeyboardInterrupt
+        update(manifest, index, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "update", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            runner(folder).run()
+    assert (folder / "gen0").is_dir() and Manifest.read(folder).record(0)["status"] == "training"
+    (folder / ".gen0.partial").mkdir()
+    (folder / ".lineage.json.abcd_123").write_text("{")
+    runner(folder).run()
+    assert hashes(folder) == hashes(finished)
+    assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
+
+
+def test_a_crash_after_the_last_step_trains_none_more(tmp_path, monkeypatch):
+    # The checkpoint of the last step is in the middle of an epoch of three.
+    options = {"spec": spec(generations=1), "changes": {"max_steps": 4, "lr_scheduler_type": "constant"}}
+    runner(tmp_path / "whole", **options).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(LineageRunner, "_finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runner(tmp_path / "cut", **options).run()
+    done = runner(tmp_path / "cut", **options).run()
+    assert [record["steps"] for record in done.generations] == [4, 4]
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_a_network_trained_elsewhere_is_the_teacher(finished, tmp_path):
+    folder, source = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(finished / "gen1", source)
+    asked = spec(generations=1, teacher=str(source))
+    options = {"spec": asked, "take_teacher": lambda: AutoModelForSequenceClassification.from_pretrained(source)}
+    with pytest.raises(KeyboardInterrupt):
+        runner(folder, crash=Crash(1, 3), **options).run()
+    shutil.rmtree(source)  # from here on the lineage has its own copy
+    done = runner(folder, **options).run()
+    taught, student = done.generations
+    assert taught["weights_sha256"] == hashes(finished)[1] and taught["status"] == "finished"
+    assert (taught["objective"], taught["seed"], taught["steps"]) == ("external", None, 0)
+    assert (
+        taught["source"] == {"path_or_repo": str(source), "revision": None} and taught["metrics"]["test"]["loss"] > 0
+    )
+    assert student["seed"] == asked.seed + 1 and student["parent"] == 0 and student["teacher_fit"] is not None
+    with pytest.raises(LineageError, match=f"teacher: None here, '{source}' there"):
+        runner(folder, spec=spec(generations=1))
+
+
+def test_a_network_trained_elsewhere_that_cannot_teach_is_not_kept(tmp_path):
+    other = sequence_classifier(1)
+    other.config.id2label = {index: f"other {index}" for index in other.config.id2label}
+    with pytest.raises(ValueError, match="teacher: .*other 0"):
+        runner(tmp_path / "out", spec=spec(teacher="elsewhere"), take_teacher=lambda: other).run()
+    assert not (tmp_path / "out" / "gen0").exists()
+    with pytest.raises(ValueError, match="take_teacher: got None and a spec with teacher 'elsewhere'"):
+        runner(tmp_path / "out", spec=spec(teacher="elsewhere"))
 
 
 def test_evaluate_measures_the_files_and_the_card_is_written(tmp_path):
@@ -110,10 +174,12 @@ def test_evaluate_measures_the_files_and_the_card_is_written(tmp_path):
         seen.append(model)
         return {"test": {"accuracy": 0.5}}
 
-    def write_card(manifest, index):
+    def write_card(manifest, index, curve):
+        assert (tmp_path / "out" / ".gen0.partial" / curve).is_file()
         return f"{manifest['name']} {index} {manifest['generations'][index]['metrics']['test']['accuracy']}"
 
-    done = runner(tmp_path / "out", spec=spec(generations=0), evaluate=evaluate, write_card=write_card).run()
+    options = {"evaluate": evaluate, "write_card": write_card, "changes": {"logging_steps": 2}}
+    done = runner(tmp_path / "out", spec=spec(generations=0), **options).run()
     assert done.record(0)["metrics"] == {"test": {"accuracy": 0.5}}
     assert (tmp_path / "out" / "gen0" / "README.md").read_text() == "tiny-words 0 0.5"
     on_disk = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "gen0")

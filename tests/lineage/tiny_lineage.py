@@ -52,8 +52,7 @@ def runner(folder, *, crash=None, built=None, sentences_of="sequence", changes=(
             generation.checkpoint_dir,
             objective=asked.objective,
             seed=generation.seed,
-            max_steps=STEPS,
-            **{"save_strategy": "steps", "save_steps": 2, **dict(changes)},
+            **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, **dict(changes)},
         )
         callbacks = [] if crash is None else [crash]
         return BornAgainTrainer(

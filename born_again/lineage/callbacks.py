@@ -1,0 +1,129 @@
+"""What a runner listens to while one generation is trained: checkpoints, the clock, and requests to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from born_again.lineage.folders import sync_checkpoint
+from born_again.lineage.interruption import Interrupted, Interruption
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Puts off a checkpoint that is due with the last step of an epoch until that epoch has been evaluated.
+
+    A training that goes on from there begins with the next epoch: what Trainer does at an epoch's end (its evaluation,
+    the plateau schedule, the choice of the best checkpoint) would never be made up for.
+    """
+
+    def __init__(self) -> None:
+        self._is_due = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if control.should_save and _ends_epoch(state):
+            control.should_save, self._is_due = False, True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._is_due:
+            control.should_save, self._is_due = True, False
+        return control
+
+
+class KeepRecord(TrainerCallback):
+    """Writes the seconds of a training and its checkpoints into its record, whenever there is a new checkpoint.
+
+    So the seconds before a crash are counted. The files of the checkpoint are made to survive a loss of power.
+
+    Args:
+        checkpoint_dir: of the generation.
+        seconds: of its training in runs before this one.
+        keep: called with the fields of the record on every process, after every checkpoint.
+    """
+
+    def __init__(self, checkpoint_dir: Path, seconds: float, keep: Callable[..., None]) -> None:
+        self.checkpoint_dir = checkpoint_dir
+        self.before = seconds
+        self.keep = keep
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all of its starts."""
+        return round(self.before + time.perf_counter() - self._start, 3)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        processes = PartialState()
+        processes.wait_for_everyone()  # each one has written its own part
+        if processes.is_main_process:
+            sync_checkpoint(self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        self.keep(seconds=self.seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
+
+
+class StopAndSave(TrainerCallback):
+    """Ends a training with a checkpoint, soon after a signal: at the end of the step on every process alike.
+
+    After the last step of an epoch that is where the epoch has been evaluated, for the reason of
+    `SaveAfterEvaluation`. After the last step of all there is nothing to go on with, and the training ends as it does.
+    It must be the last callback of its trainer, since it leaves in on_save.
+
+    Args:
+        interruption: notes the signals.
+        message: how to go on.
+
+    Raises:
+        Interrupted: once the checkpoint is written.
+    """
+
+    def __init__(self, interruption: Interruption, message: str) -> None:
+        self.interruption = interruption
+        self.message = message
+        self._signum: int | None = None
+        self._leaves = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        is_last = state.global_step >= state.max_steps
+        self._signum = None if is_last else self.interruption.agreed()
+        if self._signum is not None and not _ends_epoch(state):
+            control.should_save = self._leaves = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._signum is not None:
+            control.should_save = self._leaves = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Not by control.should_training_stop: what Trainer does at its end is for a training that is finished, and
+        # would delete this checkpoint where the best one alone is kept.
+        if self._leaves:
+            name = signal.Signals(self._signum).name
+            raise Interrupted(self._signum, f"{name} after step {state.global_step}: {self.message}")
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """The checkpoints of a generation on disk, oldest first."""
+    found = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    return float(state.epoch).is_integer() or state.global_step >= state.max_steps
