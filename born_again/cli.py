@@ -1,0 +1,318 @@
+"""The command born-again: looks at lineages that are on disk or on the Hub; also python -m born_again.cli.
+
+    born-again status OUTPUT_DIR
+    born-again evaluate OUTPUT_DIR/gen2
+    born-again card OUTPUT_DIR
+    born-again publish OUTPUT_DIR --namespace NAME
+
+Exit status: 0; 1 where evaluate finds what differs from the record, or publish leaves something unpublished; 2 for
+arguments and files that are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+# Column -> split, metric, factor and format of what it shows; shown where a generation has it.
+_METRICS = {
+    "accuracy": ("test", "accuracy", 100, ".2f"),
+    "valid. ppl": ("validation", "perplexity", 1, ".2f"),
+    "test ppl": ("test", "perplexity", 1, ".2f"),
+    "NLL": ("test", "nll", 1, ".4f"),
+    "ECE": ("test", "ece", 100, ".2f"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; None reads sys.argv.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: after --help.
+    """
+    # Imported here and in the commands: each loads what it needs, and status no network.
+    from born_again.lineage.schema import LineageError
+
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if isinstance(error, RuntimeError) and not (isinstance(error, LineageError) or _is_of_the_hub(error)):
+            raise
+        print(f"born-again: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+
+
+def _is_of_the_hub(error: RuntimeError) -> bool:
+    from born_again.hub import HubError
+
+    return isinstance(error, HubError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("born-again", description="Looks at lineages of born-again networks.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_status(commands)
+    _add_evaluate(commands)
+    _add_card(commands)
+    _add_publish(commands)
+    return parser
+
+
+def _add_status(commands: Any) -> None:
+    description = "Says how far a lineage is, what runs, what is next; reads only, also while a run is going on."
+    parser = commands.add_parser("status", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
+    parser.add_argument("--verify", action="store_true", help="Hash the weights of the finished generations too.")
+    parser.add_argument("--json", action="store_true", help="Print the facts as one JSON object.")
+    parser.set_defaults(run=_status)
+
+
+def _add_evaluate(commands: Any) -> None:
+    description = "Measures a generation or an ensemble again, and compares with its record."
+    parser = commands.add_parser("evaluate", help=description, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "path", metavar="PATH_OR_HUB_ID", help="OUTPUT_DIR/gen2, OUTPUT_DIR/ensemble, or a Hub repository."
+    )
+    parser.add_argument("--revision", help="Branch, tag or commit of the Hub repository.")
+    parser.add_argument("--dataset", help="What to measure on; the lineage's when not given.")
+    parser.add_argument("--dataset_revision", help="Branch, tag or commit of a Hub dataset.")
+    for name in ("image_column", "label_column", "text_column"):
+        parser.add_argument(f"--{name}", help="The lineage's, or found by its type.")
+    parser.add_argument("--max_eval_samples", type=int, metavar="N", help="Measure on so many items only.")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="Images at once, or streams of a text without a state."
+    )
+    parser.add_argument("--device", help="cpu, cuda:0 ...; the accelerator where there is one.")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="How far, absolutely or relatively, a number may be from the record; 0.0001 when not given.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print the result as one JSON object.")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_card(commands: Any) -> None:
+    description = "Renders the cards of a lineage's generations and ensemble again, from lineage.json."
+    parser = commands.add_parser("card", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
+    parser.set_defaults(run=_card)
+
+
+def _add_publish(commands: Any) -> None:
+    description = "Publishes what is finished and not on the Hub: generations, ensemble, collection."
+    parser = commands.add_parser("publish", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
+    parser.add_argument("--namespace", help="User or organisation; that of the lineage when not given.")
+    parser.add_argument("--name_pattern", help="Of the repositories, such as '{name}-gen{index}'.")
+    parser.add_argument("--private", action="store_true", default=None, help="New repositories are private.")
+    parser.add_argument("--branch", help="Commit to this branch.")
+    parser.add_argument("--license", help="For the cards, such as apache-2.0.")
+    parser.set_defaults(run=_publish)
+
+
+# ---- status ----
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from born_again.lineage.status import lineage_status
+
+    facts = lineage_status(arguments.output_dir, arguments.verify)
+    print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else _plain(_status_text(facts)))
+    return 0
+
+
+def _status_text(facts: Mapping[str, Any]) -> str:
+    running, lines = facts["running"], []
+    if facts["name"] is None:
+        lines.append(f"{facts['output_dir']}: no generation has begun")
+    else:
+        lines.append(
+            f"{facts['name']}: {facts['model']} on {facts['dataset']}, teacher + {facts['students']} by "
+            f"{facts['objective']}, seed {facts['seed']}"
+        )
+        lines += _generation_lines(facts["generations"])
+    lines += [_ensemble_line(entry) for entry in facts["ensembles"]]
+    if running is not None:
+        lines.append(f"running: {_holder(running)}")
+    wait = "" if running is None else "wait for that run; after it, "
+    lines.append(f"next: {wait}{facts['next']['text']}")
+    for name in ("unpublished", "missing_weights", "changed_weights"):
+        if facts[name]:
+            lines.append(f"{name.replace('_', ' ')}: {', '.join(f'gen{index}' for index in facts[name])}")
+    if facts["set_aside"]:
+        lines.append(f"set aside: {', '.join(facts['set_aside'])}")
+    return "\n".join(lines)
+
+
+def _generation_lines(generations: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = {
+        column: shown
+        for column, shown in _METRICS.items()
+        if any(shown[1] in facts["metrics"].get(shown[0], {}) for facts in generations)
+    }
+    rows = [["generation", "status", "objective", "seed", *columns, "gain", "seconds", "published"]]
+    for facts in generations:
+        rows.append(
+            [
+                f"{facts['index']} (teacher)" if facts["parent"] is None else str(facts["index"]),
+                _progress(facts),
+                facts["objective"],
+                "" if facts["seed"] is None else str(facts["seed"]),
+                *(_metric(facts["metrics"], *shown) for shown in columns.values()),
+                "" if facts["gain"] is None else f"{facts['gain']:+.2f}",
+                "" if facts["status"] == "waiting" else f"{facts['seconds']:.0f}",
+                "" if facts["status"] != "finished" else "yes" if facts["published"] else "no",
+            ]
+        )
+    return _aligned(rows)
+
+
+def _progress(facts: Mapping[str, Any]) -> str:
+    checkpoint = facts["checkpoint"]
+    if facts["status"] not in ("training", "interrupted") or checkpoint is None:
+        return facts["status"]
+    of = "" if checkpoint["max_steps"] is None else f" of {checkpoint['max_steps']}"
+    return f"{facts['status']}, saved at step {checkpoint['step']}{of}"
+
+
+def _metric(metrics: Mapping[str, Any], split: str, name: str, factor: float, form: str) -> str:
+    if name not in metrics.get(split, {}):
+        return ""
+    value = metrics[split][name]
+    return "inf" if value is None else f"{factor * value:{form}}"
+
+
+def _ensemble_line(entry: Mapping[str, Any]) -> str:
+    shown = [f"{column} {text}" for column, own in _METRICS.items() if (text := _metric(entry["metrics"], *own))]
+    members = ", ".join(map(str, entry["members"]))
+    return f"ensemble of {members} (mean of {entry['average']}): {', '.join(shown) or 'not measured'}"
+
+
+def _holder(running: Mapping[str, Any]) -> str:
+    who = "another process" if running["pid"] is None else f"process {running['pid']}"
+    where = "" if running["host"] is None else f" on {running['host']}"
+    since = "" if running["since"] is None else f" since {running['since']}"
+    command = f" ({running['command']})" if running["command"] else ""
+    doubt = "" if running["certain"] else "; perhaps, since this system knows no locks: that process may be gone"
+    return f"{who}{where}{since}{command}{doubt}"
+
+
+# ---- evaluate ----
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from born_again.lineage.machine import use_cores
+    from born_again.lineage.remeasure import TOLERANCE, remeasure
+
+    use_cores(None)  # as the runs are, so that sums are taken in the same order
+    disable_progress_bar()
+    names = ("dataset_revision", "image_column", "label_column", "text_column", "max_eval_samples")
+    result = remeasure(
+        arguments.path,
+        revision=arguments.revision,
+        dataset=arguments.dataset,
+        data_args={name: getattr(arguments, name) for name in names},
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+    )
+    print(json.dumps(result, indent=2, allow_nan=False) if arguments.json else _plain(_evaluation_text(result)))
+    return 1 if result["agrees"] is False else 0
+
+
+def _evaluation_text(result: Mapping[str, Any]) -> str:
+    what = result["path"]
+    if result["kind"] == "ensemble":
+        what += f" (generations {', '.join(map(str, result['generations']))}, mean of {result['average']})"
+    of = "" if result["lineage"] is None else f" of {result['lineage']}"
+    items = ", ".join(f"{count:,} in {split}" for split, count in result["items"].items()) or "nothing measured"
+    limits = "".join(f", {name} {value}" for name, value in result["data_args"].items() if name.startswith("max_"))
+    lines = [f"{what}{of} on {result['dataset']} ({items}{limits}), {result['device']}"]
+    rows = [["split", "metric", "measured", "recorded", "difference"]]
+    for split, metrics in result["splits"].items():
+        for metric, pair in metrics.items():
+            difference = (
+                "" if pair["difference"] is None else f"{pair['difference']:+.1e}" if pair["difference"] else "0"
+            )
+            recorded = _value(pair["recorded"]) if pair["agrees"] is not None else ""
+            mark = "  differs" if pair["agrees"] is False else ""
+            rows.append([split, metric, _value(pair["measured"]), recorded, f"{difference}{mark}"])
+    if len(rows) > 1:
+        lines += _aligned(rows)
+    for entry in result["weights"]:
+        if entry["sha256"] is None:
+            lines.append(f"{entry['file']}: is missing")
+        else:
+            verb = "hashes" if entry["agrees"] else "does not hash"
+            lines.append(f"{entry['file']}: {verb} to the record ({entry['recorded'][:12]}...)")
+    if result["note"] is not None:
+        lines.append(f"not compared: {result['note']}")
+    else:
+        verdict = "agrees with" if result["agrees"] else "differs from"
+        lines.append(f"{verdict} the record, tolerance {result['tolerance']:g}")
+    return "\n".join(lines)
+
+
+def _value(value: float | None) -> str:
+    return "not finite" if value is None else str(value) if isinstance(value, int) else f"{value:.6f}"
+
+
+# ---- card, publish ----
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from born_again.lineage.publication import render_cards
+
+    for path in render_cards(arguments.output_dir):
+        print(path)
+    return 0
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    from born_again.publishing import publish_lineage
+
+    names = ("namespace", "name_pattern", "private", "branch", "license")
+    left = publish_lineage(arguments.output_dir, **{name: getattr(arguments, name) for name in names})
+    for what, why in left.items():
+        print(_plain(f"not published: {what}: {why}"))
+    if not left:
+        print("everything that is finished is published")
+    return 1 if left else 0
+
+
+# ---- both ----
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _plain(text: str) -> str:
+    """Names in a folder of someone else's must not steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""What a lineage's folder says of itself: how far it is, what runs, what is next. Reads only, and loads no network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from born_again.lineage.lock import LOCK_NAME, lock_holder
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.spec import LineageSpec
+
+# As the runner has them; it is not imported, since it brings torch.
+WEIGHTS_NAME = "model.safetensors"
+CHECKPOINTS_NAME = "checkpoints"
+_SET_ASIDE = re.compile(r".+\.replaced-[0-9]+(\.json)?")
+_LOOKS = 3
+
+
+def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, Any]:
+    """The state of a lineage, as JSON values; true for a moment where a run is going on.
+
+    Nothing is written, and no lock is taken from anybody, so that it may be asked while a run is going.
+
+    Args:
+        output_dir: the lineage's folder; one that a run has only just made is a lineage of nothing yet.
+        verify: also hashes the weights of the finished generations, which takes as long as reading them.
+
+    Returns:
+        output_dir: as given.
+        name, model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
+        students: how many are asked for, without the teacher; None likewise.
+        running: None, or who holds the folder: pid, host, since (ISO 8601, UTC), command, each None where it is not
+            known, and certain (False where the system knows no locks, so that the run may be gone).
+        generations: a list, one for each that is asked for:
+            index, parent, objective, seed: the last is None where it is not known.
+            status: "finished"; "training", while the folder is held; "interrupted"; or "waiting".
+            metrics: by split, {} until it is finished; a number that was not finite is None.
+            gain: over its own teacher, in percentage points of test accuracy, or by how much the test perplexity is
+                lower; None where there is no such pair of numbers.
+            seconds: of training so far. steps: of the optimiser, None until it is finished.
+            weights: "present", "missing", "changed" (only seen with `verify`), None until it is finished.
+            hub: the record's, an object or None. published: whether that says so.
+            checkpoint: of an unfinished generation the last whole one: name, step, max_steps (None where it is not
+                known); else None.
+        ensembles: a list of members, average, metrics, weights_sha256, published.
+        unpublished: indices of finished generations that are not on the Hub.
+        missing_weights, changed_weights: indices of finished generations.
+        set_aside: what was in the way of a generation or is replaced by it, as names in the folder.
+        next: what the same command would do once nobody holds the folder: action ("nothing", "train", "resume",
+            "refuse"), generation, checkpoint (each None where there is none), and text, the same in words.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        LineageError: it is no folder of a lineage, or its lineage.json is wrong; names the field.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output_dir: {folder} is no folder, expected that of a lineage; check the spelling.")
+    # The lock first: what a run writes before it lets go is then seen.
+    running = lock_holder(folder)
+    try:
+        manifest = Manifest.read(folder)
+    except FileNotFoundError:
+        _check_that_nothing_else_is_in(folder)
+        manifest = None
+    spec = None if manifest is None else manifest.spec
+    generations = [] if manifest is None else _generations(manifest, folder, running is not None, verify)
+    finished = [facts for facts in generations if facts["status"] == "finished"]
+    return {
+        "output_dir": str(output_dir),
+        "name": spec and spec.name,
+        "model": spec and spec.model,
+        "dataset": spec and spec.dataset,
+        "objective": spec and spec.objective,
+        "seed": spec and spec.seed,
+        "students": spec and spec.generations,
+        "running": running,
+        "generations": generations,
+        "ensembles": []
+        if manifest is None
+        else [_ensemble(entry, manifest) for entry in manifest.content.get("ensembles", [])],
+        "unpublished": [facts["index"] for facts in finished if not facts["published"]],
+        "missing_weights": [facts["index"] for facts in finished if facts["weights"] == "missing"],
+        "changed_weights": [facts["index"] for facts in finished if facts["weights"] == "changed"],
+        "set_aside": _set_aside(folder),
+        "next": _next(generations, spec),
+    }
+
+
+def _check_that_nothing_else_is_in(folder: Path) -> None:
+    # A run that begins writes its lock, then the manifest under another name first.
+    others = [path for path in folder.iterdir() if path.name not in (LOCK_NAME, MANIFEST_NAME)]
+    if any(not path.name.startswith(f".{MANIFEST_NAME}.") for path in others):
+        raise LineageError(
+            f"output_dir: {folder} has no {MANIFEST_NAME}, expected the folder of a lineage; give the output_dir that "
+            "the lineage was trained into."
+        )
+
+
+def _generations(manifest: Manifest, folder: Path, is_running: bool, verify: bool) -> list[dict[str, Any]]:
+    spec, found = manifest.spec, []
+    for index in range(max(spec.generations + 1, len(manifest.generations))):
+        record = manifest.record(index)
+        facts: dict[str, Any] = {
+            "index": index,
+            "status": "waiting",
+            "objective": spec.objective_of(index),
+            "seed": spec.seed_of(index),
+            "parent": index - 1 if index else None,
+            "metrics": {},
+            "gain": None,
+            "seconds": 0.0,
+            "steps": None,
+            "weights": None,
+            "hub": None,
+            "published": False,
+            "checkpoint": None,
+        }
+        if record is not None:
+            known = ("status", "objective", "seed", "parent", "metrics", "seconds", "steps", "hub")
+            facts |= {name: record[name] for name in known if name in record}
+            facts["published"] = _is_published(record)
+            if facts["status"] == "finished":
+                facts["weights"] = _weights(folder / f"gen{index}" / WEIGHTS_NAME, record["weights_sha256"], verify)
+                facts["gain"] = _gain(record, found)
+            else:
+                facts["status"] = "training" if is_running else "interrupted"
+                facts["checkpoint"] = _checkpoint(folder / CHECKPOINTS_NAME / f"gen{index}")
+        found.append(facts)
+    return found
+
+
+def _is_published(record: Mapping[str, Any]) -> bool:
+    hub = record.get("hub")
+    return isinstance(hub, Mapping) and hub.get("status") == "published"
+
+
+def _weights(path: Path, expected: str, verify: bool) -> str:
+    if not path.is_file():
+        return "missing"
+    return "present" if not verify or file_sha256(path) == expected else "changed"
+
+
+def _gain(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> float | None:
+    if record["parent"] is None:
+        return None
+    ours, theirs = (own["metrics"].get("test", {}) for own in (record, earlier[record["parent"]]))
+    # In the order in which results_table takes them.
+    for name, points in (("perplexity", -1), ("accuracy", 100)):
+        if ours.get(name) is not None and theirs.get(name) is not None:
+            return points * (ours[name] - theirs[name])
+    return None
+
+
+def _checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The last whole checkpoint; a run that goes on meanwhile deletes the older ones."""
+    if not folder.is_dir():
+        return None
+    # Imported here: it takes seconds, which finished lineages do without.
+    from born_again.lineage.folders import last_checkpoint
+
+    for _ in range(_LOOKS):
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            steps = state.get("max_steps") if isinstance(state, dict) else None
+            step = int(checkpoint.name.rpartition("-")[2])
+            return {"name": checkpoint.name, "step": step, "max_steps": steps if type(steps) is int else None}
+    return None
+
+
+def _set_aside(folder: Path) -> list[str]:
+    paths = [*folder.iterdir(), *(folder / CHECKPOINTS_NAME).glob("*")]
+    return sorted(path.relative_to(folder).as_posix() for path in paths if _SET_ASIDE.fullmatch(path.name))
+
+
+def _ensemble(entry: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+    known = ("members", "average", "metrics", "weights_sha256")
+    state = manifest.content.get("hub", {}).get("ensemble", {})
+    published = state.get("status") == "published" and state.get("weights_sha256") == entry.get("weights_sha256")
+    return {**{name: entry.get(name) for name in known}, "published": published}
+
+
+def _next(generations: Sequence[Mapping[str, Any]], spec: LineageSpec | None) -> dict[str, Any]:
+    action, index, checkpoint = "nothing", None, None
+    if spec is None:
+        action, index = "train", 0
+        text = "train generation 0 from its start"
+    else:
+        count = len(generations)
+        text = f"nothing: all {count} generations are trained" if count > 1 else "nothing: the teacher is trained"
+    for facts in generations:
+        place = f"gen{facts['index']}/{WEIGHTS_NAME}"
+        if facts["status"] == "finished" and facts["weights"] == "present":
+            continue
+        index = facts["index"]
+        if facts["status"] == "finished":
+            wrong = "is missing" if facts["weights"] == "missing" else f"does not hash to what {MANIFEST_NAME} holds"
+            action, text = "refuse", f"refuse: {place} {wrong}; put the file back"
+        elif facts["checkpoint"] is not None:
+            action, checkpoint = "resume", facts["checkpoint"]["name"]
+            text = f"go on with generation {index} from {checkpoint}"
+        elif index == 0 and spec is not None and spec.teacher is not None:
+            action, text = "train", f"take {spec.teacher} as generation 0"
+        else:
+            action, text = "train", f"train generation {index} from its start"
+        break
+    return {"action": action, "generation": index, "checkpoint": checkpoint, "text": text}
