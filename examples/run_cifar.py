@@ -9,11 +9,8 @@ is the paper's (digits and --smoke have small ones).
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import re
-import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,23 +29,22 @@ from born_again import (
 )
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageData, load_images
+from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.manifest import LineageError
+from born_again.lineage.remeasure import images_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
-from born_again.lineage.table import results_table
 from born_again.metrics import classification_metrics
 from born_again.model_card import image_classifier_card
 from born_again.models.image_classifier import check_architecture, load_image_classifier, save_image_classifier
 
 
 @dataclass
-class LineageArguments:
+class LineageArguments(LineageFlags):
     """What is trained on what; how is said by the training arguments."""
 
-    generations: int = field(default=3, metadata={"help": "Students after the teacher."})
     model: str | None = field(default=None, metadata={"help": "A timm architecture; densenet90_60_cifar for cifar."})
     dropout: float = field(
         default=0.0, metadata={"help": "proj_drop_rate of the model; 0.3 for wide_resnet28_*, as in the paper."}
@@ -61,12 +57,6 @@ class LineageArguments:
     label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
-    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
-    )
-    smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
 
 
 # Zagoruyko and Komodakis 2016 (arXiv 1605.07146), as the paper uses it: batch 128, 200 epochs.
@@ -141,24 +131,24 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         model_args={"proj_drop_rate": lineage.dropout} if lineage.dropout else {},
         data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
         training=training.decisive(),
+        teacher=lineage.teacher,
+        teacher_revision=lineage.teacher_revision,
     )
 
 
 def build_runner(
-    spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, keep_checkpoints: bool
+    spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, lineage: LineageArguments
 ) -> LineageRunner:
     """The three factories, and how a generation is saved, measured and described."""
-    test = ImageDataset(data.test, data.mean, data.std, augment=False, flip=False, seed=0)
+    test = images_to_measure(data.test, data.mean, data.std)
 
     def build_student(generation: Generation) -> nn.Module:
         return create_image_classifier(spec.model, data.label_names, data.mean, data.std, **spec.model_args)
 
     def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
-        args = copy.copy(training)
-        args.output_dir, args.seed = str(generation.checkpoint_dir), generation.seed
         return BornAgainTrainer(
             student,
-            args,
+            of_generation(training, generation),
             teacher=teacher,
             data_collator=collate_batch,
             train_dataset=ImageDataset(
@@ -168,6 +158,9 @@ def build_runner(
             compute_metrics=classification_metrics(),
             callbacks=[EpochCallback()],
         )
+
+    def take_teacher() -> nn.Module:
+        return load_image_classifier(spec.teacher, spec.teacher_revision)
 
     return LineageRunner(
         spec,
@@ -183,13 +176,15 @@ def build_runner(
         save_student=save_image_classifier,
         write_card=image_classifier_card,
         data=data.fingerprint,
-        keep_checkpoints=keep_checkpoints,
+        keep_checkpoints=lineage.keep_checkpoints,
+        take_teacher=None if spec.teacher is None else take_teacher,
+        from_generation=lineage.from_generation,
+        publisher=publishing(spec, lineage, training),
     )
 
 
-def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> None:
-    if training.push_to_hub:
-        raise ValueError("push_to_hub: got True, but this version does not publish; leave it out and train offline.")
+def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
+    hub_settings(lineage, training)  # refused before any work
     use_cores(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_architecture(lineage.model)
@@ -202,28 +197,19 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> Non
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
-    runner = build_runner(spec, data, training, lineage.keep_checkpoints)
-    if training.process_index == 0:
-        print(
-            f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
-            f"{len(data.label_names)} classes), teacher + {spec.generations} by {spec.objective}, seed {spec.seed}, "
-            f"{'bf16' if training.bf16 else 'fp16' if training.fp16 else 'fp32'}, into {training.output_dir}"
-        )
-        if runner.is_finished():
-            print("Every generation is trained already; nothing is left to do.")
-    manifest = runner.run()
-    if training.process_index == 0:
-        print(results_table(manifest.content))
+    return train(
+        build_runner(spec, data, training, lineage),
+        training,
+        f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
+        f"{len(data.label_names)} classes)",
+    )
 
 
-def start(command_line: list[str] | None = None) -> None:
-    main(*parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__))
+def start(command_line: list[str] | None = None) -> int:
+    return main(
+        *parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__)
+    )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        start()
-    except (ValueError, LineageError, FloatingPointError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(start)

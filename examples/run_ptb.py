@@ -10,10 +10,7 @@ window is multiplied by 35 here, and its gradient clipping divided by 35.
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,20 +24,21 @@ from transformers.utils.logging import disable_progress_bar
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
+from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.manifest import LineageError
+from born_again.lineage.remeasure import texts_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
-from born_again.lineage.table import results_table
 from born_again.model_card import language_model_card
 from born_again.models.language_models import check_language_model, create_language_model, load_language_model
 from born_again.teacher import carries_state
+from born_again.vocabulary import check_same_words
 
 
 @dataclass
-class LineageArguments:
+class LineageArguments(LineageFlags):
     """What is trained on what; how is said by the training arguments."""
 
     generations: int = field(default=1, metadata={"help": "Students after the teacher."})
@@ -63,12 +61,6 @@ class LineageArguments:
     text_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many tokens only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many tokens only."})
-    name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
-    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
-    )
-    smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
 
 
 # Two layers, embeddings tied to the softmax, in the way of Zaremba et al. 2014 (arXiv 1409.2329): learning rate 20
@@ -154,6 +146,8 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         model_args={} if lineage.dropout is None else {"dropout": lineage.dropout},
         data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
         training=training.decisive(),
+        teacher=lineage.teacher,
+        teacher_revision=lineage.teacher_revision,
     )
 
 
@@ -172,22 +166,16 @@ def build_runner(
         carries = carries_state(create_language_model(spec.model, words, **spec.model_args))
     train = streams(data.train, training.per_device_train_batch_size, window)
     validation = streams(data.validation, eval_batch, window)
-    # A state makes one stream exact and the window indifferent; without it the window is the context.
-    measured = {
-        split: streams(tokens, 1, 10 * window) if carries else streams(tokens, eval_batch, window)
-        for split, tokens in (("validation", data.validation), ("test", data.test))
-    }
+    measured = texts_to_measure(data, carries, window, eval_batch)
 
     def build_student(generation: Generation) -> nn.Module:
         return create_language_model(spec.model, words, **spec.model_args)
 
     def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainLMTrainer:
-        args = copy.copy(training)
-        args.output_dir, args.seed = str(generation.checkpoint_dir), generation.seed
         parent = Path(training.output_dir) / f"gen{generation.parent}"
         return BornAgainLMTrainer(
             student,
-            args,
+            of_generation(training, generation),
             teacher=teacher,
             data_collator=collate_windows,
             train_dataset=train,
@@ -195,6 +183,11 @@ def build_runner(
             processing_class=data.tokenizer,
             teacher_processing_class=None if teacher is None else AutoTokenizer.from_pretrained(parent),
         )
+
+    def take_teacher() -> nn.Module:
+        tokenizer = AutoTokenizer.from_pretrained(spec.teacher, revision=spec.teacher_revision)
+        check_same_words(tokenizer, data.tokenizer)
+        return load_language_model(spec.teacher, spec.teacher_revision)
 
     return LineageRunner(
         spec,
@@ -208,12 +201,14 @@ def build_runner(
         write_card=language_model_card,
         data=data.fingerprint,
         keep_checkpoints=lineage.keep_checkpoints,
+        take_teacher=None if spec.teacher is None else take_teacher,
+        from_generation=lineage.from_generation,
+        publisher=publishing(spec, lineage, training),
     )
 
 
-def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> None:
-    if training.push_to_hub:
-        raise ValueError("push_to_hub: got True, but this version does not publish; leave it out and train offline.")
+def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
+    hub_settings(lineage, training)  # refused before any work
     use_cores(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_language_model(lineage.model, lineage.window)
@@ -225,34 +220,25 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> Non
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
-    runner = build_runner(spec, data, training, lineage)
-    if training.process_index == 0:
+    status = train(
+        build_runner(spec, data, training, lineage),
+        training,
+        f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
+        f"{len(data.test):,} tokens, {len(data.tokenizer):,} words)",
+    )
+    if training.process_index == 0 and data.entropy_per_word is not None:
         print(
-            f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
-            f"{len(data.test):,} tokens, {len(data.tokenizer):,} words), teacher + {spec.generations} by "
-            f"{spec.objective}, seed {spec.seed}, "
-            f"{'bf16' if training.bf16 else 'fp16' if training.fp16 else 'fp32'}, into {training.output_dir}"
+            f"Floor: the {lineage.dataset} has {data.entropy_per_word:.4f} nats per word, perplexity "
+            f"{math.exp(data.entropy_per_word):.2f}; no model can be below it but by the luck of a short test."
         )
-        if runner.is_finished():
-            print("Every generation is trained already; nothing is left to do.")
-    manifest = runner.run()
-    if training.process_index == 0:
-        print(results_table(manifest.content))
-        if data.entropy_per_word is not None:
-            print(
-                f"Floor: the {lineage.dataset} has {data.entropy_per_word:.4f} nats per word, perplexity "
-                f"{math.exp(data.entropy_per_word):.2f}; no model can be below it but by the luck of a short test."
-            )
+    return status
 
 
-def start(command_line: list[str] | None = None) -> None:
-    main(*parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__))
+def start(command_line: list[str] | None = None) -> int:
+    return main(
+        *parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__)
+    )
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        start()
-    except (ValueError, LineageError, FloatingPointError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(start)

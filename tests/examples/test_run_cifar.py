@@ -9,6 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from born_again import LineageEnsemble, load_generation
+from born_again.data.image_dataset import ImageDataset, collate_batch
+from born_again.data.images import load_images
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
 TINY = [
@@ -41,7 +47,7 @@ def lineage(tmp_path_factory):
 
 def test_one_command_trains_teacher_and_students_and_prints_the_table(lineage):
     folder, done = lineage
-    assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ensemble", "gen0", "gen1", "gen2", "lineage.json"]
     content = json.loads((folder / "lineage.json").read_text())
     assert [record["status"] for record in content["generations"]] == ["finished"] * 3
     for record in content["generations"]:
@@ -49,8 +55,44 @@ def test_one_command_trains_teacher_and_students_and_prints_the_table(lineage):
         assert metrics["accuracy"] + metrics["error"] == pytest.approx(1)
         assert metrics.keys() == {"accuracy", "error", "top5_accuracy", "nll", "ece"}
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) == 5 and rows[0].split()[1] == "generation"
+    assert len(rows) == 6 and rows[0].split()[1] == "generation"
     assert f"{100 * content['generations'][2]['metrics']['test']['accuracy']:.2f}" in rows[4]
+    (ensemble,) = content["ensembles"]
+    assert ensemble["members"] == [1, 2] and ensemble["average"] == "probabilities"
+    assert rows[5].startswith("| mean of 1, 2") and f"{100 * ensemble['metrics']['test']['accuracy']:.2f}" in rows[5]
+
+
+def test_the_ensemble_is_measured_as_the_mean_probability_of_the_last_two(lineage):
+    folder, _ = lineage
+    data = load_images("digits", max_train_samples=128, max_eval_samples=64)
+    test = ImageDataset(data.test, data.mean, data.std, augment=False, flip=False, seed=0)
+    pixels = next(iter(DataLoader(test, batch_size=64, collate_fn=collate_batch)))
+    labels = pixels.pop("labels")
+    with torch.no_grad():
+        each = [load_generation(folder / f"gen{index}")(**pixels).logits.double().softmax(-1) for index in (1, 2)]
+    mean = sum(each) / 2
+    (record,) = json.loads((folder / "lineage.json").read_text())["ensembles"]
+    assert record["metrics"]["test"]["accuracy"] == (mean.argmax(-1) == labels).double().mean().item()
+    nll = -mean.log().gather(1, labels[:, None]).mean().item()
+    assert record["metrics"]["test"]["nll"] == pytest.approx(nll, rel=1e-5)
+    saved = LineageEnsemble.from_pretrained(folder / "ensemble")
+    torch.testing.assert_close(saved(**pixels).logits.exp(), mean, rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert f"test accuracy: {record['metrics']['test']['accuracy']:.4f}" in (folder / "ensemble/README.md").read_text()
+
+
+def test_a_network_trained_elsewhere_is_the_teacher(lineage, tmp_path, capsys):
+    folder, out = lineage[0], tmp_path / "out"
+    load_script().start([*TINY, "--generations", "1", "--output_dir", str(out), "--teacher", str(folder / "gen2")])
+    content = json.loads((out / "lineage.json").read_text())
+    original = json.loads((folder / "lineage.json").read_text())["generations"][2]
+    taught, student = content["generations"]
+    assert taught["weights_sha256"] == original["weights_sha256"] and taught["metrics"] == original["metrics"]
+    assert taught["objective"] == "external" and student["objective"] == "ban" and student["seed"] == 43
+    assert "| 0 (teacher) | external  |      |" in capsys.readouterr().out
+    card = (out / "gen0" / "README.md").read_text()
+    assert "A copy of gen2, which was trained elsewhere" in card and str(folder) not in card
+    assert "learning_rate" not in card and "learning\\_rate" not in card
+    assert "taught by generation 0," in (out / "gen1" / "README.md").read_text()
 
 
 def test_the_same_command_says_that_all_is_done(lineage):
@@ -110,7 +152,7 @@ def load_script():
         (["--objective", "bann"], "objective: got 'bann', expected one of .*; did you mean 'ban'"),
         (["--temperature", "0"], "temperature: got 0.0, expected a finite number above 0"),
         (["--generation", "1", "--num_epochs", "3"], "'--num_epochs' is no flag; did you mean '--num_train_epochs'"),
-        (["--push_to_hub", "True"], "push_to_hub: got True, but this version does not publish"),
+        (["--push_to_hub", "True"], "push_to_hub: got True without --hub_namespace"),
     ],
 )
 def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message):

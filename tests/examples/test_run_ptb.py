@@ -230,7 +230,7 @@ def test_a_word_that_the_training_text_lacks_is_refused_before_anything_is_writt
         (["--dataset", "EMPTY"], "is a folder that holds nothing; expected train.txt"),
         (["--dataset", "gramar"], "--dataset is 'gramar'; expected 'grammar'"),
         (["--model", "lstm-smal"], "model: got 'lstm-smal'.* did you mean 'lstm-small'"),
-        (["--push_to_hub", "True"], "push_to_hub: got True, but this version does not publish"),
+        (["--push_to_hub", "True"], "push_to_hub: got True without --hub_namespace"),
         (["--window", "1001"], "streams is 4 and window is 1001 for a corpus of 4000 tokens"),
         (["--generations", "-1"], "generations: got -1, expected 0 or more students"),
         (["--window", "5", "--droput", "0"], "'--droput' is no flag; did you mean '--dropout'"),
@@ -268,6 +268,21 @@ def test_a_teacher_whose_tokenizer_has_other_words_is_refused(lineage, script, t
     with pytest.raises(ValueError, match=f"its tokenizer has '{by_id[9]}' for id 5, the student's '{by_id[5]}'"):
         script.start([*TINY, "--generations", "1", "--output_dir", str(out)])
     assert not (out / "gen1").exists()
+
+
+def test_a_teacher_trained_elsewhere_with_other_words_is_refused_and_not_kept(lineage, script, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(lineage[0] / "gen1", elsewhere)
+    path = elsewhere / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = sorted(words, key=words.get)[5:7]
+    words[first], words[second] = 6, 5
+    path.write_text(json.dumps(tokenizer))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=f"its tokenizer has '{second}' for id 5, the student's '{first}'"):
+        script.start([*TINY, "--generations", "1", "--output_dir", str(out), "--teacher", str(elsewhere)])
+    assert not (out / "gen0").exists()
 
 
 # ---- Recipes ----

@@ -1,0 +1,163 @@
+"""What the scripts that train lineages have in common: their flags, where they publish, how they begin and end."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+
+from born_again.hub import FAILURES, HubError
+from born_again.lineage.manifest import LineageError
+from born_again.lineage.publication import HubSettings
+from born_again.lineage.runner import Generation, LineageRunner
+from born_again.lineage.spec import LineageSpec
+from born_again.lineage.table import results_table
+from born_again.publishing import BackgroundPublisher, restore_lineage
+from born_again.training_args import BornAgainTrainingArguments
+
+
+@dataclass
+class LineageFlags:
+    """Flags of a lineage, whatever it is trained on."""
+
+    generations: int = field(default=3, metadata={"help": "Students after the teacher."})
+    name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "A network trained elsewhere, folder or Hub id, in place of generation 0."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
+    from_generation: int | None = field(
+        default=None, metadata={"help": "Start again from this one; what it replaces is moved aside."}
+    )
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
+    hub_namespace: str | None = field(
+        default=None, metadata={"help": "User or organisation that --push_to_hub publishes to."}
+    )
+    hub_name_pattern: str = field(
+        default="{name}-gen{index}", metadata={"help": "Of the repositories' names, with --push_to_hub."}
+    )
+    hub_license: str | None = field(default=None, metadata={"help": "For the cards, such as apache-2.0."})
+    hub_defer: bool = field(
+        default=False, metadata={"help": "Train even where the Hub cannot be published to, and try again later."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
+    )
+    smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
+
+
+def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:
+    """Where a lineage is published, None without --push_to_hub.
+
+    Raises:
+        ValueError: --push_to_hub without a namespace, a namespace without it, or a flag that belongs to Trainer's own
+            push.
+    """
+    if not training.push_to_hub:
+        if flags.hub_namespace is not None:
+            raise ValueError(
+                f"hub_namespace: got {flags.hub_namespace!r} without --push_to_hub, expected both to publish; leave "
+                "it out to train offline."
+            )
+        return None
+    if flags.hub_namespace is None:
+        raise ValueError(
+            "push_to_hub: got True without --hub_namespace, expected the user or organisation to publish to; give it."
+        )
+    if training.hub_model_id is not None:
+        raise ValueError(
+            f"hub_model_id: got {training.hub_model_id!r}, expected none, since each generation has a repository of "
+            "its own; see --hub_namespace and --hub_name_pattern."
+        )
+    return HubSettings(
+        namespace=flags.hub_namespace,
+        pattern=flags.hub_name_pattern,
+        private=bool(training.hub_private_repo),
+        branch=training.hub_revision,
+        license=flags.hub_license,
+    )
+
+
+def publishing(
+    spec: LineageSpec, flags: LineageFlags, training: BornAgainTrainingArguments
+) -> BackgroundPublisher | None:
+    """The publisher of a lineage, None without --push_to_hub; brings back first what was published of it.
+
+    Raises:
+        ValueError: see `hub_settings`.
+        HubError: the Hub cannot be asked what there is; not with --hub_defer.
+        LineageError: what is published under the lineage's name is none.
+    """
+    settings = hub_settings(flags, training)
+    if settings is None:
+        return None
+    processes = PartialState()
+    if processes.is_main_process and flags.from_generation is None:
+        try:
+            restore_lineage(spec.name, settings, training.output_dir, training.hub_token)
+        except FAILURES as error:
+            if not (flags.hub_defer and isinstance(error, OSError)):
+                raise
+            logging.getLogger(__name__).warning("The Hub cannot be asked for what was published before: %s", error)
+    processes.wait_for_everyone()
+    return BackgroundPublisher(settings, training.hub_token, flags.hub_defer)
+
+
+def of_generation(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:
+    """The arguments of one generation's trainer, which knows nothing of the Hub and holds no token."""
+    own = copy.copy(training)
+    own.output_dir, own.seed = str(generation.checkpoint_dir), generation.seed
+    own.push_to_hub, own.hub_token = False, None
+    return own
+
+
+def train(runner: LineageRunner, training: BornAgainTrainingArguments, task: str) -> int:
+    """Runs a lineage, printing what it is and what came of it.
+
+    Args:
+        runner: of the lineage.
+        training: of all generations.
+        task: the model and its data, for the first line.
+
+    Returns:
+        The exit status: 1 where something could not be published.
+    """
+    is_main, spec = training.process_index == 0, runner.spec
+    if is_main:
+        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+        first = "teacher" if spec.teacher is None else spec.teacher
+        print(
+            f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, {precision}, into "
+            f"{training.output_dir}"
+        )
+        if runner.is_finished():
+            print("Every generation is trained already; nothing is left to do.")
+    manifest = runner.run()
+    if not is_main:
+        return 0
+    print(results_table(manifest.content))
+    for what, why in runner.unpublished.items():
+        print(f"Not published: {what}: {why}", file=sys.stderr)
+    if runner.unpublished:
+        print(
+            f"Everything is trained and safe in {runner.output_dir}; to publish what is missing: born-again "
+            f"publish {runner.output_dir}",
+            file=sys.stderr,
+        )
+    return 1 if runner.unpublished else 0
+
+
+def launch(start: Callable[[], Any]) -> None:
+    """Runs a script's start, turning errors of ours into one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request to the Hub
+    try:
+        status = start()
+    except (ValueError, LineageError, HubError, FloatingPointError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(status)
