@@ -29,6 +29,7 @@ LAYERS = {
     "models": 1,
     "data": 1,
     "teacher": 1,
+    "inference_form": 0,
     "vocabulary": 1,
     "divergence": 1,
     "schedule": 1,
@@ -38,9 +39,10 @@ LAYERS = {
     "lineage": 5,
     "hub": 6,
     "report": 6,
-    "publishing": 7,
-    "launch": 8,
-    "cli": 8,
+    "restoring": 7,
+    "publishing": 8,
+    "launch": 9,
+    "cli": 9,
 }
 NEVER = {"training_args", "trainer", "lm_trainer"}, {"models", "data", "lineage", "hub"}
 
