@@ -11,13 +11,14 @@ from typing import Any
 
 from accelerate import PartialState
 
-from born_again.hub import FAILURES, HubError
+from born_again.hub import HubError
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.publication import HubSettings
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec
 from born_again.lineage.table import results_table
-from born_again.publishing import BackgroundPublisher, restore_lineage
+from born_again.publishing import BackgroundPublisher
+from born_again.restoring import restore_lineage
 from born_again.training_args import BornAgainTrainingArguments
 
 
@@ -100,10 +101,10 @@ def publishing(
     if processes.is_main_process and flags.from_generation is None:
         try:
             restore_lineage(spec.name, settings, training.output_dir, training.hub_token)
-        except FAILURES as error:
-            if not (flags.hub_defer and isinstance(error, OSError)):
-                raise
-            logging.getLogger(__name__).warning("The Hub cannot be asked for what was published before: %s", error)
+        except HubError as error:
+            if not flags.hub_defer:
+                raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
+            logging.getLogger(__name__).warning("%s It begins anew.", error)
     processes.wait_for_everyone()
     return BackgroundPublisher(settings, training.hub_token, flags.hub_defer)
 

@@ -1,20 +1,18 @@
-"""From a lineage to the Hub and back: what is published when, what waits, and in the background of what."""
+"""From a lineage to the Hub: what is published when, what waits, and in the background of what."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from born_again.hub import FAILURES, Hub, HubError
-from born_again.lineage.folders import check_weights
-from born_again.lineage.lock import LOCK_NAME, FolderLock
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+from born_again.hub import FAILURES, Hub, HubError, without_progress_bars
+from born_again.lineage.lock import FolderLock
+from born_again.lineage.manifest import Manifest
 from born_again.lineage.publication import (
     HubSettings,
     ensemble_files,
@@ -26,8 +24,13 @@ from born_again.lineage.publication import (
     notes,
     unpublished,
 )
+from born_again.restoring import restore_lineage
+
+__all__ = ["BackgroundPublisher", "HubPublisher", "publish_lineage", "restore_lineage"]
 
 logger = logging.getLogger(__name__)
+
+_LOOK = 0.2  # seconds between two looks at whether to go on waiting
 
 
 class HubPublisher:
@@ -52,30 +55,34 @@ class HubPublisher:
         self.settings = settings
         self.name = manifest.spec.name
         self._hub = Hub(settings.namespace, settings.private, settings.branch, token)
+        self._has_left = False
         held = manifest.content.get("hub") or {}
         _refuse_another_place(settings, held, manifest)
         with manifest.lock:
-            manifest.content["hub"] = {**held, **settings.to_dict()}
+            manifest.content["hub"] = {**_with_old_cards(settings, held), **settings.to_dict()}
 
     def preflight(self) -> None:
         """Finds out before a training whether its generations can be published, and makes the first repository.
 
         Raises:
-            HubError: no or a wrong token, a namespace that it may not write to, or a Hub that cannot be reached; with
-                the remedy.
+            HubError: no or a wrong token, a namespace that it may not write to, a license that the Hub does not know,
+                or a Hub that cannot be reached; with the remedy.
         """
         try:
             self._hub.check_rights()
+            if self.settings.license is not None:
+                self._hub.check_license(self.settings.license)
             wanted = range(self.manifest.spec.generations + 1)
             waiting = [index for index in wanted if not self._is_published(index)]
             if waiting:
-                self._hub.make_repo(self.settings.repo(self.name, waiting[0]))
+                repo = self.settings.repo(self.name, waiting[0])
+                self._hub.make_repo(repo)
+                self._hub.check_writing(repo)
         except HubError:
             raise
         except FAILURES as error:
             raise HubError(
-                f"hub_namespace: {self.settings.namespace!r} cannot be published to: {self._hub.explain(error)} Or "
-                "train now and publish later, with --hub_defer."
+                f"hub_namespace: {self.settings.namespace!r} cannot be published to: {self._hub.explain(error)}"
             ) from error
 
     def publish(self) -> dict[str, str]:
@@ -84,40 +91,50 @@ class HubPublisher:
         Returns:
             What is left, from its name to why; see `born_again.lineage.publication.unpublished`.
         """
-        for record in list(self.manifest.generations):
-            index = record["index"]
-            if record["status"] != "finished":
-                break
-            if self._is_published(index):
-                continue
-            if not self._attempt(self._generation(index), self._publish_generation, index):
+        for index in self._finished():
+            if not self._is_published(index) and not self._attempt(
+                f"generation {index}", self._generation(index), self._publish_generation, index
+            ):
                 return unpublished(self.manifest)
         if is_complete(self.manifest):
             ensemble, done = ensemble_to_publish(self.manifest), True
             if ensemble is not None:
-                done = self._attempt(self._extra("ensemble"), self._publish_ensemble, ensemble)
-            if done and unpublished(self.manifest):  # the collection
-                self._attempt(self._extra("collection"), self._publish_collection)
+                done = self._attempt("the ensemble", self._extra("ensemble"), self._publish_ensemble, ensemble)
+            if done and unpublished(self.manifest):
+                self._attempt("the collection", self._extra("collection"), self._publish_collection)
         return unpublished(self.manifest)
+
+    def leave(self) -> None:
+        """From now on the manifest is another's: what is being published goes on, and is not written down."""
+        with self.manifest.lock:
+            self._has_left = True
 
     # ---- One step ----
 
-    def _attempt(self, keep: Callable[..., None], step: Callable[..., dict[str, Any]], *arguments: Any) -> bool:
+    def _attempt(
+        self, what: str, keep: Callable[..., None], step: Callable[..., dict[str, Any]], *arguments: Any
+    ) -> bool:
         """Takes a step and keeps what became of it; whatever it raises must not end a training."""
+        if self._has_left:
+            return False
         try:
             done = step(*arguments)
         except Exception as error:
             message = self._hub.explain(error)
-            logger.warning("Not published yet: %s", message)
-            keep(status="pending", message=message)
+            logger.warning("%s of %s is not published yet: %s", what.capitalize(), self.name, message)
             if not isinstance(error, FAILURES):
-                logger.exception("This is not the Hub's fault:")
+                # Frames alone: the text of an error may hold the token.
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("%s is no error of the Hub; it was raised in\n%s", type(error).__name__, frames)
+            keep(status="pending", message=message)
             return False
         keep(status="published", message=None, **done)
         return True
 
     def _publish_generation(self, index: int) -> dict[str, Any]:
         repo = self.settings.repo(self.name, index)
+        with self.manifest.lock:
+            self.manifest.content["hub"].pop("newest", None)  # it is to be this one or a later one
         self._generation(index)(status="pending", repo=repo, commit=None, message="the upload was cut short")
         files = generation_files(self.manifest, index)
         self._hub.make_repo(repo)
@@ -141,7 +158,8 @@ class HubPublisher:
         for record in self.manifest.generations:
             self._renew_card(record["index"], record["hub"])
         gathered = notes(self.manifest)
-        return {"slug": self._hub.collect(f"{self.name}: born again", gathered), "items": list(gathered)}
+        known = self.manifest.content["hub"].get("collection", {}).get("slug")
+        return {"slug": self._hub.collect(f"{self.name}: born again", gathered, known), "items": list(gathered)}
 
     def _renew_card(self, index: int, state: Mapping[str, Any]) -> None:
         folder = self.manifest.path.parent / f"gen{index}"
@@ -152,24 +170,33 @@ class HubPublisher:
 
     # ---- The manifest ----
 
+    def _finished(self) -> list[int]:
+        """The indices up to the first generation that is not finished."""
+        with self.manifest.lock:  # the training adds a record in more than one step
+            done = [record["status"] == "finished" for record in self.manifest.generations]
+        return list(range([*done, False].index(False)))
+
     def _is_published(self, index: int) -> bool:
-        record = self.manifest.record(index)
-        return record is not None and is_published(record["hub"])
+        with self.manifest.lock:
+            record = self.manifest.record(index)
+            return record is not None and is_published(record["hub"])
 
     def _generation(self, index: int) -> Callable[..., None]:
         def keep(**fields: Any) -> None:
             with self.manifest.lock:
-                self.manifest.update(index, hub={**(self.manifest.generations[index]["hub"] or {}), **fields})
-                self.manifest.save()
+                if not self._has_left:
+                    self.manifest.update(index, hub={**(self.manifest.generations[index]["hub"] or {}), **fields})
+                    self.manifest.save()
 
         return keep
 
     def _extra(self, name: str) -> Callable[..., None]:
         def keep(**fields: Any) -> None:
             with self.manifest.lock:
-                held = self.manifest.content["hub"]
-                held[name] = {**held.get(name, {}), **fields}
-                self.manifest.save()
+                if not self._has_left:
+                    held = self.manifest.content["hub"]
+                    held[name] = {**held.get(name, {}), **fields}
+                    self.manifest.save()
 
         return keep
 
@@ -193,7 +220,7 @@ class BackgroundPublisher:
         self._publisher: HubPublisher | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
-        self._ends = False
+        self._ends = threading.Event()
 
     def start(self, manifest: Manifest) -> None:
         """Looks whether the Hub can be published to, and begins with what a run before this one has left.
@@ -204,16 +231,20 @@ class BackgroundPublisher:
         Raises:
             HubError: see `HubPublisher.preflight`; not with `defer`.
         """
-        self._publisher = HubPublisher(manifest, self.settings, self.token)
-        manifest.save()
+        publisher = HubPublisher(manifest, self.settings, self.token)
         try:
-            self._publisher.preflight()
+            publisher.preflight()
         except HubError as error:
             if not self.defer:
-                raise
+                raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
             logger.warning("%s Training goes on, and publishing is tried after each generation.", error)
+        manifest.save()
+        self._publisher = publisher
+        self._wake, self._ends = threading.Event(), threading.Event()
         # A daemon: a training that is killed or fails ends, whatever the Hub is doing.
-        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        self._thread = threading.Thread(
+            target=_work, args=(publisher, self._wake, self._ends), name="publisher", daemon=True
+        )
         self._thread.start()
         self.wake()
 
@@ -221,26 +252,43 @@ class BackgroundPublisher:
         """Says that there is something new to publish; returns at once."""
         self._wake.set()
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, stop: Callable[[], Any] = lambda: None) -> dict[str, str]:
         """Waits for what is being published, and tries what failed once more.
+
+        Args:
+            stop: asked every now and then whether to wait no longer.
 
         Returns:
             What is left, from its name to why.
         """
-        self._ends = True
+        self._ends.set()
         self._wake.set()
-        self._thread.join()
-        left = unpublished(self._publisher.manifest)
-        return self._publisher.publish() if left else {}
+        while self._thread.is_alive() and not stop():
+            self._thread.join(_LOOK)
+        if self._thread.is_alive():
+            self.leave()
+        elif unpublished(self._publisher.manifest) and not stop():
+            self._publisher.publish()
+        return unpublished(self._publisher.manifest)
 
-    def _work(self) -> None:
-        while not self._ends:
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                self._publisher.publish()
-            except OSError as error:  # lineage.json cannot be written; the training will meet that too, and say so
-                logger.warning("Publishing: %s", error)
+    def leave(self) -> None:
+        """Ends without waiting, where a training ends early: the next run has the manifest to itself."""
+        self._ends.set()
+        self._wake.set()
+        if self._publisher is not None:
+            self._publisher.leave()
+
+
+def _work(publisher: HubPublisher, wake: threading.Event, ends: threading.Event) -> None:
+    while not ends.is_set():
+        wake.wait()
+        wake.clear()
+        try:
+            with without_progress_bars():
+                publisher.publish()
+        # lineage.json cannot be written, which the training will meet too and say; or a mistake of ours.
+        except Exception as error:
+            logger.warning("Publishing: %s", error)
 
 
 def publish_lineage(
@@ -297,66 +345,6 @@ def publish_lineage(
         return publisher.publish()
 
 
-def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, token: str | None = None) -> int:
-    """Brings a published lineage back into a new or empty folder, so that it can go on from there.
-
-    Generations are taken as far as they are published without a gap. Weights must hash to what the lineage says.
-
-    Args:
-        name: of the lineage.
-        settings: where it was published.
-        output_dir: the folder; where it holds anything, nothing is done.
-        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
-
-    Returns:
-        How many generations were brought back, 0 where none was published.
-
-    Raises:
-        LineageError: what was published is no lineage, or has other weights.
-        OSError: the Hub cannot be reached, or the folder not be written.
-    """
-    folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK_NAME for path in folder.iterdir())):
-        return 0
-    hub = Hub(settings.namespace, settings.private, settings.branch, token)
-    commits: list[str] = []
-    while (commit := hub.published_commit(settings.repo(name, len(commits)))) is not None:
-        commits.append(commit)
-    if not commits:
-        return 0
-    partial = folder.absolute().with_name(f".{folder.name}.restoring")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for index, commit in enumerate(commits):
-        newest = hub.download(settings.repo(name, index), commit, partial / f"gen{index}")
-    shutil.copyfile(newest / MANIFEST_NAME, partial / MANIFEST_NAME)
-    manifest = Manifest.read(partial)
-    if len(manifest.generations) != len(commits):
-        raise LineageError(
-            f"{settings.repo(name, len(commits) - 1)}: its {MANIFEST_NAME} has {len(manifest.generations)} "
-            f"generations, expected {len(commits)}; it is no generation of {name!r}."
-        )
-    for record, commit in zip(manifest.generations, commits, strict=True):
-        index = record["index"]
-        check_weights(partial / f"gen{index}", record)
-        manifest.update(
-            index,
-            hub={
-                "status": "published",
-                "repo": settings.repo(name, index),
-                "commit": (record["hub"] or {}).get("commit") or commit,
-                "message": None,
-                "card_sha256": _sha256((partial / f"gen{index}" / "README.md").read_bytes()),
-            },
-        )
-    manifest.save()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOCK_NAME).unlink(missing_ok=True)
-    os.replace(partial, folder)  # all of it or nothing
-    logger.info("%s: %d generations are brought back from the Hub.", name, len(commits))
-    return len(commits)
-
-
 def _refuse_another_place(settings: HubSettings, held: Mapping[str, Any], manifest: Manifest) -> None:
     """Half of a lineage in one place and half in another would be neither."""
     published = [record["hub"]["repo"] for record in manifest.generations if is_published(record["hub"])]
@@ -367,6 +355,14 @@ def _refuse_another_place(settings: HubSettings, held: Mapping[str, Any], manife
                 f"hub_{field}: got {now!r}, but {', '.join(published)} of this lineage is published already with "
                 f"{before!r}; give the same, or train into another output_dir."
             )
+
+
+def _with_old_cards(settings: HubSettings, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of ensemble and collection; to be published again where their cards have another license."""
+    if held.get("license") == settings.license:
+        return dict(held)
+    again = {"status": "pending", "message": "the license has changed"}
+    return {name: {**value, **again} if name in ("ensemble", "collection") else value for name, value in held.items()}
 
 
 def _sha256(content: bytes) -> str:

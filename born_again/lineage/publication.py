@@ -13,7 +13,7 @@ from typing import Any
 
 from born_again.lineage.folders import WEIGHTS_NAME, check_weights
 from born_again.lineage.lock import FolderLock
-from born_again.lineage.manifest import Manifest, write_atomically
+from born_again.lineage.manifest import LineageError, Manifest, write_atomically
 from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
 from born_again.models.remote_code import remote_code
 from born_again.models.saved import read_settings
@@ -35,7 +35,7 @@ GENERATION_FILES = (
     CURVE_NAME,
 )
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json")
-_PLAIN = re.compile(r"\w[\w.-]{0,95}")
+_PLAIN = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class HubSettings:
         license: for the cards, such as "apache-2.0"; None says nothing.
 
     Raises:
-        ValueError: a namespace or a pattern that gives no plain name, or the same one for two generations.
+        ValueError: a namespace or a pattern that gives no plain name, or the same one for two generations; a branch
+            or a license that is no plain name, or a private that is neither True nor False.
     """
 
     namespace: str
@@ -65,23 +66,28 @@ class HubSettings:
                 f"hub_namespace: got {self.namespace!r}, expected the name of a user or an organisation, without '/'; "
                 "give the one that the token may write to."
             )
-        try:
-            names = [self.pattern.format(name="name", index=index) for index in (0, 1)]
-        except (AttributeError, IndexError, KeyError, ValueError, TypeError):
-            names = []
-        if len(set(names)) < 2 or not all(_PLAIN.fullmatch(name) for name in names):
+        names = [self._named("name", index) for index in (0, 1)] if isinstance(self.pattern, str) else []
+        if len(set(names)) < 2 or not all(map(_PLAIN.fullmatch, names)):
             raise ValueError(
                 f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and, if it likes, "
                 "{name} in it, such as '{name}-gen{index}'."
             )
-        for field in ("branch", "license"):
+        if not isinstance(self.private, bool):
+            raise ValueError(f"private: got {self.private!r}, expected True or False.")
+        for field, example in (("branch", "main"), ("license", "apache-2.0")):
             value = getattr(self, field)
-            if value is not None and not (isinstance(value, str) and re.fullmatch(r"\w[\w./-]{0,95}", value)):
-                raise ValueError(f"hub_{field}: got {value!r}, expected a plain name, or None.")
+            if value is not None and not (
+                isinstance(value, str) and re.fullmatch(r"\w[\w./-]{0,95}", value, re.ASCII)
+            ):
+                raise ValueError(f"hub_{field}: got {value!r}, expected a plain name such as {example!r}, or None.")
 
     def repo(self, name: str, index: int) -> str:
         """The repository of a generation, namespace/name."""
-        return f"{self.namespace}/{self.pattern.format(name=name, index=index)}"
+        return f"{self.namespace}/{self._named(name, index)}"
+
+    def _named(self, name: str, index: int) -> str:
+        # No str.format: a pattern may be read from a file, and could ask for attributes or for a name of gigabytes.
+        return self.pattern.replace("{name}", name).replace("{index}", str(index))
 
     def ensemble_repo(self, name: str) -> str:
         """The repository of the lineage's ensemble."""
@@ -90,17 +96,6 @@ class HubSettings:
     def to_dict(self) -> dict[str, Any]:
         """As the manifest holds it."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> HubSettings | None:
-        """Those that the manifest holds, None where the lineage was never to be published.
-
-        Raises:
-            ValueError: a wrong value.
-        """
-        held = manifest.content.get("hub")
-        names = [field.name for field in dataclasses.fields(cls)]
-        return None if held is None else cls(**{name: held[name] for name in names if name in held})
 
 
 def unpublished(manifest: Manifest) -> dict[str, str]:
@@ -113,18 +108,20 @@ def unpublished(manifest: Manifest) -> dict[str, str]:
         From "gen2", "ensemble" or "collection" to why: the message of the last attempt, or "not tried yet". The
         ensemble and the collection come after every generation that is asked for is finished.
     """
-    waiting = {
-        f"gen{record['index']}": _why(record["hub"])
-        for record in manifest.generations
-        if record["status"] == "finished" and not is_published(record["hub"])
-    }
-    if is_complete(manifest):
-        held = manifest.content.get("hub") or {}
-        if ensemble_to_publish(manifest) is not None:
-            waiting["ensemble"] = _why(held.get("ensemble"))
-        if waiting or not is_published(held.get("collection")) or held["collection"]["items"] != list(notes(manifest)):
-            waiting["collection"] = _why(held.get("collection"))
-    return waiting
+    with manifest.lock:
+        waiting = {
+            f"gen{record['index']}": _why(record["hub"])
+            for record in manifest.generations
+            if record["status"] == "finished" and not is_published(record["hub"])
+        }
+        if is_complete(manifest):
+            held = manifest.content.get("hub") or {}
+            collection = held.get("collection")
+            if ensemble_to_publish(manifest) is not None:
+                waiting["ensemble"] = _why(held.get("ensemble"))
+            if waiting or not is_published(collection) or collection.get("items") != list(notes(manifest)):
+                waiting["collection"] = _why(collection)
+        return waiting
 
 
 def notes(manifest: Manifest) -> dict[str, str]:
@@ -141,14 +138,17 @@ def notes(manifest: Manifest) -> dict[str, str]:
 
 
 def is_published(state: Mapping[str, Any] | None) -> bool:
-    """Whether the state of a generation, an ensemble or a collection says that it is on the Hub and was verified."""
-    return bool(state) and state.get("status") == "published"
+    """Whether the state of a generation, an ensemble or a collection says that it is on the Hub, and where."""
+    if not state or state.get("status") != "published":
+        return False
+    return bool(state.get("slug") or (state.get("repo") and state.get("commit")))
 
 
 def is_complete(manifest: Manifest) -> bool:
     """Whether every generation that is asked for is finished."""
-    records = manifest.generations
-    return len(records) > manifest.spec.generations and all(record["status"] == "finished" for record in records)
+    with manifest.lock:
+        records = manifest.generations
+        return len(records) > manifest.spec.generations and all(record["status"] == "finished" for record in records)
 
 
 def ensemble_to_publish(manifest: Manifest) -> dict[str, Any] | None:
@@ -214,10 +214,17 @@ def generation_files(manifest: Manifest, index: int) -> dict[str, bytes | Path]:
     of the lineage up to this generation.
 
     Raises:
-        LineageError: the weights are missing, or not those of the manifest.
+        LineageError: the weights are missing, or not those of the manifest; weights or config.json are a link.
         OSError: a file cannot be read.
+        ValueError: config.json is no JSON object.
     """
     folder = manifest.path.parent / f"gen{index}"
+    for name in (WEIGHTS_NAME, "config.json"):
+        if (folder / name).is_symlink():
+            raise LineageError(
+                f"{folder / name}: is a link, expected the file itself, since no link is followed to what is "
+                "published; put a copy in its place."
+            )
     check_weights(folder, manifest.generations[index])
     with manifest.lock:
         content = copy.deepcopy(manifest.content)

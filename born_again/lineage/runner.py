@@ -181,7 +181,7 @@ class LineageRunner:
                     self._on_main(lambda: self.publisher.start(self.manifest))
                 self._run()
                 if self.publisher is not None and self._processes.is_main_process:
-                    self.unpublished = self.publisher.finish()
+                    self.unpublished = self.publisher.finish(stop=lambda: self._interruption.signum)
             except Interrupted as interrupted:
                 if self._processes.is_main_process:
                     logger.warning("%s", interrupted)
@@ -191,6 +191,9 @@ class LineageRunner:
                 if problem is None:
                     raise
                 raise LineageError(disk_message(problem, self.manifest)) from error
+            finally:
+                if self.publisher is not None:
+                    self.publisher.leave()  # while the folder is still this run's
         return self.manifest
 
     def _start_again(self) -> None:
