@@ -96,7 +96,8 @@ class HubPublisher:
                 f"generation {index}", self._generation(index), self._publish_generation, index
             ):
                 return unpublished(self.manifest)
-        if is_complete(self.manifest):
+        # One that has finished during an upload is not on the Hub yet; its own call comes.
+        if is_complete(self.manifest) and all(map(self._is_published, self._finished())):
             ensemble, done = ensemble_to_publish(self.manifest), True
             if ensemble is not None:
                 done = self._attempt("the ensemble", self._extra("ensemble"), self._publish_ensemble, ensemble)

@@ -12,8 +12,8 @@ from lineage.manifests import content, record, training
 from lineage_folders import lineage, network
 
 from born_again.lineage.manifest import Manifest
-from born_again.lineage.publication import is_published, unpublished
-from born_again.publishing import publish_lineage
+from born_again.lineage.publication import HubSettings, is_published, unpublished
+from born_again.publishing import HubPublisher, publish_lineage
 
 ENSEMBLE = {"members": [0, 1], "average": "probabilities", "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}
 
@@ -227,3 +227,23 @@ def test_a_record_that_is_being_added_is_waited_for(tmp_path):
         manifest.generations[1].update(record(1))
     thread.join()
     assert found == [{"gen0": "not tried yet", "gen1": "not tried yet"}]
+
+
+def test_a_generation_that_finishes_during_an_upload_waits_for_the_next_round(hub, made, tmp_path, caplog):
+    folder = shutil.copytree(made, tmp_path / "out")
+    manifest = Manifest.read(folder)
+    manifest.update(2, status="training")
+    publisher = HubPublisher(manifest, HubSettings("born-again"), hub.token)
+    upload = publisher._hub.upload
+
+    def slow(repo, *arguments):
+        commit = upload(repo, *arguments)
+        if repo.endswith("gen1"):
+            manifest.update(2, status="finished")
+            weights = [record["weights_sha256"] for record in manifest.generations[:2]]
+            manifest.content["ensembles"] = [{**ENSEMBLE, "weights_sha256": weights}]
+        return commit
+
+    publisher._hub.upload = slow
+    assert "gen2" in publisher.publish() and "TypeError" not in caplog.text
+    assert publisher.publish() == {}

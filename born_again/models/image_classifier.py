@@ -148,6 +148,8 @@ def load_image_classifier(
             f"path_or_repo={source!r}: the weights do not fit {settings['architecture']!r}; missing: {missing[:5]}, "
             f"unexpected: {unexpected[:5]} (the first 5 of {len(missing)} and {len(unexpected)}). Save it again."
         )
+    # Of the code beside published weights, which is not beside those that this model is saved to.
+    vars(model.config).pop("auto_map", None)
     return model.eval()
 
 

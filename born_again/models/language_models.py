@@ -123,6 +123,8 @@ def load_language_model(path_or_repo: str | os.PathLike[str], revision: str | No
             f"missing: {missing[:5]}, unexpected: {unexpected[:5]}, of another shape: {mismatched[:5]} (the first 5 "
             f"of {len(missing)}, {len(unexpected)} and {len(mismatched)}). Save it again."
         )
+    # Of the code beside published weights, which is not beside those that this model is saved to.
+    vars(model.config).pop("auto_map", None)
     return model.eval()
 
 
