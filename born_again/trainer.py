@@ -152,7 +152,7 @@ class BornAgainTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Fetches the micro-batches of a step, and what all of their items weigh, on every process together."""
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed in mid-epoch from the checkpoint of the last step: Trainer would do one more
         batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.teacher is None:

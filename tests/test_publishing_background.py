@@ -187,12 +187,13 @@ def test_waiting_for_the_end_can_be_stopped(logged_in_hub, manifest, publisher):
 
 
 def test_uploads_in_the_background_draw_no_bars(logged_in_hub, manifest, publisher, capsys):
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    enable_progress_bars()  # which another test may have changed
     publisher.start(manifest)
     until(lambda: saved(manifest) == {})
     assert publisher.finish() == {} and "model.safetensors" not in capsys.readouterr().err
     HubPublisher(manifest, SETTINGS)  # and in the foreground they may be drawn again
-    from huggingface_hub.utils import are_progress_bars_disabled
-
     assert not are_progress_bars_disabled()
 
 
