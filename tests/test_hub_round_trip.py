@@ -138,6 +138,7 @@ def test_language_models_load_in_a_fresh_interpreter(published, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_networks_load_where_the_package_is_not_installed(published, tmp_path):
     hub, made = published
     expected = {

@@ -25,6 +25,9 @@ KILLED = 128 + signal.SIGKILL
 LARGE = 2**20  # bytes of a body, from which on it does not fit into what the system keeps for a connection
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):

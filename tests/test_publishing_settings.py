@@ -250,6 +250,7 @@ def test_the_command_renders_cards_again(logged_in_hub, text_folder, capsys):
         assert path.read_bytes() == files(logged_in_hub, f"born-again/tiny-gen{index}")["README.md"].data
 
 
+@pytest.mark.slow
 def test_another_process_goes_by_its_environment(hub, folder):
     command = [sys.executable, "-m", "born_again.cli", "publish", str(folder), "--namespace", "born-again"]
     environment = {**hub.environment(), "OMP_NUM_THREADS": "1"}

@@ -248,6 +248,7 @@ def words_of(folder: Path, generations: int = 1) -> list[str]:
     return [*words.split(), "--generations", str(generations), "--output_dir", str(folder)]
 
 
+@pytest.mark.slow
 def test_a_lineage_goes_on_from_the_hub_alone(logged_in_hub, tmp_path, capsys):
     start = load_script().start
     push = ["--push_to_hub", "True", "--hub_namespace", "born-again"]

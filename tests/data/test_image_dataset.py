@@ -95,6 +95,7 @@ def test_dataloader_sees_every_epoch_with_any_workers(workers):
     del loader
 
 
+@pytest.mark.slow
 def test_spawned_workers_follow_the_epoch_too():
     dataset = make_dataset()
     loader = DataLoader(

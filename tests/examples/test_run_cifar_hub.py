@@ -73,6 +73,7 @@ def hashes(folder):
     return [record["weights_sha256"] for record in Manifest.read(folder).generations]
 
 
+@pytest.mark.slow
 def test_a_lineage_goes_to_the_hub_and_on_from_there(logged_in_hub, script, tmp_path, capsys):
     """One command trains and publishes; without the folder it brings all back; with one more it trains one more."""
     hub, folder = logged_in_hub, tmp_path / "outputs" / NAME

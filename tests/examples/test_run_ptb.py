@@ -130,6 +130,7 @@ def test_the_same_command_says_that_all_is_done_and_changes_no_file(lineage, scr
     assert everything(folder) == before
 
 
+@pytest.mark.slow
 def test_more_generations_go_on_as_if_they_had_been_asked_for_at_once(lineage, script, tmp_path):
     folder, _ = lineage
     shutil.copytree(folder, tmp_path / "grown")
@@ -245,6 +246,7 @@ def test_bad_input_is_answered_before_anything_is_made(script, tmp_path, words, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_without_a_traceback(tmp_path):
     done = run(*TINY, "--model", "lstm-smal", "--output_dir", tmp_path / "out")
     assert done.returncode == 1

@@ -97,6 +97,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [BY_BORN_AGAIN, BY_TRANSFORMERS], ids=["born_again", "transformers"])
 def test_a_fresh_interpreter_reads_the_same(generations, code):
     language_only = code is BY_TRANSFORMERS

@@ -95,6 +95,7 @@ def grows(lines, name):
     return max(values[3:]) / values[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_memory_is_flat_over_a_lineage(tmp_path):
     lines = measured(tmp_path / "out")

@@ -62,7 +62,7 @@ def test_the_same_weights_come_again_and_those_before_are_kept(finished):
     assert "restart" not in Manifest.read(finished).content
 
 
-@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("generation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_command_after_a_crash_goes_on_with_the_restart(tmp_path, generation):
     folder = tmp_path / "out"
     runner(folder).run()

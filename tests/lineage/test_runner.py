@@ -76,8 +76,10 @@ def test_a_generation_depends_on_nothing_that_ran_before(finished, tmp_path):
     assert Manifest.read(folder).spec.generations == 2
 
 
-@pytest.mark.parametrize("generation", [0, 1])
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("step", "generation"),
+    [(3, 0), (6, 1), *(pytest.param(*moment, marks=pytest.mark.slow) for moment in [(1, 0), (6, 0), (1, 1), (3, 1)])],
+)
 def test_an_interrupted_lineage_goes_on_to_the_same_weights(finished, tmp_path, generation, step):
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

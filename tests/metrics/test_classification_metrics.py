@@ -88,6 +88,7 @@ def test_trainer_evaluates_with_a_ragged_last_batch(tmp_path, by_batch, extra):
     assert metrics["eval_nll"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_evaluate():
     code = "import sys, born_again.metrics; print('evaluate' in sys.modules)"
     root = Path(born_again.metrics.__file__).parents[2]

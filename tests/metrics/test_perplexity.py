@@ -198,6 +198,7 @@ print(json.dumps(metric.compute(predictions=[0.0, 0.0], references=[1, 0])))
 """
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_interpreter_without_network(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
     ran = subprocess.run(

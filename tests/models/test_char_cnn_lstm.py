@@ -305,6 +305,7 @@ print(json.dumps([type(config).__name__, type(model).__name__, model.decoder.bia
 """
 
 
+@pytest.mark.slow
 def test_saved_model_is_read_in_a_fresh_interpreter(tmp_path):
     model = _model()
     model.save_pretrained(tmp_path)

@@ -129,6 +129,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_one_folder_for_timm_and_transformers_in_a_fresh_interpreter(saved, tmp_path):
     model, folder = saved
     assert set(_files(folder)) == {"config.json", "model.safetensors"}

@@ -277,6 +277,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_saved_model_is_read_in_a_fresh_interpreter(tmp_path):
     model = _model(embedding_size=4)
     model.save_pretrained(tmp_path)
