@@ -10,6 +10,9 @@ import torch
 
 from born_again.objectives import OBJECTIVES
 
+# Two processes, each of which loads torch anew.
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 

@@ -38,7 +38,8 @@ def train(hub: HubServer, work: Path, *words: str, token: str | None, launcher: 
     )
 
 
-@pytest.mark.parametrize("way", ["flag", pytest.param("environment", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["flag", "environment"])
 def test_everything_uploaded_logged_and_written_is_without_the_token(tmp_path, way):
     with HubServer(tmp_path / "hub_home") as hub:
         by_flag = way == "flag"

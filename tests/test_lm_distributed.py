@@ -9,6 +9,9 @@ import pytest
 import torch
 from two_lm_processes import CASES, STREAMS, WINDOW
 
+# Two processes, each of which loads torch anew.
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("two_lm_processes.py")
 NAMES = [f"{objective} {accumulate}" for objective, accumulate in CASES]
 

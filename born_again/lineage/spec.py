@@ -114,7 +114,7 @@ class LineageSpec:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise ValueError(
-                    f"spec: got the unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                    f"spec: got the unknown field {name!r:.80}" + (f"; did you mean {near[0]!r}?" if near else ".")
                 )
         for name in ("name", "model", "dataset"):
             if name not in values:

@@ -314,6 +314,7 @@ def test_refused_words(bad, message):
         word_tokenizer(bad)
 
 
+@pytest.mark.slow
 def test_tokenizer_loads_in_a_fresh_interpreter(tmp_path):
     """Without born_again, beside no config.json and beside one of a model that transformers does not know."""
     tokenizer = load_text(write(tmp_path / "ptb")).tokenizer

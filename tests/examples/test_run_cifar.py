@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from born_again import LineageEnsemble, load_generation
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import load_images
+from born_again.lineage.manifest import LineageError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
 TINY = [
@@ -104,11 +105,17 @@ def test_the_same_command_says_that_all_is_done(lineage, capsys):
 
 
 def test_another_command_on_the_folder_is_refused(lineage):
-    folder, _ = lineage
-    done = run(*TINY, "--generations", 2, "--output_dir", folder, "--objective", "ban+l", "--learning_rate", "0.05")
-    assert done.returncode != 0
-    assert "objective: 'ban+l' here, 'ban' there; training.learning_rate: 0.05 here, 0.1 there" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = [*TINY, "--generations", "2", "--output_dir", str(lineage[0]), "--objective", "ban+l"]
+    message = "objective: 'ban.l' here, 'ban' there; training.learning_rate: 0.05 here, 0.1 there"
+    with pytest.raises(LineageError, match=message):
+        load_script().start([*words, "--learning_rate", "0.05"])
+
+
+@pytest.mark.slow
+def test_an_error_is_one_line_without_a_traceback(tmp_path):
+    done = run("--smoke", "--model", "densenet90_60_cifr", "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "densenet90_60_cifar" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whatever stands in lineage.json or config.json, the answer is a reading or an error of ours."""
+"""Whatever stands in lineage.json, ensemble.json or config.json, the answer is a reading or an error of ours."""
 
 import copy
 import json
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lineage.manifests import content
+from lineage.manifests import content, record, training
 
 from born_again.lineage.manifest import LineageError, Manifest
+from born_again.lineage.members import read_ensemble
 
 WORDS = ["the", "cat", "<eos>", "sat", "<unk>"]
 NUMBERS = [0, -1, 1, 2, 3, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")]
@@ -90,14 +91,24 @@ def answer(folder: Path, raw: bytes) -> None:
         str(error).encode()  # it can be printed
         return
     assert manifest.spec.name == manifest.content["name"] and "/" not in manifest.spec.name
-    for index, record in enumerate(manifest.generations):
-        assert record["index"] == index and record["seconds"] >= 0 and record["objective"]
-        assert record["status"] == "training" or len(record["weights_sha256"]) == 64
+    for index, known in enumerate(manifest.generations):
+        assert known["index"] == index and known["seconds"] >= 0 and known["objective"]
+        assert known["status"] == "training" or len(known["weights_sha256"]) == 64
     manifest.save()
     assert Manifest.read(folder).content == manifest.content
 
 
-MANIFEST = content()
+HUB = {"status": "published", "repo": "a/b-gen0", "commit": "1" * 40, "message": None, "card_sha256": "2" * 64}
+MANIFEST = content(
+    record(0, hub=HUB),
+    record(1, checkpoints=["checkpoint-2"]),
+    training(2),
+    hub={"namespace": "a", "pattern": "{name}-gen{index}", "private": False, "ensemble": HUB, "newest": "a/b-gen0"},
+    ensembles=[
+        {"members": [0, 1], "average": "probabilities", "weights_sha256": ["0" * 64, "1" * 64], "metrics": {}},
+    ],
+    restart={"from_generation": 1},
+)
 RAW = json.dumps(MANIFEST, indent=2).encode()
 
 
@@ -122,6 +133,47 @@ def test_the_mutations_reach_both_answers(folder):
 
     many(100)(given(mutations(MANIFEST))(read))()
     assert found == {"read", "refused"}
+
+
+ENSEMBLE = {
+    "format": "born_again.ensemble",
+    "version": 1,
+    "average": "probabilities",
+    "members": [
+        {
+            "generation": index,
+            "folder": f"../gen{index}",
+            "weights_sha256": f"{index}" * 64,
+            "repo": f"a/b-gen{index}",
+            "commit": "c" * 40,
+        }
+        for index in (1, 2)
+    ],
+}
+
+
+def names_members_or_refuses(folder: Path, raw: bytes, from_hub: bool) -> None:
+    """Members in the folders beside it, or in plain repositories; never a path that leads elsewhere."""
+    path = folder / "ensemble.json"
+    path.write_bytes(raw)
+    try:
+        members, average = read_ensemble(path, from_hub)
+    except LineageError as error:
+        assert str(path) in str(error) and len(str(error)) < 10_000
+        str(error).encode()
+        return
+    assert average in ("probabilities", "logits") and members
+    for member in members:
+        assert type(member.generation) is int and member.generation >= 0 and len(member.weights_sha256) == 64
+        assert not from_hub or (member.repo.count("/") == 1 and ".." not in member.repo and len(member.commit) == 40)
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("from_hub", [False, True])
+@pytest.mark.parametrize("how", [mutations, damages], ids=["values", "bytes"])
+def test_any_ensemble_is_read_or_refused(tmp_path, how, from_hub, count):
+    texts = how(ENSEMBLE if how is mutations else json.dumps(ENSEMBLE).encode())
+    many(count)(given(texts)(lambda raw: names_members_or_refuses(tmp_path, raw, from_hub)))()
 
 
 @pytest.fixture(scope="module")
