@@ -73,7 +73,9 @@ def check_manifest(path: Path, content: Any) -> None:
     try:
         spec = LineageSpec.from_dict(content["spec"])
     except ValueError as error:
-        raise LineageError(f"{path}: the field 'spec' is wrong: {error} Restore the file from a copy.") from error
+        raise LineageError(
+            f"{path}: the field 'spec' is wrong: {str(error):.1000} Restore the file from a copy."
+        ) from error
     check.field(content, "", "name", lambda value: value == spec.name, f"that of the spec, {spec.name!r}")
     # The spec as it stands: fields that later versions add have defaults, which are not part of an older hash.
     expected = spec_sha256(content["spec"])
