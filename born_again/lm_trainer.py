@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
+from born_again.settings import check_settings
 from born_again.teacher import carries_state, logits_of
 from born_again.trainer import BornAgainTrainer
 
@@ -97,7 +98,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         super().__init__(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.teacher is None:
-            self._check_settings(student, "in BornAgainLMTrainer")
+            check_settings(self, student, "in BornAgainLMTrainer")
             self._own_the_loss(student)
         self._student_carries = carries_state(student)
         self._carried = CarriedState()

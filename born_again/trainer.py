@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from born_again.divergence import DivergenceGuard
+from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
 from born_again.objectives import (
     IGNORED,
-    OBJECTIVES_WITH_LABELS,
     at_least_tiny,
     item_weights,
     objective_items,
     watched_items,
 )
 from born_again.schedule import multi_step_schedule
+from born_again.settings import check_settings, predicts_next_token
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.training_args import BornAgainTrainingArguments
 from born_again.vocabulary import check_same_words
 
-logger = logging.getLogger(__name__)
-
-FITTED = 0.98
 FIT_SAMPLES = 2048
 _TEACHER_LOGITS = "teacher_logits"
 
@@ -103,48 +97,18 @@ class BornAgainTrainer(Trainer):
         frozen = FrozenTeacher(teacher)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
-        self._check_settings(student)
+        check_settings(self, student)
         self.teacher = frozen.to(self.args.device, self._memory_format)
         self._own_the_loss(student)
 
     def _own_the_loss(self, student: nn.Module) -> None:
         """From here on the loss is computed here, and never by the network."""
         self._owns_loss = True
-        self._shifts_labels = self._loss_shifts_labels or _predicts_next_token(student)
+        self._shifts_labels = self._loss_shifts_labels or predicts_next_token(student)
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
         self.label_names = self.label_names or ["labels"]
-
-    def _check_settings(self, student: nn.Module, where: str = "beside a teacher") -> None:
-        """Refuses what would change a loss that is computed here, or leave it without meaning."""
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"n_gpu: {self.args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share "
-                "with a wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show "
-                "it one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if self.args.label_smoothing_factor != 0:
-            raise ValueError(
-                f"label_smoothing_factor: got {self.args.label_smoothing_factor} {where}, expected 0: labels are not "
-                "smoothed here, and a teacher's distribution takes the place of that."
-            )
-        if self.compute_loss_func is not None:
-            raise ValueError(f"compute_loss_func: got a function {where}, expected None: see `objective`.")
-        if len(self.label_names) > 1:
-            raise ValueError(
-                f"label_names: got {self.label_names}, expected one name, for example ['labels']: a student is taught "
-                "one row of logits for each label."
-            )
-        config = getattr(student, "config", None)
-        problem = getattr(config, "problem_type", None)
-        if problem is None and getattr(config, "num_labels", None) == 1:
-            problem = "regression"  # transformers' own reading of a single label
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"teacher: the student's config means {problem!r} by its problem_type or num_labels, expected "
-                "single-label classification or language modelling, whose classes exclude each other."
-            )
 
     # ---- The loss of a step ----
 
@@ -322,7 +286,7 @@ class BornAgainTrainer(Trainer):
         """
         if self.teacher is None or not hasattr(self.train_dataset, "__len__"):
             return None
-        dataset = _evenly_spaced(self.train_dataset, samples)
+        dataset = evenly_spaced(self.train_dataset, samples)
         correct = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         for batch in self.get_eval_dataloader(dataset):
             inputs, labels = self._split_labels(self._prepare_inputs(batch))
@@ -333,16 +297,8 @@ class BornAgainTrainer(Trainer):
         return {"accuracy": right / max(items, 1), "samples": len(dataset)}
 
     def _warn_of_an_unfitted_teacher(self) -> None:
-        if self.teacher_fit is None or self.args.objective in OBJECTIVES_WITH_LABELS:
-            return
-        accuracy = self.teacher_fit["accuracy"]
-        if accuracy < FITTED and self.is_world_process_zero():
-            logger.warning(
-                f"The teacher is right on {accuracy:.1%} of a sample of the training set, under {FITTED:.0%}, and "
-                f"objective {self.args.objective!r} has no label term: the student may come out below its teacher. "
-                "Train the teacher longer, or use objective 'ban+l' (the paper: where the teacher had not fitted, its "
-                "LSTMs, only BAN+L worked)."
-            )
+        if self.teacher_fit is not None and self.is_world_process_zero():
+            warn_of_an_unfitted_classifier(self.teacher_fit["accuracy"], self.args.objective)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without letting an evaluation before training mark the student as prepared.
@@ -392,24 +348,5 @@ class BornAgainTrainer(Trainer):
         return super().get_decay_parameter_names(model)
 
 
-def _predicts_next_token(model: nn.Module) -> bool:
-    """Whether transformers would shift this model's labels.
-
-    Trainer looks for "ForCausalLM" in the class name and so misses GPT2LMHeadModel and others of the early names,
-    whose labels transformers shifts all the same.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = {kind.__name__ for kind in type(model).__mro__}
-    causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return causal and not getattr(model.config, "is_encoder_decoder", False)
-
-
 def _as_tuple(outputs: Any) -> tuple:
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
-
-
-def _evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset | datasets.Dataset:
-    kept = min(samples, len(dataset))
-    indices = [index * len(dataset) // kept for index in range(kept)]
-    # A Dataset of the datasets library stays one, so that Trainer still drops the columns that no forward takes.
-    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)

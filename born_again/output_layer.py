@@ -1,0 +1,73 @@
+"""The last matrix product of a language model, taken apart from what comes before it.
+
+A vocabulary makes logits large and hidden states small. Who keeps a teacher's answers keeps its hidden states, and who
+computes a loss over 128,000 words computes it from them, some rows at a time. Both need the model without its output
+layer, and to know that nothing but that layer makes logits of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from born_again.teacher import logits_of
+
+
+def output_layer(model: nn.Module) -> nn.Linear | None:
+    """The layer that gives a language model's logits, or None where there is none, or no plain nn.Linear."""
+    find = getattr(model, "get_output_embeddings", None)
+    layer = None if find is None else find()
+    return layer if type(layer) is nn.Linear else None
+
+
+@contextmanager
+def without_output_layer(model: nn.Module) -> Iterator[nn.Linear]:
+    """Inside, a model's "logits" are what its output layer would have been given: (..., hidden).
+
+    Whatever wraps the model for distributed training may be called meanwhile.
+
+    Args:
+        model: with an `output_layer`; unwrapped.
+
+    Yields:
+        The layer, with its weight (words, hidden) and bias (words,) or None.
+    """
+    layer = output_layer(model)
+    layer.forward = _identity
+    try:
+        yield layer
+    finally:
+        del layer.forward
+
+
+@torch.no_grad()
+def ends_in_output_layer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the output layer alone makes logits of hidden states, found out by running the model on a batch.
+
+    False for what follows the layer in some models, such as a soft cap (Gemma 2) or a scale, and for several heads.
+
+    Args:
+        model: unwrapped; of any mode, which it keeps.
+        inputs: a batch that the model can be called with.
+    """
+    layer = output_layer(model)
+    if layer is None:
+        return False
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        logits = logits_of(model(**inputs))
+        with without_output_layer(model):
+            hidden = logits_of(model(**inputs))
+        return hidden.shape[-1] == layer.in_features and torch.equal(logits, layer(hidden))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
