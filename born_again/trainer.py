@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
+from born_again.base_trainer import BaseTrainer
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
 from born_again.objectives import (
@@ -30,7 +30,7 @@ FIT_SAMPLES = 2048
 _TEACHER_LOGITS = "teacher_logits"
 
 
-class BornAgainTrainer(Trainer):
+class BornAgainTrainer(BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer. With one, every batch goes once through the wrapped student and once through the
@@ -299,24 +299,6 @@ class BornAgainTrainer(Trainer):
     def _warn_of_an_unfitted_teacher(self) -> None:
         if self.teacher_fit is not None and self.is_world_process_zero():
             warn_of_an_unfitted_classifier(self.teacher_fit["accuracy"], self.args.objective)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, without letting an evaluation before training mark the student as prepared.
-
-        Accelerate would take the mark for its own and leave the student without DistributedDataParallel in train().
-        """
-        state = self.model.__dict__
-        if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super().evaluation_loop(*args, **kwargs)
-        names = ("_is_accelerate_prepared", "_original_forward", "forward")
-        before = {name: state[name] for name in names if name in state}
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            for name in names:
-                state.pop(name, None)
-            state.update(before)
-            self.accelerator._models.clear()
 
     def _prepare_input(self, data: Any) -> Any:
         data = super()._prepare_input(data)

@@ -34,6 +34,7 @@ LAYERS = {
     "vocabulary": 1,
     "divergence": 1,
     "fit": 2,
+    "base_trainer": 2,
     "settings": 1,
     "schedule": 1,
     "training_args": 2,

@@ -1,0 +1,58 @@
+"""transformers.Trainer as it is meant to be: what it does wrong mended, what it does for nothing left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class BaseTrainer(Trainer):
+    """Trainer with the same results, faster at each step, and safe to evaluate before it trains."""
+
+    _parameter_count: int | None = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without letting an evaluation before training mark the student as prepared.
+
+        Accelerate would take the mark for its own and leave the student without DistributedDataParallel in train().
+        """
+        state = self.model.__dict__
+        if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super().evaluation_loop(*args, **kwargs)
+        names = ("_is_accelerate_prepared", "_original_forward", "forward")
+        before = {name: state[name] for name in names if name in state}
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for name in names:
+                state.pop(name, None)
+            state.update(before)
+            self.accelerator._models.clear()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's."""
+        self._parameter_count = None  # parameters may have been frozen or added
+        return super().train(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """Trainer's number, without walking through all modules to count the same parameters at every step."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or not hasattr(self.model, "num_parameters"):
+            return 0
+        if self._parameter_count is None:
+            self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs[name].numel() * self._parameter_count
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
+        """Trainer's, which for a norm that clips nothing multiplies every gradient by one."""
+        if grad_norm is None and self.accelerator.scaler is None:
+            if self.accelerator.distributed_type in _WHOLE_GRADIENTS and not self._has_mixed_mesh_grads(model):
+                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                return torch.nn.utils.get_total_norm(gradients)
+        return super()._get_grad_norm(model, grad_norm)
