@@ -33,7 +33,7 @@ from born_again.launch import of_generation
 from born_again.lineage.publication import HubSettings
 from born_again.models.image_classifier import load_image_classifier, save_image_classifier
 from born_again.publishing import BackgroundPublisher
-from tests.benchmarks.step import classifier, images
+from tests.benchmarks.training import classifier, images
 
 MEASURED_STEPS = 20
 

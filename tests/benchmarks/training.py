@@ -1,0 +1,236 @@
+"""What the benchmarks train: image classifiers and language models, by our trainers and by bare PyTorch loops.
+
+A bare loop is what one would write by hand for the same work: the same student, teacher, batches and precision, the
+losses of torch.nn.functional, torch's SGD. The trainers also log, check for NaN, and sum the distillation terms. Both
+measure seconds from the first step's beginning to the last one's end: start-up is not a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import TrainerCallback
+
+from born_again import BornAgainLMTrainer, BornAgainTrainer, BornAgainTrainingArguments, create_image_classifier
+from born_again.data.image_dataset import ImageDataset, collate_batch
+from born_again.data.images import ImageSplit
+from born_again.data.streams import TokenStreams, collate_windows
+from born_again.models.language_models import create_language_model
+
+STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+# What the benchmarks call networks that have no name of their own.
+SIZES = {"densenet40_12": ("test_densenet_cifar", {"depth": 40, "growth_rate": 12})}
+
+
+def classifier(name: str, classes: int = 10, **model_args: Any) -> nn.Module:
+    """An untrained image classifier."""
+    name, sizes = SIZES.get(name, (name, {}))
+    return create_image_classifier(name, [str(label) for label in range(classes)], *STATISTICS, **sizes, **model_args)
+
+
+def images(count: int) -> ImageDataset:
+    """Random images, augmented."""
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
+    split = ImageSplit(pixels, torch.randint(0, 10, (count,)))
+    return ImageDataset(split, *STATISTICS, augment=True, flip=True, seed=0)
+
+
+def words(count: int) -> list[str]:
+    """A vocabulary."""
+    return [f"word{index}" for index in range(count)]
+
+
+def streams(vocabulary: int, rows: int, window: int, steps: int) -> TokenStreams:
+    """Random words, as many windows as steps."""
+    return TokenStreams(torch.randint(vocabulary, (rows * window * steps,)), rows, window, before=0)
+
+
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds from the first step's beginning to the last one's end."""
+
+    seconds = start = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            synchronize()
+            self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            synchronize()
+            self.seconds = time.perf_counter() - self.start
+
+
+def arguments(folder: str, steps: int, batch: int, **changes: Any) -> BornAgainTrainingArguments:
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "optim": "sgd",
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "bf16": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    return BornAgainTrainingArguments(folder, **{**settings, **changes})
+
+
+def run(trainer: BornAgainTrainer, watch: Stopwatch) -> float:
+    """Trains in silence; returns seconds of steps."""
+    trainer.add_callback(watch)
+    trainer.log = lambda *args, **kwargs: None  # printing is no work of a step
+    trainer._warn_of_an_unfitted_teacher = lambda: None
+    trainer.train()
+    return watch.seconds
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """BAN on images.
+
+    Args:
+        model: see `classifier`.
+        batch: images.
+        steps: of a measurement.
+        model_args: of the architecture.
+    """
+
+    model: str
+    batch: int
+    steps: int
+    model_args: dict[str, Any] = field(default_factory=dict)
+    unit = "images"
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.steps
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch}"
+
+    def network(self) -> nn.Module:
+        return classifier(self.model, **self.model_args)
+
+    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
+        data, watch = images(self.items), Stopwatch()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {"optim_args": "momentum=0.9,nesterov=True", "channels_last": True, **changes}
+            args = arguments(folder, self.steps, self.batch, **settings)
+            teacher = self.network() if taught else None
+            trainer = BornAgainTrainer(
+                self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_batch
+            )
+            return run(trainer, watch)
+
+    def with_bare_loop(self, taught: bool = True) -> float:
+        data, where = images(self.items), device()
+        student = self.network().to(where, memory_format=torch.channels_last).train()
+        teacher = self.network().to(where, memory_format=torch.channels_last).eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+        order = torch.randperm(len(data)).tolist()
+        synchronize()
+        start = time.perf_counter()
+        for first in range(0, self.items, self.batch):
+            batch = data.__getitems__(order[first : first + self.batch])
+            pixels, labels = batch["pixel_values"].to(where), batch["labels"].to(where)
+            with torch.autocast(where.type, torch.bfloat16):
+                if taught:
+                    with torch.no_grad():
+                        target = teacher(pixel_values=pixels).logits
+                logits = student(pixel_values=pixels).logits
+            loss = F.cross_entropy(logits.float(), target.float().softmax(-1) if taught else labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        synchronize()
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """BAN+L on contiguous streams of words, the state carried.
+
+    Args:
+        model: see `create_language_model`.
+        rows: streams.
+        window: steps unrolled.
+        steps: windows of a measurement.
+        vocabulary: words.
+    """
+
+    model: str
+    rows: int
+    window: int
+    steps: int
+    vocabulary: int = 10_000
+    unit = "words"
+
+    @property
+    def items(self) -> int:
+        return self.rows * self.window * self.steps
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.rows} x {self.window}"
+
+    def network(self) -> nn.Module:
+        return create_language_model(self.model, words(self.vocabulary))
+
+    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
+        data, watch = streams(self.vocabulary, self.rows, self.window, self.steps), Stopwatch()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {"objective": "ban+l", "learning_rate": 1.0, "max_grad_norm": 0.25, **changes}
+            args = arguments(folder, self.steps, self.rows, **settings)
+            teacher = self.network() if taught else None
+            trainer = BornAgainLMTrainer(
+                self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_windows
+            )
+            return run(trainer, watch)
+
+    def with_bare_loop(self, taught: bool = True) -> float:
+        data, where = streams(self.vocabulary, self.rows, self.window, self.steps), device()
+        student = self.network().to(where).train()
+        teacher = self.network().to(where).eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+        ours = theirs = None
+        synchronize()
+        start = time.perf_counter()
+        for window in range(data.windows):
+            batch = data.__getitems__(range(window * data.streams, (window + 1) * data.streams))
+            ids, labels = batch["input_ids"].to(where), batch["labels"].to(where).flatten()
+            with torch.autocast(where.type, torch.bfloat16):
+                output = student(ids, state=ours)
+                if taught:
+                    with torch.no_grad():
+                        answer = teacher(ids, state=theirs)
+                    theirs = answer.state
+            ours = tuple(part.detach() for part in output.state)
+            logits = output.logits.flatten(0, 1).float()
+            loss = F.cross_entropy(logits, labels, ignore_index=-100)
+            if taught:
+                loss = loss + F.cross_entropy(logits, answer.logits.flatten(0, 1).float().softmax(-1))
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 0.25)
+            optimizer.step()
+            optimizer.zero_grad()
+        synchronize()
+        return time.perf_counter() - start
