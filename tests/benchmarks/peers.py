@@ -12,6 +12,10 @@ teacher are looked at in one more process, in float64, with the teacher handed o
 loaded leave it: the gradient of the first step against the float64 twin of the paper's loss, as "exact" (within 1e-6),
 as a plain factor, or as how far it is off beside such a factor; the same over two accumulated micro-batches.
 
+Ratios are ours over the row's time, by the wall and by the CPU time of the process; a worker of a loader (timm's has
+one by default) is in neither the CPU time nor the memory. Memory is the peak of the process, imports included, and
+what it grew by from the moment the networks stood; on a GPU both are what was allocated there.
+
 The peers are no dependency of this project, and most of them name versions of ours that exclude today's. Install them
 without their dependencies:
 
