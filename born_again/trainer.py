@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -28,6 +29,7 @@ from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
 _TEACHER_LOGITS = "teacher_logits"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BornAgainTrainer(Trainer):
@@ -98,7 +100,11 @@ class BornAgainTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
         check_settings(self, student)
+        frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         self.teacher = frozen.to(self.args.device, self._memory_format)
+        compiler = self.accelerator.state.dynamo_plugin
+        if compiler.backend != DynamoBackend.NO:
+            self.teacher.compile(**compiler.to_kwargs())  # as accelerate compiles the student
         self._own_the_loss(student)
 
     def _own_the_loss(self, student: nn.Module) -> None:
@@ -309,7 +315,7 @@ class BornAgainTrainer(Trainer):
         if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().evaluation_loop(*args, **kwargs)
         names = ("_is_accelerate_prepared", "_original_forward", "forward")
-        before = {name: state[name] for name in names if name in state}
+        before, wrapped = {name: state[name] for name in names if name in state}, self.model_wrapped
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -317,6 +323,7 @@ class BornAgainTrainer(Trainer):
                 state.pop(name, None)
             state.update(before)
             self.accelerator._models.clear()
+            self.model_wrapped = wrapped  # else train() would take what was compiled here for a prepared student
 
     def _prepare_input(self, data: Any) -> Any:
         data = super()._prepare_input(data)
