@@ -240,8 +240,8 @@ def _copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(_original(module))
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"teacher_precision: 'inference' and 'float32' may need a copy of the teacher, and {type(module).__name__} "
-            f"cannot be copied ({error}); expected 'autocast' for it."
+            f"teacher_precision: 'inference' and 'float32' may need a copy of the teacher, and "
+            f"{type(module).__name__} cannot be copied ({error}); expected 'autocast' for it."
         ) from error
 
 

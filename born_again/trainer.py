@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
@@ -330,6 +330,13 @@ class BornAgainTrainer(Trainer):
         if self._memory_format is not None and isinstance(data, Tensor) and data.dim() == 4:
             return data.contiguous(memory_format=self._memory_format)
         return data
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Of a network of transformers save_pretrained sees to it; safetensors takes no layout but the contiguous one.
+        if self._memory_format is not None and not isinstance(self.model, PreTrainedModel):
+            named = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value.contiguous() for name, value in named.items()}
+        super()._save(output_dir, state_dict)
 
     # ---- The paper's recipe ----
 

@@ -131,7 +131,7 @@ def test_a_teacher_that_cannot_be_copied_is_refused():
             raise TypeError("no copies")
 
     teacher = FrozenTeacher(Stubborn(1)).in_form("inference").to(CPU)
-    with pytest.raises(ValueError, match="teacher_precision: .* Stubborn cannot be copied .no copies.; expected 'auto"):
+    with pytest.raises(ValueError, match="teacher_precision: .* Stubborn cannot be copied .no copies.; expected"):
         teacher({"x": vectors()[0]["x"]})
 
 
