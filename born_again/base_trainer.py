@@ -26,7 +26,7 @@ class BaseTrainer(Trainer):
         if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().evaluation_loop(*args, **kwargs)
         names = ("_is_accelerate_prepared", "_original_forward", "forward")
-        before = {name: state[name] for name in names if name in state}
+        before, wrapped = {name: state[name] for name in names if name in state}, self.model_wrapped
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
@@ -34,6 +34,7 @@ class BaseTrainer(Trainer):
                 state.pop(name, None)
             state.update(before)
             self.accelerator._models.clear()
+            self.model_wrapped = wrapped  # else train() would take what was compiled here for a prepared student
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's."""

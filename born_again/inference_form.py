@@ -23,27 +23,46 @@ def inference_form(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.d
         network: in eval mode; not changed.
         inputs: what it is called with, by name; a batch of any size. Floating tensors must lead to the output.
         dtype: of the copy's floating weights, such as torch.bfloat16; None keeps them. Floating inputs are cast.
+            What is left of BatchNorm is float32, and the frequencies of rotary position embeddings keep theirs.
 
     Returns:
-        The copy, frozen, in eval mode.
+        The copy, frozen, in eval mode. It is to be called outside autocast.
 
     Raises:
         ValueError: a network in train mode, whose BatchNorm is no fixed scale.
     """
+    return put_in_inference_form(copy.deepcopy(network), inputs, dtype)
+
+
+def put_in_inference_form(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """As `inference_form`, of the network itself: for one that no one else needs."""
     if network.training:
         raise ValueError("network: is in train mode, expected eval mode, in which BatchNorm is fixed; call eval().")
-    network = copy.deepcopy(network).requires_grad_(False)
+    network.requires_grad_(False)
     for convolution, norm in _pairs(network, inputs):
         _fold(network, convolution, norm)
     if dtype is None:
         return network
-    network.to(dtype)
-    network.register_forward_pre_hook(lambda module, args, kwargs: _cast(args, kwargs, dtype), with_kwargs=True)
+    for module in network.modules():
+        # What is left of BatchNorm is as fast in float32 beside smaller activations, and rounds less.
+        own = torch.float32 if isinstance(module, nn.modules.batchnorm._BatchNorm) else dtype
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(own)
+        for name, buffer in module.named_buffers(recurse=False):
+            # Of rotary position embeddings: the angles of far positions need all digits.
+            if buffer.is_floating_point() and not name.endswith("inv_freq"):
+                setattr(module, name, buffer.to(own))
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN wants the weights of a layer in one piece
+    network.register_forward_pre_hook(lambda module, args, kwargs: _cast((args, kwargs), dtype), with_kwargs=True)
     return network
 
 
 def _pairs(network: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions with the BatchNorm that alone reads their output."""
+    if not all(any(isinstance(part, kind) for part in network.modules()) for kind in (nn.Conv2d, nn.BatchNorm2d)):
+        return []
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     found: list[tuple[nn.Conv2d, nn.BatchNorm2d, Any]] = []
     calls: Counter[nn.Module] = Counter()
@@ -63,10 +82,15 @@ def _pairs(network: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[nn.Conv2
         for module in network.modules()
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
     ]
-    # With a gradient through the inputs autograd's graph tells who reads what.
+    rows = {len(value) for value in inputs.values() if _is_floating(value) and value.dim()}
+    # One row is enough. With a gradient through the inputs autograd's graph tells who reads what.
     watched = {
-        name: value.detach()[:1].clone().requires_grad_() if _is_floating(value) else value
+        name: value[:1] if isinstance(value, Tensor) and value.dim() and len(value) in rows else value
         for name, value in inputs.items()
+    }
+    watched = {
+        name: value.detach().clone().requires_grad_() if _is_floating(value) else value
+        for name, value in watched.items()
     }
     try:
         with torch.enable_grad():
@@ -119,11 +143,13 @@ def _fold(network: nn.Module, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> N
     setattr(network.get_submodule(parent), last, rest)
 
 
-def _cast(args: tuple, kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if _is_floating(value) else value
-
-    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors of nested tuples, lists and dicts, such as a recurrent state, in another dtype."""
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, dtype) for part in value)
+    if type(value) is dict:
+        return {name: _cast(part, dtype) for name, part in value.items()}
+    return value.to(dtype) if _is_floating(value) else value
 
 
 def _is_floating(value: Any) -> bool:

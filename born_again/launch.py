@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 
 from born_again.hub import HubError
+from born_again.lineage.machine import how_it_computes
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.publication import HubSettings
 from born_again.lineage.runner import Generation, LineageRunner
@@ -130,12 +131,11 @@ def train(runner: LineageRunner, training: BornAgainTrainingArguments, task: str
     """
     is_main, spec = training.process_index == 0, runner.spec
     if is_main:
-        precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
         first = "teacher" if spec.teacher is None else spec.teacher
         print(
-            f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, {precision}, into "
-            f"{training.output_dir}"
+            f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, into {training.output_dir}"
         )
+        print(f"Computed in {how_it_computes(training)}")
         if runner.is_finished():
             print("Every generation is trained already; nothing is left to do.")
     manifest = runner.run()

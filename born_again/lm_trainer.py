@@ -114,7 +114,8 @@ class BornAgainLMTrainer(BornAgainTrainer):
         if not self._student_carries:
             return model(**inputs)
         outputs = model(**inputs, state=self._carried.student)
-        self._carried.student = tuple(part.detach() for part in outputs["state"])
+        # A copy, since a compiled student may answer in memory that its next call writes over.
+        self._carried.student = tuple(part.detach().clone() for part in outputs["state"])
         return outputs
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:

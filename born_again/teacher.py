@@ -1,14 +1,23 @@
-"""What a frozen teacher is: its mode, its place, and how several become one."""
+"""What a frozen teacher is: its mode, its place, its precision, and how several become one."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from born_again.inference_form import put_in_inference_form
+
+PRECISIONS = ("autocast", "inference", "float32")
+# Of torch.compile: they answer in memory that the next call writes over.
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class FrozenTeacher:
@@ -21,6 +30,10 @@ class FrozenTeacher:
     Args:
         teachers: a network, or a sequence of networks that teach as the mean of their probabilities (the paper's
             equation 4 turned into a teacher).
+
+    Attributes:
+        modules: the networks that answer; in the inference form, from the first batch on, private copies.
+        precision: see `in_form`.
 
     Raises:
         TypeError: something that is no nn.Module.
@@ -40,14 +53,61 @@ class FrozenTeacher:
             module.eval().requires_grad_(False)
         self.carries_state = [carries_state(module) for module in self.modules]
         self._accepted = [_accepted_arguments(module) for module in self.modules]
+        self.precision = PRECISIONS[0]
+        self._dtype: torch.dtype | None = None
+        self._device: torch.device | None = None
+        self._memory_format: torch.memory_format | None = None
+        self._compile: dict[str, Any] | None = None
+        self._callable: list[Any] | None = None  # the modules, compiled or not, once they have their form
+
+    def in_form(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
+        """Says how the networks compute; before `to` and before the first batch.
+
+        Args:
+            precision: "autocast" (as the caller's autocast context says), "inference" (private copies in the form of
+                `born_again.inference_form`, made of the first batch; those given are left as they are and where they
+                are) or "float32" (outside autocast; private copies where weights are narrower).
+            dtype: of the weights of the inference form; None keeps their own.
+        """
+        self.precision, self._dtype = precision, dtype
+        if precision == "float32":
+            self.modules = [_copied(module).float() if _is_narrow(module) else module for module in self.modules]
+        return self
 
     def to(self, device: torch.device, memory_format: torch.memory_format | None = None) -> FrozenTeacher:
         """Moves every network to a device, and its 4-d weights to a memory format where one is given."""
-        for module in self.modules:
-            module.to(device=device)
-            if memory_format is not None:
-                module.to(memory_format=memory_format)
+        self._device, self._memory_format = device, memory_format
+        if self.precision != "inference":
+            for module in self.modules:
+                self._place(module)
         return self
+
+    def compile(self, **options: Any) -> FrozenTeacher:
+        """Has the networks compiled when they are first called.
+
+        Args:
+            **options: of torch.compile.
+        """
+        self._compile = options
+        return self
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        module.to(device=self._device)
+        return module if self._memory_format is None else module.to(memory_format=self._memory_format)
+
+    def _prepare(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """What is called, made at the first batch: only that tells what reads what in a network."""
+        if self._callable is None:
+            if self.precision == "inference":
+                self.modules = [
+                    put_in_inference_form(self._place(_copied(module)), _known(inputs, accepted), self._dtype)
+                    for module, accepted in zip(self.modules, self._accepted, strict=True)
+                ]
+            self._callable = self.modules
+            if self._compile is not None:
+                # Not compiled in place: a network that someone else holds must not be another for it.
+                self._callable = [torch.compile(_original(module), **self._compile) for module in self.modules]
+        return self._callable
 
     def check_against(self, student: nn.Module) -> None:
         """Refuses a teacher that cannot teach this student.
@@ -92,10 +152,13 @@ class FrozenTeacher:
         Returns:
             The logits, and the states after this window.
         """
-        outputs = [
-            self._output(module, accepted, inputs if state is None else {**inputs, "state": state})
-            for module, accepted, state in zip(self.modules, self._accepted, states, strict=True)
-        ]
+        with self._outside_autocast():
+            outputs = [
+                self._output(called, module, _known(inputs if state is None else {**inputs, "state": state}, accepted))
+                for called, module, accepted, state in zip(
+                    self._prepare(inputs), self.modules, self._accepted, states, strict=True
+                )
+            ]
         logits = [logits_of(output) for output in outputs]
         after = [
             output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
@@ -104,13 +167,18 @@ class FrozenTeacher:
             return logits[0], after
         return mean_log_probabilities(logits), after
 
-    @staticmethod
-    def _output(module: nn.Module, accepted: set[str] | None, inputs: Mapping[str, Any]) -> Any:
+    def _outside_autocast(self) -> AbstractContextManager:
+        if self.precision == "autocast":
+            return nullcontext()
+        return torch.autocast((self._device or torch.device("cpu")).type, enabled=False)
+
+    def _output(self, called: Any, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         if module.training:
             module.eval()
-        if accepted is not None:
-            inputs = {name: value for name, value in inputs.items() if name in accepted}
-        return module(**inputs)
+        output = called(**inputs)
+        if self._compile is not None and self._compile.get("mode") in _CUDA_GRAPH_MODES:
+            output = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
+        return output
 
 
 def carries_state(module: nn.Module) -> bool:
@@ -163,6 +231,29 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
+def _known(inputs: Mapping[str, Any], accepted: set[str] | None) -> Mapping[str, Any]:
+    return inputs if accepted is None else {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(_original(module))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"teacher_precision: 'inference' and 'float32' may need a copy of the teacher, and "
+            f"{type(module).__name__} cannot be copied ({error}); expected 'autocast' for it."
+        ) from error
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What torch.compile was given."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_narrow(module: nn.Module) -> bool:
+    return any(part.is_floating_point() and part.dtype.itemsize < 4 for part in module.state_dict().values())
+
+
 def _accepted_arguments(module: nn.Module) -> set[str] | None:
     """Names that forward takes, or None where it takes any."""
     parameters = _forward_parameters(module)
@@ -172,6 +263,7 @@ def _accepted_arguments(module: nn.Module) -> set[str] | None:
 
 
 def _forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    module = _original(module)
     signature = getattr(module, "forward_signature", None)
     return (signature or inspect.signature(module.forward)).parameters
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from born_again.base_trainer import BaseTrainer
 from born_again.divergence import DivergenceGuard
@@ -28,6 +30,7 @@ from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
 _TEACHER_LOGITS = "teacher_logits"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BornAgainTrainer(BaseTrainer):
@@ -98,7 +101,11 @@ class BornAgainTrainer(BaseTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
         check_settings(self, student)
+        frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         self.teacher = frozen.to(self.args.device, self._memory_format)
+        compiler = self.accelerator.state.dynamo_plugin
+        if compiler.backend != DynamoBackend.NO:
+            self.teacher.compile(**compiler.to_kwargs())  # as accelerate compiles the student
         self._own_the_loss(student)
 
     def _own_the_loss(self, student: nn.Module) -> None:
@@ -305,6 +312,13 @@ class BornAgainTrainer(BaseTrainer):
         if self._memory_format is not None and isinstance(data, Tensor) and data.dim() == 4:
             return data.contiguous(memory_format=self._memory_format)
         return data
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Of a network of transformers save_pretrained sees to it; safetensors takes no layout but the contiguous one.
+        if self._memory_format is not None and not isinstance(self.model, PreTrainedModel):
+            named = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value.contiguous() for name, value in named.items()}
+        super()._save(output_dir, state_dict)
 
     # ---- The paper's recipe ----
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from born_again.objectives import OBJECTIVES, PERMUTATIONS
+from born_again.teacher import PRECISIONS
 
 TEACHER_CACHES = ("off", "memory", "disk")
 
@@ -51,6 +52,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         label_weight: of "ban+l", what the cross-entropy with the labels is multiplied by; 0 or more.
         permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
+        teacher_precision: how the teacher computes. "autocast" as the student does; "inference" in the form that
+            answers fastest, a private copy with BatchNorm inside convolutions and weights in the dtype of bf16 or
+            fp16; "float32" in full precision whatever the student does.
         teacher_cache: where the teacher's outputs are kept; only "off" exists so far.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
@@ -71,6 +75,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     label_weight: float = field(default=1.0, metadata={"help": "Weight of the label term of ban+l."})
     permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
+    teacher_precision: str = field(
+        default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
+    )
     teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
@@ -94,6 +101,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         super().__post_init__()
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("permutation", self.permutation, PERMUTATIONS)
+        _check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
         _check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
         _check_above_zero("temperature", self.temperature, "the paper uses 1")
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")

@@ -29,6 +29,7 @@ from born_again import (
 )
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageData, load_images
+from born_again.data.placement import fits_on_gpu
 from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
@@ -57,6 +58,7 @@ class LineageArguments(LineageFlags):
     label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images on the GPU, if there is one to fit."})
 
 
 # Zagoruyko and Komodakis 2016 (arXiv 1605.07146), as the paper uses it: batch 128, 200 epochs.
@@ -83,6 +85,7 @@ SMOKE = {
 }
 HOUSEKEEPING = {
     "channels_last": True,
+    "teacher_precision": "inference",
     "per_device_eval_batch_size": 256,
     "batch_eval_metrics": True,
     "save_strategy": "epoch",
@@ -197,6 +200,9 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
+    if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
+        data = data.to(training.device)
+        training.dataloader_pin_memory = False  # which is for what is still in main memory
     return train(
         build_runner(spec, data, training, lineage),
         training,

@@ -104,6 +104,7 @@ TRANSFORMER = {
 SMOKE = {"model": "test-lstm", "dataset": "grammar", "num_train_epochs": 30.0, "threads": 1}
 HOUSEKEEPING = {
     "objective": "ban+l",
+    "teacher_precision": "inference",
     "accelerator_config": {"split_batches": True},  # each process reads its own streams
     "eval_strategy": "epoch",
     "save_strategy": "epoch",

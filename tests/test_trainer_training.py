@@ -161,6 +161,25 @@ def test_channels_last_reaches_weights_and_inputs_of_both(tmp_path):
         assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
 
 
+def test_a_network_of_ones_own_is_saved_in_channels_last_and_resumed_to_the_bit(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.convolution, self.out = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, pixel_values):
+            return self.out(self.convolution(pixel_values).mean((2, 3)))
+
+    weights = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        args = arguments(tmp_path, channels_last=True, save_strategy="steps", save_steps=2)
+        trainer = BornAgainTrainer(Plain(1), args, train_dataset=images(), teacher=Plain(2))
+        trainer.train(resume_from_checkpoint=resume)
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_learning_rate_drops_at_its_milestones(tmp_path):
     args = arguments(
         tmp_path, max_steps=10, lr_milestones=[0.3, 0.6, 0.8], lr_gamma=0.2, learning_rate=0.1, logging_steps=1

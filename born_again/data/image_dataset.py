@@ -36,7 +36,8 @@ class ImageDataset(Dataset):
     ):
         """
         Args:
-            split: pixels (N, H, W, 3) uint8 and labels (N,) int64, on any device; batches come out on the same one.
+            split: pixels (N, H, W, 3) uint8 and labels (N,) int64, both on any one device, where batches are made and
+                come out; beside a GPU a DataLoader then must not have workers or pin memory.
             mean: mean of each channel, on the scale where 255 is 1.
             std: standard deviation of each channel, same scale, above 0.
             augment: crop (and mirror) at random; False gives the image itself in every epoch.
@@ -103,8 +104,11 @@ class ImageDataset(Dataset):
             pixel_values (B, 3, H, W) float32 in channels_last memory format, and labels (B,) int64.
         """
         samples = torch.as_tensor(indices, dtype=torch.int64)
-        pixel_values = render_views(self.pixels, samples, self.views(samples), self.mean, self.std, PADDING)
-        return {"pixel_values": pixel_values, "labels": self.labels.index_select(0, samples.to(self.labels.device))}
+        # Views are drawn on the CPU and go to the device in one piece with their samples: nothing waits for it.
+        chosen = torch.stack([samples, self.views(samples)])  # (2, B)
+        samples, views = chosen.to(self.pixels.device, non_blocking=True)
+        pixel_values = render_views(self.pixels, samples, views, self.mean, self.std, PADDING)
+        return {"pixel_values": pixel_values, "labels": self.labels.index_select(0, samples)}
 
 
 def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

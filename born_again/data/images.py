@@ -6,7 +6,7 @@ decoding 128 files. Augmentation and normalisation are in `born_again.data.augme
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device | str) -> "ImageSplit":
+        """The split on another device, where batches are then cut, mirrored and normalised."""
+        return ImageSplit(self.pixels.to(device), self.labels.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on a device, in bytes."""
+        return self.pixels.nbytes + self.labels.nbytes
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -67,6 +76,15 @@ class ImageData:
     std: tuple[float, float, float]
     fingerprint: dict
     flip: bool
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The dataset with both splits on another device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """What both splits take on a device, in bytes."""
+        return self.train.nbytes + self.test.nbytes
 
 
 def load_images(

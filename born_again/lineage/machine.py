@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import DynamoBackend
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 _PACKAGES = ("born-again", "torch", "transformers", "accelerate", "timm", "datasets", "tokenizers", "numpy")
 
@@ -17,6 +23,41 @@ def has_fast_bf16() -> bool:
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def how_it_computes(args: TrainingArguments) -> str:
+    """The choices of a training that bear on speed and on the last digits, and the machine, in one line.
+
+    Args:
+        args: those of transformers, or of born_again with channels_last and teacher_precision.
+    """
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
+    layout = "channels_last" if getattr(args, "channels_last", False) else "contiguous"
+    compiler = "not compiled"
+    if args.torch_compile:
+        compiler = f"compiled by {args.torch_compile_backend} ({args.torch_compile_mode or 'default'})"
+    teacher = f"teacher_precision {getattr(args, 'teacher_precision', 'autocast')}"
+    where = f"device {args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}"
+    return f"{precision}, {layout}, {teacher}, {compiler}; {where}: {hardware()}"
+
+
+def release_memory(trainer: Trainer) -> None:
+    """Lets go of what a training leaves behind that the next one in this process must not find.
+
+    Memory is freed when the caller drops its own references to trainer and networks.
+    """
+    trainer.accelerator.free_memory()
+    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        # Graphs are kept by function: those of an earlier network count against the limit of the next one's, beyond
+        # which torch gives up compiling.
+        torch.compiler.reset()
+
+
+def collect_memory() -> None:
+    """Frees what has been let go."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def use_cores(threads: int | None) -> None:

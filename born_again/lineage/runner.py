@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -25,7 +23,7 @@ from born_again.lineage.evaluation import by_split, finite
 from born_again.lineage.folders import WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
 from born_again.lineage.interruption import Interrupted, Interruption
 from born_again.lineage.lock import LOCK_NAME, FolderLock
-from born_again.lineage.machine import hardware, peak_memory_mib, versions
+from born_again.lineage.machine import collect_memory, hardware, peak_memory_mib, release_memory, versions
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.publication import CURVE_NAME, unpublished
 from born_again.lineage.restart import check_restart, start_again
@@ -332,11 +330,9 @@ class LineageRunner:
         self.manifest.update(index, seconds=keeper.seconds)
         self._finish(generation, trainer)
         # The next generation must not find this one's optimizer and activations in memory.
-        trainer.accelerator.free_memory()
+        release_memory(trainer)
         del trainer, student, teacher, keeper
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        collect_memory()
 
     def _begin(self, generation: Generation) -> None:
         if self.manifest.record(generation.index) is None:
