@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from born_again import LineageEnsemble, load_generation
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import load_images
+from born_again.lineage.machine import has_fast_bf16, how_it_computes
 from born_again.lineage.manifest import LineageError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
@@ -168,6 +169,33 @@ def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message)
     with pytest.raises(ValueError, match=message):
         script.start(["--smoke", "--output_dir", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_computes_is_chosen_printed_and_recorded(lineage):
+    """bf16 where the machine has it, channels_last and the teacher's inference form, without being asked for."""
+    folder, done = lineage
+    line = next(line for line in done.stdout.splitlines()[:3] if line.startswith("Computed in "))
+    precision = "bf16 autocast" if has_fast_bf16() else "fp32"
+    assert line.startswith(
+        f"Computed in {precision}, channels_last, teacher_precision inference, not compiled; device"
+    )
+    content = json.loads((folder / "lineage.json").read_text())
+    assert content["generations"][0]["hardware"] in line
+    training = content["spec"]["training"]
+    assert (training.get("bf16", False), training["channels_last"]) == (has_fast_bf16(), True)
+    assert training["teacher_precision"] == "inference"
+
+
+def test_one_argument_turns_each_off(tmp_path):
+    script = load_script()
+    arguments = script.LineageArguments, script.BornAgainTrainingArguments
+    words = ["--dataset", "digits", "--bf16", "False", "--channels_last", "False", "--teacher_precision", "autocast"]
+    lineage, training = script.parse_arguments(arguments, script.recipe, words)
+    assert not {"bf16", "channels_last", "teacher_precision"} & training.decisive().keys()
+    line = how_it_computes(training)
+    assert line.startswith("fp32, contiguous, teacher_precision autocast, not compiled; device cpu, 1 process: CPU")
+    training.torch_compile, training.torch_compile_backend = True, "inductor"
+    assert "compiled by inductor (default)" in how_it_computes(training)
 
 
 def test_recipes():
