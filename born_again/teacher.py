@@ -92,17 +92,20 @@ class FrozenTeacher:
         Returns:
             The logits, and the states after this window.
         """
+        logits, after = self.answers_on(inputs, states)
+        return (logits[0] if len(logits) == 1 else mean_log_probabilities(logits)), after
+
+    @torch.no_grad()
+    def answers_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+        """As `read_on`, with the logits of each network for itself."""
         outputs = [
             self._output(module, accepted, inputs if state is None else {**inputs, "state": state})
             for module, accepted, state in zip(self.modules, self._accepted, states, strict=True)
         ]
-        logits = [logits_of(output) for output in outputs]
         after = [
             output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
         ]
-        if len(logits) == 1:
-            return logits[0], after
-        return mean_log_probabilities(logits), after
+        return [logits_of(output) for output in outputs], after
 
     @staticmethod
     def _output(module: nn.Module, accepted: set[str] | None, inputs: Mapping[str, Any]) -> Any:
