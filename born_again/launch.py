@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from born_again.lineage.publication import HubSettings
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec
 from born_again.lineage.table import results_table
+from born_again.lineage.tidying import TEACHER_CACHE_NAME
 from born_again.publishing import BackgroundPublisher
 from born_again.restoring import restore_lineage
 from born_again.training_args import BornAgainTrainingArguments
@@ -111,8 +113,14 @@ def publishing(
 
 
 def of_generation(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:
-    """The arguments of one generation's trainer, which knows nothing of the Hub and holds no token."""
+    """The arguments of one generation's trainer, which knows nothing of the Hub and holds no token.
+
+    Answers of its teacher are kept in the lineage's folder, which deletes them with the generation's checkpoints, or
+    where the user says, where they stay.
+    """
     own = copy.copy(training)
+    if own.teacher_cache == "disk" and own.teacher_cache_dir is None:
+        own.teacher_cache_dir = str(Path(training.output_dir) / TEACHER_CACHE_NAME)
     own.output_dir, own.seed = str(generation.checkpoint_dir), generation.seed
     own.push_to_hub, own.hub_token = False, None
     return own

@@ -82,6 +82,21 @@ class FrozenTeacher:
                 self._place(module)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        """Where it answers."""
+        return self._device or next(self.modules[0].parameters()).device
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides its answers beside weights and inputs, JSON-able."""
+        options = None if self._compile is None else {name: str(value) for name, value in self._compile.items()}
+        return {"precision": self.precision, "dtype": str(self._dtype), "compile": options}
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._compile is not None
+
     def compile(self, **options: Any) -> FrozenTeacher:
         """Has the networks compiled when they are first called.
 
@@ -95,8 +110,15 @@ class FrozenTeacher:
         module.to(device=self._device)
         return module if self._memory_format is None else module.to(memory_format=self._memory_format)
 
-    def _prepare(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """What is called, made at the first batch: only that tells what reads what in a network."""
+    def prepare(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Gives the networks their form, at the first batch: only that tells what reads what in a network.
+
+        Args:
+            inputs: see `__call__`.
+
+        Returns:
+            What is called for each network: itself, or what torch.compile made of it.
+        """
         if self._callable is None:
             if self.precision == "inference":
                 self.modules = [
@@ -152,22 +174,26 @@ class FrozenTeacher:
         Returns:
             The logits, and the states after this window.
         """
-        with self._outside_autocast():
+        logits, after = self.answers_on(inputs, states)
+        return (logits[0] if len(logits) == 1 else mean_log_probabilities(logits)), after
+
+    @torch.no_grad()
+    def answers_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+        """As `read_on`, with the logits of each network for itself."""
+        with self.own_precision():
             outputs = [
                 self._output(called, module, _known(inputs if state is None else {**inputs, "state": state}, accepted))
                 for called, module, accepted, state in zip(
-                    self._prepare(inputs), self.modules, self._accepted, states, strict=True
+                    self.prepare(inputs), self.modules, self._accepted, states, strict=True
                 )
             ]
-        logits = [logits_of(output) for output in outputs]
         after = [
             output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
         ]
-        if len(logits) == 1:
-            return logits[0], after
-        return mean_log_probabilities(logits), after
+        return [logits_of(output) for output in outputs], after
 
-    def _outside_autocast(self) -> AbstractContextManager:
+    def own_precision(self) -> AbstractContextManager:
+        """What the networks, and any layer of theirs, are to be called in."""
         if self.precision == "autocast":
             return nullcontext()
         return torch.autocast((self._device or torch.device("cpu")).type, enabled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,10 @@ from born_again.objectives import (
 from born_again.schedule import multi_step_schedule
 from born_again.settings import check_settings, predicts_next_token
 from born_again.teacher import FrozenTeacher, logits_of
+from born_again.teacher_cache.cached_teacher import CachedTeacher
+from born_again.teacher_cache.choice import with_kept_answers
 from born_again.training_args import BornAgainTrainingArguments
+from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
@@ -48,7 +52,8 @@ class BornAgainTrainer(BaseTrainer):
 
     Logged beside the loss, as means over the items since the last log: ce_loss, kd_loss (KL from teacher to student),
     teacher_agreement, teacher_entropy, importance_weight_norm and dark_knowledge_norm; see
-    `born_again.objectives.distillation_terms`. They are summed on the device and read when the loss is.
+    `born_again.objectives.distillation_terms`. They are summed on the device and read when the loss is. With a
+    `teacher_cache` also teacher_cache_hits, the share of the teacher's answers that were found in it.
 
     Args:
         *args: those of transformers.Trainer, in its order.
@@ -59,7 +64,7 @@ class BornAgainTrainer(BaseTrainer):
         **kwargs: those of transformers.Trainer.
 
     Attributes:
-        teacher: the `FrozenTeacher`, or None.
+        teacher: the `FrozenTeacher`, with `teacher_cache` a `CachedTeacher` around it; or None.
         teacher_fit: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training set, as
             the student is shown it; measured when train() begins, None before and for datasets without a length.
 
@@ -79,7 +84,7 @@ class BornAgainTrainer(BaseTrainer):
         super().__init__(*args, **kwargs)
         if hasattr(teacher_processing_class, "get_vocab") and hasattr(self.processing_class, "get_vocab"):
             check_same_words(teacher_processing_class, self.processing_class)
-        self.teacher: FrozenTeacher | None = None
+        self.teacher: FrozenTeacher | CachedTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._terms: dict[str, Tensor] | None = None
         self._guard = DivergenceGuard()
@@ -102,10 +107,11 @@ class BornAgainTrainer(BaseTrainer):
         frozen.check_against(student)
         check_settings(self, student)
         frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
-        self.teacher = frozen.to(self.args.device, self._memory_format)
+        frozen.to(self.args.device, self._memory_format)
         compiler = self.accelerator.state.dynamo_plugin
         if compiler.backend != DynamoBackend.NO:
-            self.teacher.compile(**compiler.to_kwargs())  # as accelerate compiles the student
+            frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
+        self.teacher = with_kept_answers(frozen, self.args, self.train_dataset)
         self._own_the_loss(student)
 
     def _own_the_loss(self, student: nn.Module) -> None:
@@ -206,7 +212,7 @@ class BornAgainTrainer(BaseTrainer):
         return losses, weights
 
     def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        return model(**inputs)
+        return model(**without_view_keys(inputs))
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
@@ -254,6 +260,9 @@ class BornAgainTrainer(BaseTrainer):
             means = dict(zip(self._terms, (sums / sums[-1].clamp_min(1)).tolist(), strict=True))
             logs.update({name: value for name, value in means.items() if name != "items"})
             self._terms = None
+            if isinstance(self.teacher, CachedTeacher):
+                hits, asked = self._sum_over_processes(torch.tensor(self.teacher.take_hits(), device=self.args.device))
+                logs["teacher_cache_hits"] = int(hits) / max(int(asked), 1)
         super().log(logs, start_time)
 
     def training_step(
@@ -277,10 +286,16 @@ class BornAgainTrainer(BaseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
         self._guard, self._terms = DivergenceGuard(), None
-        if self.teacher is not None:
-            self.teacher_fit = self.measure_teacher_fit()
-            self._warn_of_an_unfitted_teacher()
-        output = super().train(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.teacher, CachedTeacher):
+                stack.enter_context(emitting_view_keys(self.train_dataset))
+                stack.callback(self.teacher.close)
+            if self.teacher is not None:
+                self.teacher_fit = self.measure_teacher_fit()
+                self._warn_of_an_unfitted_teacher()
+            if isinstance(self.teacher, CachedTeacher):
+                self.teacher.take_hits()  # those of the training alone are logged
+            output = super().train(*args, **kwargs)
         self._guard.check_loss(self.state.max_steps)
         return output
 

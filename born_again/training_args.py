@@ -31,6 +31,7 @@ _INDECISIVE = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
     ddp_timeout ddp_backend
+    teacher_cache teacher_cache_dir teacher_cache_limit_gib
     """.split()
 )
 # Unless the learning rate or the choice of weights hangs on evaluations.
@@ -55,7 +56,12 @@ class BornAgainTrainingArguments(TrainingArguments):
         teacher_precision: how the teacher computes. "autocast" as the student does; "inference" in the form that
             answers fastest, a private copy with BatchNorm inside convolutions and weights in the dtype of bf16 or
             fp16; "float32" in full precision whatever the student does.
-        teacher_cache: where the teacher's outputs are kept; only "off" exists so far.
+        teacher_cache: where the teacher's answers are kept, to be found again where the same view of a sample comes
+            again: "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one
+            teacher). Weights come out the same. The training set must name its views, as born_again.data's do.
+        teacher_cache_dir: of "disk", a folder; None is `teacher_cache` in output_dir.
+        teacher_cache_limit_gib: GiB that kept answers may take, above 0; None is half of what is free. What does not
+            fit is answered by the teacher.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -78,7 +84,13 @@ class BornAgainTrainingArguments(TrainingArguments):
     teacher_precision: str = field(
         default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
     )
-    teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
+    teacher_cache: str = field(default="off", metadata={"help": "Where teacher answers are kept: off, memory, disk."})
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Of teacher_cache disk: the folder; in output_dir when not given."}
+    )
+    teacher_cache_limit_gib: float | None = field(
+        default=None, metadata={"help": "GiB that teacher_cache may take; half of what is free when not given."}
+    )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
@@ -110,10 +122,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         self._check_that_the_objective_reads("temperature", ("ban", "ban+l"))
         self._check_that_the_objective_reads("label_weight", ("ban+l",))
         self._check_that_the_objective_reads("permutation", ("dkpp",))
-        if self.teacher_cache != "off":
-            raise ValueError(
-                f"teacher_cache: got {self.teacher_cache!r}, but this version keeps no teacher outputs; use 'off'."
-            )
+        self._check_cache()
         if self.lr_milestones is not None:
             self._check_milestones()
 
@@ -140,6 +149,21 @@ class BornAgainTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{name}: got {getattr(self, name)!r}, but objective {self.objective!r} does not read it; expected "
                 f"{default!r}, or an objective of {', '.join(map(repr, readers))}."
+            )
+
+    def _check_cache(self) -> None:
+        limit = self.teacher_cache_limit_gib
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise ValueError(f"teacher_cache_limit_gib: got {limit!r}, expected a finite number above 0, in GiB.")
+        if limit is not None and self.teacher_cache == "off":
+            raise ValueError(
+                f"teacher_cache_limit_gib: got {limit!r} with teacher_cache 'off'; use teacher_cache='memory' or "
+                "'disk'."
+            )
+        if self.teacher_cache_dir is not None and self.teacher_cache != "disk":
+            raise ValueError(
+                f"teacher_cache_dir: got {self.teacher_cache_dir!r} with teacher_cache {self.teacher_cache!r}; use "
+                "teacher_cache='disk'."
             )
 
     def _take_plateau(self) -> None:

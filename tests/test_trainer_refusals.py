@@ -136,7 +136,6 @@ def test_mean_of_one_teacher_is_that_teacher():
         ({"permutation": "fixed"}, "permutation: got 'fixed', but objective 'ban' does not read it"),
         ({"objective": "dkpp", "permutation": "none"}, "permutation: got 'none', expected one of 'fresh', 'fixed'"),
         ({"teacher_cache": "ram"}, "teacher_cache: got 'ram', expected one of 'off', 'memory', 'disk'"),
-        ({"teacher_cache": "memory"}, "teacher_cache: got 'memory', but this version keeps no teacher outputs"),
         ({"lr_gamma": 0.0}, "lr_gamma: got 0.0, expected a finite number above 0"),
         ({"lr_milestones": [0.6, 0.3]}, r"lr_milestones: got \[0.6, 0.3\], expected rising fractions"),
         ({"lr_milestones": [60, 120]}, r"lr_milestones: got \[60, 120\], expected rising fractions"),

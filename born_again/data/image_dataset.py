@@ -1,13 +1,17 @@
 """The torch Dataset that serves a split in ready batches, its collator, and what tells it the epoch."""
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers.trainer_callback import TrainerCallback
 
-from born_again.data.augment import IDENTITY_VIEW, PADDING, draw_views, render_views
+from born_again.data.augment import IDENTITY_VIEW, PADDING, count_views, draw_views, render_views
+from born_again.view_keys import VIEW_KEYS
 
 if TYPE_CHECKING:
     from born_again.data.images import ImageSplit
@@ -22,6 +26,10 @@ class ImageDataset(Dataset):
 
     The epoch lives in shared memory, so that worker processes that outlive an epoch (`persistent_workers`) see it
     change.
+
+    Attributes:
+        emit_view_keys: whether batches have the column "view_keys": see `born_again.view_keys`. Set it before a
+            DataLoader with workers is made.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class ImageDataset(Dataset):
         self.augment = augment
         self.flip = flip
         self.seed = seed
+        self.emit_view_keys = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -87,6 +96,19 @@ class ImageDataset(Dataset):
             return torch.full(samples.shape, IDENTITY_VIEW, dtype=torch.int64)
         return draw_views(self.seed, self.epoch, samples, self.flip, PADDING)
 
+    @property
+    def view_count(self) -> int:
+        """How many different inputs there are: samples times views."""
+        return len(self) * count_views(self.flip, PADDING)
+
+    @cached_property
+    def cache_fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of everything that decides what inputs a key stands for; seed and epoch do not."""
+        facts = f"{tuple(self.pixels.shape)} {self.mean} {self.std} {self.flip} {PADDING}"
+        digest = hashlib.sha256(facts.encode())
+        digest.update(self.pixels.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One sample: pixel_values (3, H, W) float32 and labels () int64."""
         if not -len(self) <= index < len(self):
@@ -101,14 +123,18 @@ class ImageDataset(Dataset):
             indices: (B,) sample indices, each in 0 ... N - 1.
 
         Returns:
-            pixel_values (B, 3, H, W) float32 in channels_last memory format, and labels (B,) int64.
+            pixel_values (B, 3, H, W) float32 in channels_last memory format, and labels (B,) int64; with
+            `emit_view_keys` also view_keys (B,) int64 of numpy: sample * views of a sample + view.
         """
         samples = torch.as_tensor(indices, dtype=torch.int64)
         # Views are drawn on the CPU and go to the device in one piece with their samples: nothing waits for it.
         chosen = torch.stack([samples, self.views(samples)])  # (2, B)
-        samples, views = chosen.to(self.pixels.device, non_blocking=True)
-        pixel_values = render_views(self.pixels, samples, views, self.mean, self.std, PADDING)
-        return {"pixel_values": pixel_values, "labels": self.labels.index_select(0, samples)}
+        there, views = chosen.to(self.pixels.device, non_blocking=True)
+        pixel_values = render_views(self.pixels, there, views, self.mean, self.std, PADDING)
+        batch = {"pixel_values": pixel_values, "labels": self.labels.index_select(0, there)}
+        if self.emit_view_keys:
+            batch[VIEW_KEYS] = (chosen[0] * count_views(self.flip, PADDING) + chosen[1]).numpy()
+        return batch
 
 
 def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -131,7 +157,9 @@ def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]
             f"batch is {batch!r:.80}; expected a ready batch or a list of samples: in a Trainer, set "
             "remove_unused_columns=False in its arguments"
         )
-    stacked = {name: torch.stack([sample[name] for sample in batch]) for name in batch[0]}
+    stacked = {name: torch.stack([sample[name] for sample in batch]) for name in batch[0] if name != VIEW_KEYS}
+    if VIEW_KEYS in batch[0]:
+        stacked[VIEW_KEYS] = np.stack([sample[VIEW_KEYS] for sample in batch])
     stacked["pixel_values"] = stacked["pixel_values"].contiguous(memory_format=torch.channels_last)
     return stacked
 

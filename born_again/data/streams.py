@@ -1,9 +1,14 @@
 """The streams of token ids that a language model reads, window after window."""
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from born_again.view_keys import VIEW_KEYS
 
 IGNORED = -100
 
@@ -23,6 +28,8 @@ class TokenStreams(Dataset):
         length: tokens in a stream, L.
         windows: number of windows of a stream.
         token_count: number of labels that are not ignored: the number of tokens.
+        emit_view_keys: whether batches have the column "view_keys": see `born_again.view_keys`. Set it before a
+            DataLoader with workers is made.
     """
 
     def __init__(self, tokens: torch.Tensor, streams: int, window: int, *, before: int):
@@ -58,6 +65,7 @@ class TokenStreams(Dataset):
         self.length = -(-count // streams)
         self.windows = -(-self.length // window)
         self.token_count = count
+        self.emit_view_keys = False
         padding = streams * self.length - count
         first = tokens.new_tensor([before])
         inputs = torch.cat([first, tokens[:-1], first.expand(padding)])
@@ -67,6 +75,18 @@ class TokenStreams(Dataset):
 
     def __len__(self) -> int:
         return self.windows * self.streams
+
+    @property
+    def view_count(self) -> int:
+        """How many different inputs there are: the items."""
+        return len(self)
+
+    @cached_property
+    def cache_fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of everything that decides what inputs a key stands for."""
+        digest = hashlib.sha256(f"{self.streams} {self.window} {self.length}".encode())
+        digest.update(self._inputs.cpu().numpy())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One window of one stream: input_ids and labels, (T,) int64 each."""
@@ -82,6 +102,7 @@ class TokenStreams(Dataset):
 
         Returns:
             input_ids and labels, (B, T) int64 each. The label of a position is the word after it: do not shift again.
+            With `emit_view_keys` also view_keys (B,) int64 of numpy: the indices.
 
         Raises:
             ValueError: if the items are not of one window.
@@ -93,9 +114,12 @@ class TokenStreams(Dataset):
                 f"indices are of the windows {first} to {last}; expected one of {self.windows}, since a batch is one "
                 f"place of the streams: use batches of {self.streams} rows in order, without shuffling"
             )
-        rows = rows % self.streams
         place = slice(first * self.window, (first + 1) * self.window)
-        return {"input_ids": self._inputs[:, place][rows], "labels": self._labels[:, place][rows]}
+        streams = rows % self.streams
+        batch = {"input_ids": self._inputs[:, place][streams], "labels": self._labels[:, place][streams]}
+        if self.emit_view_keys:
+            batch[VIEW_KEYS] = rows.numpy().copy()
+        return batch
 
 
 def _fits(tokens: int, streams: int, window: int) -> bool:
@@ -117,4 +141,5 @@ def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor
             f"batch is {batch!r:.80}; expected a ready batch or a list of windows of one length: use batches of as "
             "many rows as there are streams, in order, and in a Trainer remove_unused_columns=False in its arguments"
         )
-    return {name: torch.stack([item[name] for item in batch]) for name in batch[0]}
+    stacked = {name: torch.stack([item[name] for item in batch]) for name in batch[0] if name != VIEW_KEYS}
+    return {**stacked, VIEW_KEYS: np.stack([item[VIEW_KEYS] for item in batch])} if VIEW_KEYS in batch[0] else stacked

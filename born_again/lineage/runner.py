@@ -31,9 +31,9 @@ from born_again.lineage.spec import EXTERNAL, LineageSpec
 from born_again.lineage.tidying import (
     CHECKPOINTS_NAME,
     is_leftover,
-    remove_checkpoints,
     remove_checkpoints_after,
     remove_leftovers,
+    remove_what_served,
     tidy,
 )
 from born_again.teacher import FrozenTeacher
@@ -393,8 +393,8 @@ class LineageRunner:
         self._save_manifest()
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
-        if self._processes.is_main_process and not self.keep_checkpoints:
-            remove_checkpoints(self.output_dir, generation.index)
+        if self._processes.is_main_process:
+            remove_what_served(self.output_dir, generation.index, self.keep_checkpoints)
         self._processes.wait_for_everyone()
 
     def _keep(self, index: int, **fields: Any) -> None:

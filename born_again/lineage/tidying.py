@@ -14,6 +14,7 @@ from born_again.lineage.manifest import LineageError, Manifest
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_NAME = "checkpoints"
+TEACHER_CACHE_NAME = "teacher_cache"
 # What a runner and write_atomically name what they have not finished: tempfile adds eight characters.
 _PARTIAL = re.compile(r"\.gen[0-9]+\.(partial|old)")
 _TEMPORARY = re.compile(r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md)\.[a-z0-9_]{8}")
@@ -32,7 +33,8 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(manifest: Manifest) -> list[Path]:
-    """Deletes what killed runs left: see `is_leftover`, and checkpoints of finished generations that are not kept.
+    """Deletes what killed runs left: see `is_leftover`, checkpoints of finished generations that are not kept, and
+    the answers of a teacher that teaches no more.
 
     To be called by the one process that holds the folder's lock: what another run is writing looks the same. Follows
     no links. What cannot be deleted is named in the log, and stays.
@@ -77,6 +79,19 @@ def remove_checkpoints_after(folder: Path, checkpoint: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_what_served(output_dir: Path, index: int, keep_checkpoints: bool) -> None:
+    """Deletes what a finished generation was trained with: its teacher's answers, and checkpoints if not kept.
+
+    Args:
+        output_dir: of the lineage. Answers kept elsewhere stay.
+        index: of the generation.
+        keep_checkpoints: they stay.
+    """
+    shutil.rmtree(output_dir / TEACHER_CACHE_NAME, ignore_errors=True)
+    if not keep_checkpoints:
+        remove_checkpoints(output_dir, index)
+
+
 def remove_checkpoints(output_dir: Path, index: int) -> None:
     """Deletes the checkpoints of one generation, and their folder where it is empty then."""
     shutil.rmtree(output_dir / CHECKPOINTS_NAME / f"gen{index}", ignore_errors=True)
@@ -95,6 +110,10 @@ def _leftovers(manifest: Manifest) -> list[Path]:
         # Records of earlier versions do not tell whether checkpoints are kept.
         if record["status"] == "finished" and record.get("checkpoints") == []:
             found += [path for path in [checkpoints / f"gen{record['index']}"] if path.is_dir()]
+    answers = output_dir / TEACHER_CACHE_NAME
+    if answers.is_dir() and not answers.is_symlink():
+        if manifest.generations and manifest.generations[-1]["status"] == "finished":
+            found.append(answers)
     if checkpoints.is_dir() and not checkpoints.is_symlink() and set(checkpoints.iterdir()) <= set(found):
         found.append(checkpoints)
     return found

@@ -8,7 +8,7 @@ from lineage import manifests
 
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import Manifest
-from born_again.lineage.tidying import remove_checkpoints_after, remove_leftovers, tidy
+from born_again.lineage.tidying import remove_checkpoints_after, remove_leftovers, remove_what_served, tidy
 
 
 def manifest(folder, *records):
@@ -72,6 +72,25 @@ def test_checkpoints_of_finished_generations_are_deleted_unless_they_are_kept(tm
     )
     assert [path.name for path in remove_leftovers(known)] == ["gen0"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["gen1", "gen2", "gen3"]
+
+
+@pytest.mark.parametrize("newest", ["finished", "training"])
+def test_answers_of_a_teacher_that_teaches_no_more_are_deleted(tmp_path, newest):
+    (tmp_path / "teacher_cache" / "a1").mkdir(parents=True)
+    last = manifests.record(1) if newest == "finished" else manifests.training(1)
+    gone = [path.name for path in remove_leftovers(manifest(tmp_path, manifests.record(0), last))]
+    assert gone == (["teacher_cache"] if newest == "finished" else [])
+    assert (tmp_path / "teacher_cache").exists() == (newest == "training")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_served_a_generation_goes_with_it(tmp_path, keep):
+    for name in ("teacher_cache/a1", "checkpoints/gen1/checkpoint-2", "checkpoints/gen2/checkpoint-1", "gen1"):
+        (tmp_path / name).mkdir(parents=True)
+    remove_what_served(tmp_path, 1, keep_checkpoints=keep)
+    remove_what_served(tmp_path, 1, keep_checkpoints=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "gen1"]
+    assert (tmp_path / "checkpoints" / "gen1").exists() == keep and (tmp_path / "checkpoints" / "gen2").exists()
 
 
 @pytest.mark.parametrize("left", [["gen0"], []])

@@ -1,0 +1,123 @@
+"""Answers to samples that stand for themselves, such as images: what is missing of a batch is asked for alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from born_again.teacher_cache.cached_teacher import CachedTeacher, keys_of
+
+logger = logging.getLogger(__name__)
+
+_PARTS = 16  # a batch's part that is asked for has a multiple of a sixteenth of its rows
+
+
+class CachedRows(CachedTeacher):
+    """Keeps the logits of each sample.
+
+    The last bits of a sample's logits may depend on how many others are in the batch, since libraries choose kernels
+    by sizes. What is kept are answers out of full batches, and a part of a batch, or a batch of another size, is only
+    asked for where its rows have the same bits: that is tried out once for each size, on rows of the first batch in
+    another order, and remembered. Where they have not, the whole batch is asked for. So a training has the weights
+    that it has without the cache.
+    """
+
+    _example: tuple[dict[str, Any], Tensor] | None = None
+
+    @torch.no_grad()
+    def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        keys, inputs = keys_of(inputs)
+        none = [None] * len(self.modules)
+        if keys is None:
+            return self.frozen(inputs), none
+        rows = len(keys)
+        found, kept = self.answers.read(keys, self.frozen.device)
+        if not self._is_exact(rows, inputs):
+            # Its live answers are not those of a full batch: nothing of the one may stand for the other.
+            found, kept = np.zeros(rows, bool), None
+        self._count(found)
+        if found.all():
+            return kept[0], none
+        missing = np.flatnonzero(~found)
+        asked = self._asked_with(missing, found, inputs)
+        if len(asked) == rows:
+            logits = self.frozen(inputs)
+            self._see(inputs, logits)
+            if self._is_exact(rows, inputs):
+                self._keep(keys, missing, logits, None)
+            return logits, none
+        picked = torch.from_numpy(asked).to(self.frozen.device)
+        part = self.frozen(_rows_of(inputs, picked, rows))
+        logits = part.new_empty((rows, *part.shape[1:]))
+        logits[torch.from_numpy(found).to(part.device)] = kept[0]
+        logits[picked] = part
+        self._keep(keys, missing, part, np.arange(len(missing)))
+        return logits, none
+
+    def close(self) -> None:
+        super().close()
+        self._example = None
+
+    def _keep(self, keys: np.ndarray, missing: np.ndarray, logits: Tensor, where: np.ndarray | None) -> None:
+        where = missing if where is None else where
+        chosen = logits if len(where) == len(logits) else logits[torch.from_numpy(where).to(logits.device)]
+        self.answers.write(keys[missing], [chosen], "logits")
+
+    def _asked_with(self, missing: np.ndarray, found: np.ndarray, inputs: Mapping[str, Any]) -> np.ndarray:
+        """The missing rows, and as many others as make a size whose answers have the right bits; or all rows."""
+        rows, step = len(found), max(1, -(-self.batch_rows // _PARTS))
+        for size in range(-(-len(missing) // step) * step, rows, step):
+            if self._is_exact(size, inputs):
+                return np.concatenate([missing, np.flatnonzero(found)[: size - len(missing)]])
+        return np.arange(rows)
+
+    def _is_exact(self, rows: int, inputs: Mapping[str, Any]) -> bool:
+        """Whether rows of a batch of this size have the bits that they have in a full batch."""
+        if rows == self.batch_rows:
+            return True
+        if rows > self.batch_rows or self.frozen.is_compiled:  # which would be compiled again for other sizes
+            return False
+        if rows not in self.answers.sizes:
+            if self._example is None:
+                return False
+            self.answers.remember_size(rows, self._try_out(rows))
+        return self.answers.sizes[rows]
+
+    def _see(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
+        """Takes the first full batch for the example that sizes are tried out on."""
+        if self._example is not None or len(logits) != self.batch_rows:
+            return
+        self._example = dict(inputs), logits
+        if not self._try_out(self.batch_rows):
+            logger.warning(
+                "teacher_cache: on this machine a row of the teacher's answer has other last bits where its batch is "
+                "in another order. Kept answers are equal to live ones up to that rounding only, and weights too."
+            )
+
+    def _try_out(self, rows: int) -> bool:
+        inputs, logits = self._example
+        # A generator of its own, so that the training draws what it would have drawn.
+        order = np.random.default_rng(rows).permutation(len(logits))[:rows]
+        picked = torch.from_numpy(order).to(logits.device)
+        same = torch.equal(self.frozen(_rows_of(inputs, picked, len(logits))), logits[picked])
+        if rows < len(logits) and not same:
+            logger.info("Teacher cache: batches of %d are not asked for, since they round otherwise.", rows)
+        return same
+
+
+def _rows_of(inputs: Mapping[str, Any], picked: Tensor, rows: int) -> dict[str, Any]:
+    """Some rows of a batch, each tensor in its own memory format."""
+    part = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+            kind = torch.contiguous_format
+            if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+                kind = torch.channels_last
+            value = value[picked].contiguous(memory_format=kind)
+        part[name] = value
+    return part
