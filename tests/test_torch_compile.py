@@ -4,7 +4,6 @@ The backends "eager" and "aot_eager" do all that torch.compile does but make cod
 """
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from lineage.tiny_lineage import hashes, runner, spec
 from safetensors.torch import load_file
 from torch import nn
 
-from born_again import BornAgainLMTrainer, BornAgainTrainer, LstmLMConfig, LstmLMForCausalLM, create_image_classifier
+from born_again import BornAgainLMTrainer, BornAgainTrainer, LstmLMConfig, LstmLMForCausalLM
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
 from born_again.data.streams import TokenStreams, collate_windows
@@ -46,11 +45,6 @@ class Small(nn.Module):
         return {"logits": self.out(self.norm(self.convolution(pixel_values)).relu().mean((2, 3)))}
 
 
-def wide_resnet(seed):
-    torch.manual_seed(seed)
-    return create_image_classifier("test_wide_resnet_cifar", [str(label) for label in range(10)], *STATISTICS)
-
-
 def images(rows=20):
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8, generator=generator)
@@ -58,7 +52,7 @@ def images(rows=20):
     return ImageDataset(split, *STATISTICS, augment=True, flip=True, seed=0)
 
 
-def image_trainer(folder, network=Small, **changes):
+def image_trainer(folder, **changes):
     """Two epochs of two batches of 8 and one of 4."""
     settings = {
         "bf16": True,
@@ -73,9 +67,9 @@ def image_trainer(folder, network=Small, **changes):
     args = arguments(folder, **{**settings, **changes})
     data = images()
     return BornAgainTrainer(
-        network(1),
+        Small(1),
         args,
-        teacher=network(2),
+        teacher=Small(2),
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate_batch,
@@ -203,7 +197,7 @@ def test_a_lineage_is_the_same_and_never_reaches_the_compilers_limit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [partial(image_trainer, network=wide_resnet), language_trainer])
+@pytest.mark.parametrize("make", [image_trainer, language_trainer])
 def test_inductor(tmp_path, make):
     plain, compiled = make(tmp_path / "plain"), make(tmp_path / "compiled", torch_compile=True, save_strategy="epoch")
     assert compiled.args.torch_compile_backend == "inductor"
