@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from born_again.objectives import OBJECTIVES, PERMUTATIONS
 
 TEACHER_CACHES = ("off", "memory", "disk")
+LOSS_FORMS = ("auto", "plain", "chunked")
 
 # What may differ between two runs of one experiment without changing a weight.
 _INDECISIVE = frozenset(
@@ -52,6 +53,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
         teacher_cache: where the teacher's outputs are kept; only "off" exists so far.
+        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some rows
+            at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output layer
+            alone; "auto" takes the chunked form where it can and the logits are many, and writes to the log which.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -72,6 +76,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
     teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
+    loss_form: str = field(
+        default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
+    )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
@@ -95,6 +102,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("permutation", self.permutation, PERMUTATIONS)
         _check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
+        _check_choice("loss_form", self.loss_form, LOSS_FORMS)
         _check_above_zero("temperature", self.temperature, "the paper uses 1")
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
         if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
