@@ -1,16 +1,21 @@
-"""The distillation loss, its gradient and what is worth watching, in one pass over blocks of rows.
+"""The losses of all items, their gradient, their weights and what is worth watching, in one pass over blocks of rows.
 
 Over a vocabulary of 10,000 words the logits of a window are tens of megabytes, and a loss written as a chain of tensor
 operations reads and writes them a dozen times. Here a block of rows stays in a processor's cache until it is done, and
-the only thing of the logits' size that is kept is their gradient.
+the only thing of the logits' size that is kept is their gradient, which the backward pass scales where it lies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from born_again.permuting import first_largest, permute_others
+
+IGNORED = -100
 TERMS = (
     "ce_loss",
     "kd_loss",
@@ -20,142 +25,333 @@ TERMS = (
     "dark_knowledge_norm",
     "items",
 )
-_CPU_BLOCK = 2**20  # logits: 4 MiB of float32
+_CPU_BLOCK = 2**18  # logits: 1 MiB of float32, small enough for a core's cache, large enough to be worth a call
 _DEVICE_BLOCK = 2**26  # fewer, larger launches, and still a bound on memory
 
 
-def distilled_items(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    label_weight: float = 0.0,
-    watch: bool = False,
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Soft cross-entropy of every item (paper, equation 2), plus its cross-entropy with the label.
+@dataclass(frozen=True)
+class ItemLoss:
+    """What the loss of an item is made of: soft cross-entropy (paper, equation 2) and cross-entropy with the label.
 
     Args:
-        student_logits: (items, classes), any float dtype; the only one that a gradient reaches.
-        teacher_logits: (items, classes), any float dtype.
-        labels: (items,) int64, -100 where an item does not count; needed for `label_weight` and `watch`.
+        soft: whether the soft cross-entropy with the teacher's distribution is in it.
+        label_weight: what the cross-entropy with the label is multiplied by.
         temperature: divides both logits of the soft term, which is multiplied by its square.
-        label_weight: of the cross-entropy with the labels.
-        watch: also sum the terms of `born_again.objectives.distillation_terms`, at temperature 1.
+        confident: whether an item weighs the teacher's largest probability (equation 10) instead of 1.
+        permutation: "fresh" or "fixed" where the teacher's lesser entries are permuted (equation 11), at temperature
+            1; None leaves them in place.
+    """
+
+    soft: bool = False
+    label_weight: float = 0.0
+    temperature: float = 1.0
+    confident: bool = False
+    permutation: str | None = None
+
+    @property
+    def tempered(self) -> bool:
+        """Whether the soft term needs distributions of its own."""
+        return self.soft and self.temperature != 1
+
+
+def weighed_items(
+    loss: ItemLoss,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    *,
+    generator: torch.Generator | None = None,
+    watch: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
+    """Loss and weight of every item.
+
+    Differentiable once. Unless the graph is retained, the backward pass scales the gradient that was kept where it
+    lies and gives it away.
+
+    Args:
+        loss: what to compute.
+        student_logits: (items, classes), any float dtype; the only one that a gradient reaches, in its dtype.
+        teacher_logits: (items, classes), any float dtype; None where `loss` needs no teacher.
+        labels: (items,) int64, `IGNORED` where an item does not count; None counts all, without a label term.
+        generator: of the permutation.
+        watch: also sum the terms of `born_again.objectives.distillation_terms`; needs a teacher and labels.
 
     Returns:
-        (items,) losses in nats, float32 or wider; and the terms by name, or None. The loss of an item that does not
-        count is that of its soft term: a caller weighs it by 0.
+        (items,) losses in nats and (items,) weights, float32 or wider, 0 where an item does not count; and the terms
+        by name, or None.
     """
-    losses, terms = _Distilled.apply(
-        student_logits, teacher_logits.detach(), labels, temperature, label_weight, watch and labels is not None
+    losses, weights, terms = _WeighedItems.apply(
+        student_logits,
+        None if teacher_logits is None else teacher_logits.detach(),
+        labels,
+        loss,
+        generator,
+        watch,
+        torch.is_grad_enabled() and student_logits.requires_grad,
     )
-    return losses, dict(zip(TERMS, terms.unbind(), strict=True)) if len(terms) else None
+    return losses, weights, named(terms) if watch else None
 
 
-class _Distilled(torch.autograd.Function):
+def largest_probabilities(logits: Tensor) -> Tensor:
+    """The largest probability of every row of logits (items, classes): (items,), float32 or wider."""
+    wide = working_dtype(logits)
+    largest = torch.empty(len(logits), dtype=wide, device=logits.device)
+    for rows in blocks(logits):
+        largest[rows] = logits[rows].to(wide).softmax(-1).amax(-1)
+    return largest
+
+
+def named(terms: Tensor) -> dict[str, Tensor]:
+    """The watched terms by name, of a tensor (terms,)."""
+    return dict(zip(TERMS, terms.unbind(), strict=True))
+
+
+def working_dtype(logits: Tensor) -> torch.dtype:
+    """float32, or float64 where the logits are."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Consecutive rows of logits (items, classes), as many as a processor works on at a time."""
+    items, classes = logits.shape
+    rows = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _DEVICE_BLOCK) // max(classes, 1))
+    return (slice(start, start + rows) for start in range(0, items, rows))
+
+
+def scale_kept(gradient: Tensor, scale: Tensor) -> Tensor:
+    """In a backward pass: a gradient that was kept, times `scale`, float32 or wider: (), or (items, 1).
+
+    Written over what was kept, unless the graph is retained and so may be gone through again.
+
+    Raises:
+        RuntimeError: under create_graph=True.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: got True in a backward pass through a loss of born_again, which is differentiable once; "
+            "write the loss with torch.nn.functional where second derivatives are needed."
+        )
+    # torch has no public name for this question; where the name is gone, the answer is to copy.
+    retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    scaled = torch.empty_like(gradient) if retained else gradient
+    if gradient.dtype == scale.dtype:
+        return torch.mul(gradient, scale, out=scaled)
+    narrow, place = (part if part.dim() == 2 else part.unsqueeze(0) for part in (gradient, scaled))
+    scale = scale.expand(len(narrow), 1)
+    for rows in blocks(narrow):
+        place[rows] = narrow[rows].to(scale.dtype).mul_(scale[rows])
+    return scaled
+
+
+class _WeighedItems(torch.autograd.Function):
     """Keeps for the backward pass the gradient of each item's loss, computed while its logits are at hand."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, temperature, label_weight, watch):
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        items, classes = student.shape
-        block = max(1, (_CPU_BLOCK if student.device.type == "cpu" else _DEVICE_BLOCK) // max(classes, 1))
-        losses = torch.empty(items, dtype=dtype, device=student.device)
-        gradient = torch.empty(items, classes, dtype=dtype, device=student.device)
-        terms = torch.zeros(len(TERMS) if watch else 0, dtype=dtype, device=student.device)
-        for start in range(0, items, block):
-            rows = slice(start, start + block)
-            terms += _block(
-                student[rows].to(dtype),
-                teacher[rows].to(dtype),
-                None if labels is None else labels[rows],
-                temperature,
-                label_weight,
-                watch,
-                losses[rows],
-                gradient[rows],
-            )
-        ctx.dtype = student.dtype
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(terms)
-        return losses, terms
+    def forward(ctx, student, teacher, labels, loss, generator, watch, differentiable):
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if differentiable else None
+        losses, weights, terms = fill_items(
+            loss, student, teacher, labels, gradient=gradient, generator=generator, watch=watch
+        )
+        if differentiable:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(weights, terms)
+        return losses, weights, terms
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses, _):
+    def backward(ctx, grad_losses, *_):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_losses.unsqueeze(-1)).to(ctx.dtype), None, None, None, None, None
+        return scale_kept(gradient, grad_losses.unsqueeze(-1)), None, None, None, None, None, None
+
+
+def fill_items(
+    loss: ItemLoss,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    *,
+    gradient: Tensor | None = None,
+    weigh_gradient: bool = False,
+    generator: torch.Generator | None = None,
+    watch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, weights, summed terms and the gradient of the losses, outside of autograd.
+
+    Args:
+        loss: see `weighed_items`, as for all that is not said here.
+        student: (items, classes).
+        teacher: (items, classes) or None.
+        labels: (items,) or None.
+        gradient: (items, classes) of any float dtype, to be filled with each item's gradient; may be `student` itself.
+        weigh_gradient: multiplies each item's gradient by its weight.
+        generator: see there.
+        watch: see there.
+
+    Returns:
+        (items,) losses, (items,) weights and (terms,) sums, empty without `watch`.
+    """
+    wide = working_dtype(student)
+    losses, weights = (torch.empty(len(student), dtype=wide, device=student.device) for _ in range(2))
+    terms = torch.zeros(len(TERMS) if watch else 0, dtype=wide, device=student.device)
+    room = _Room(wide)
+    for rows in blocks(student):
+        z = room.holding("student", student[rows])
+        place = None if gradient is None else gradient[rows]
+        # The gradient is worked out where it will lie, unless that is too narrow or holds the logits.
+        fits = place is not None and place.dtype == wide and place.data_ptr() != z.data_ptr()
+        work = place if fits else room.like("work", z)
+        losses[rows], weights[rows], block_terms = _block(
+            loss,
+            z,
+            None if teacher is None else room.holding("teacher", teacher[rows]),
+            None if labels is None else labels[rows],
+            work,
+            room,
+            gradient is not None,
+            generator,
+            watch,
+        )
+        if watch:
+            terms += block_terms
+        if place is not None:
+            if weigh_gradient and loss.confident:
+                work.mul_(weights[rows].unsqueeze(-1))
+            if not fits:
+                place.copy_(work)
+    return losses, weights, terms
+
+
+class _Room:
+    """Memory of a block's size, used by one block after the other: an allocator would give it back in between."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._tensors: dict[str, Tensor] = {}
+
+    def like(self, name: str, rows: Tensor) -> Tensor:
+        """Room under a name, in the shape of `rows` (rows, classes), with anything in it."""
+        if name not in self._tensors:
+            self._tensors[name] = torch.empty(rows.shape, dtype=self._dtype, device=rows.device)
+        return self._tensors[name][: len(rows)]
+
+    def holding(self, name: str, rows: Tensor) -> Tensor:
+        """The rows in the wide dtype, copied where they are not in it."""
+        return rows if rows.dtype == self._dtype else self.like(name, rows).copy_(rows)
 
 
 def _block(
+    loss: ItemLoss,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     labels: Tensor | None,
-    temperature: float,
-    label_weight: float,
+    work: Tensor,
+    room: _Room,
+    differentiable: bool,
+    generator: torch.Generator | None,
     watch: bool,
-    losses: Tensor,
-    gradient: Tensor,
-) -> Tensor:
-    """Fills `losses` (rows,) and `gradient` (rows, classes); returns the summed terms, or nothing."""
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)  # (rows, classes)
-    q, p = log_q.exp(), log_p.exp()
-    torch.sub(q, p, out=gradient)
-    soft = _cross(p, log_q)  # (rows,)
-    terms = _terms(student, teacher, labels, log_q, log_p, p, soft, gradient) if watch else losses.new_zeros(0)
-    if temperature == 1:
-        losses.copy_(soft)
-    else:
-        soft_log_q, soft_p = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
-        losses.copy_(_cross(soft_p, soft_log_q)).mul_(temperature**2)
-        # d(T^2 x soft)/dz = T^2 x (q - p) / T
-        torch.sub(soft_log_q.exp_(), soft_p, out=gradient).mul_(temperature)
-    if label_weight:
-        target = _target(labels)  # (rows, 1)
-        losses.sub_(log_q.gather(-1, target).squeeze(-1), alpha=label_weight)
-        gradient.add_(q, alpha=label_weight)
-        gradient.scatter_add_(-1, target, torch.full_like(target, -label_weight, dtype=gradient.dtype))
-    return terms
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses, weights and summed terms of some rows; `work` (rows, classes) gets the gradient of the losses."""
+    counted = target = p = taught = top = cross = difference = terms = None
+    at_one = loss.soft and not loss.tempered  # the soft term at temperature 1
+    spare = room.like("spare", student)
+    log_q = torch.log_softmax(student, -1, out=work)  # (rows, classes)
+    losses, weights = student.new_zeros(len(student)), student.new_ones(len(student))
+    if labels is not None:
+        counted = labels != IGNORED
+        target = labels.where(counted, 0).unsqueeze(-1)  # (rows, 1): any class for those that do not count
+        hard = -log_q.gather(-1, target).squeeze(-1)  # (rows,)
+    if at_one or loss.confident or watch:
+        p = taught = torch.softmax(teacher, -1, out=room.like("p", student))
+    if loss.permutation is not None or watch:
+        top = first_largest(teacher)
+    if loss.permutation is not None:
+        taught = room.like("taught", student)
+        permute_others(p, top, loss.permutation, generator, taught)
+    if watch or (at_one and taught is p):
+        cross = _cross_entropy(p, log_q, spare)
+    if loss.confident:
+        weights = p.amax(-1)
+    if loss.tempered:
+        soft, soft_gradient = _tempered(student, teacher, loss.temperature, spare)
+        losses = losses + soft
+    elif loss.soft:
+        losses = losses + (cross if taught is p else _cross_entropy(taught, log_q, spare))
+    if loss.label_weight:
+        losses = losses + hard * loss.label_weight
+
+    if watch:
+        log_p = torch.sub(teacher, teacher.gather(-1, top), out=spare)  # up to the logarithm of the largest p
+        entropy = _cross_entropy(p, log_p, spare) - p.gather(-1, top).squeeze(-1).log()
+        agreement = (first_largest(student) == top).squeeze(-1).to(p.dtype)
+    if differentiable or watch:
+        q = log_q.exp_()
+        if watch and not (at_one and taught is p):
+            difference = torch.sub(q, p, out=spare)
+        if at_one:
+            q.sub_(taught)  # from here on `work` is no longer q
+            difference = work if difference is None else difference
+    if watch:
+        terms = _sum_terms(hard, cross, agreement, entropy, difference, target, counted)
+    if differentiable:
+        if loss.label_weight:
+            if at_one:
+                work.mul_(1 + loss.label_weight).add_(p, alpha=loss.label_weight)  # (q - p) + w q
+            elif loss.label_weight != 1:
+                work.mul_(loss.label_weight)
+            work.scatter_add_(-1, target, torch.full_like(target, -loss.label_weight, dtype=work.dtype))
+            if loss.tempered:
+                work.add_(soft_gradient)
+        elif loss.tempered:
+            work.copy_(soft_gradient)
+    if counted is not None:
+        losses, weights = losses.where(counted, 0), weights.where(counted, 0)
+        # As with classes that the teacher rules out: a CPU looks first.
+        if differentiable and (work.device.type != "cpu" or not bool(counted.all())):
+            work.masked_fill_(~counted.unsqueeze(-1), 0)
+    return losses, weights, terms
 
 
-def _terms(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    log_q: Tensor,
-    log_p: Tensor,
-    p: Tensor,
-    soft: Tensor,
+def _tempered(student: Tensor, teacher: Tensor, temperature: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """The soft term at a temperature, times its square: (rows,), and its gradient (rows, classes)."""
+    log_q, p = (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
+    soft = _cross_entropy(p, log_q, spare) * temperature**2
+    # d(T^2 x soft)/dz = T^2 x (q - p) / T
+    return soft, log_q.exp_().sub_(p).mul_(temperature)
+
+
+def _sum_terms(
+    hard: Tensor,
+    cross: Tensor,
+    agreement: Tensor,
+    entropy: Tensor,
     difference: Tensor,
+    target: Tensor,
+    counted: Tensor,
 ) -> Tensor:
-    """(terms,), summed over the rows whose label counts; `difference` is q - p."""
-    target = _target(labels)  # (rows, 1)
+    """(terms,), summed over the rows that count; `difference` (rows, classes) is q - p at temperature 1."""
     on_target = difference.gather(-1, target).squeeze(-1)  # (rows,)
-    entropy = _cross(p, log_p)
+    squares = torch.linalg.vector_norm(difference, dim=-1).square() - on_target.square()
     values = torch.stack(
         [
-            -log_q.gather(-1, target).squeeze(-1),
-            soft - entropy,
-            (student.argmax(-1) == teacher.argmax(-1)).to(p.dtype),
+            hard,
+            cross - entropy,
+            agreement,
             entropy,
             on_target.abs(),
-            (torch.linalg.vector_norm(difference, dim=-1).square() - on_target.square()).clamp_min(0).sqrt(),
+            squares.clamp_min(0).sqrt(),
             torch.ones_like(entropy),
         ]
     )  # (terms, rows)
-    return values.where(labels >= 0, 0).sum(-1)
+    return values.where(counted, 0).sum(-1)
 
 
-def _target(labels: Tensor) -> Tensor:
-    """A class for every row, any for those that do not count: (rows, 1)."""
-    return labels.clamp_min(0).unsqueeze(-1)
+def _cross_entropy(p: Tensor, log_q: Tensor, spare: Tensor) -> Tensor:
+    """-sum_i p_i log q_i of every row, where 0 x log 0 is 0: a class that the teacher rules out adds nothing.
 
-
-def _cross(p: Tensor, log_q: Tensor) -> Tensor:
-    """-sum_i p_i log q_i of every row, where 0 x log 0 is 0: a class that the teacher rules out adds nothing."""
-    impossible = p == 0
-    # Looking whether there is any costs a CUDA device a wait, and a CPU less than masking for nothing.
-    if p.device.type != "cpu" or bool(impossible.any()):
-        log_q = log_q.masked_fill(impossible, 0)
-    return -(p * log_q).sum(-1)
+    Works in `spare` (rows, classes), which may be `log_q` itself.
+    """
+    products = torch.mul(p, log_q, out=spare)
+    cross = products.sum(-1).neg_()  # (rows,)
+    # Looking whether there are any costs a CUDA device a wait, and a CPU less than masking for nothing.
+    if products.device.type != "cpu" or bool(cross.isnan().any()):
+        cross = products.masked_fill_(p == 0, 0).sum(-1).neg_()
+    return cross

@@ -12,15 +12,14 @@ mean over items that are all ignored is 0, with gradient 0.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from born_again.blockwise import distilled_items
+from born_again.blockwise import IGNORED, ItemLoss, largest_probabilities, weighed_items
+from born_again.permuting import PERMUTATIONS
+from born_again.permuting import permute_all_but_largest as permute_all_but_largest
 
-IGNORED = -100
 OBJECTIVES = ("ban", "ban+l", "cwtm", "dkpp")
 OBJECTIVES_WITH_LABELS = ("ban+l", "cwtm")
-PERMUTATIONS = ("fresh", "fixed")
 
 
 def hard_label_loss(student_logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -160,10 +159,8 @@ def objective_items(
     Returns:
         (items,) losses in nats and (items,) weights, float32 or wider; both are 0 where the label is `IGNORED`.
     """
-    losses = _item_losses(
-        objective, student_logits, teacher_logits, labels, temperature, label_weight, permutation, generator
-    )[0]
-    return _weighted(losses, item_weights(objective, teacher_logits, labels))
+    loss = item_loss(objective, temperature, label_weight, permutation)
+    return weighed_items(loss, student_logits, teacher_logits, labels, generator=generator)[:2]
 
 
 def watched_items(
@@ -184,47 +181,29 @@ def watched_items(
     Returns:
         Losses and weights, as from `objective_items`, and the terms, as from `distillation_terms`.
     """
-    losses, terms = _item_losses(
-        objective,
-        student_logits,
-        teacher_logits,
-        labels,
-        temperature,
-        label_weight,
-        permutation,
-        generator,
-        watch=True,
-    )
-    if terms is None:
-        terms = distillation_terms(student_logits, teacher_logits, labels)
-    return *_weighted(losses, item_weights(objective, teacher_logits, labels)), terms
+    loss = item_loss(objective, temperature, label_weight, permutation)
+    return weighed_items(loss, student_logits, teacher_logits, labels, generator=generator, watch=True)
 
 
-def _item_losses(
-    objective: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    label_weight: float,
-    permutation: str,
-    generator: torch.Generator | None,
-    watch: bool = False,
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    if objective in ("label", "cwtm"):
-        return _cross_entropy(student, labels), None
-    if objective in ("ban", "ban+l"):
-        weight = label_weight if objective == "ban+l" else 0.0
-        return distilled_items(student, teacher, labels, temperature=temperature, label_weight=weight, watch=watch)
+def item_loss(
+    objective: str, temperature: float = 1.0, label_weight: float = 1.0, permutation: str = "fresh"
+) -> ItemLoss:
+    """What an objective computes for every item; takes what `objective_items` takes.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+    if objective == "label":
+        return ItemLoss(label_weight=1.0)
+    if objective == "ban":
+        return ItemLoss(soft=True, temperature=temperature)
+    if objective == "ban+l":
+        return ItemLoss(soft=True, temperature=temperature, label_weight=label_weight)
+    if objective == "cwtm":
+        return ItemLoss(label_weight=1.0, confident=True)
     if objective == "dkpp":
-        return distilled_items(student, permute_all_but_largest(teacher.detach(), permutation, generator))
+        return ItemLoss(soft=True, permutation=permutation)
     raise ValueError(f"objective: got {objective!r}, expected one of {', '.join(map(repr, OBJECTIVES))}.")
-
-
-def _weighted(losses: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    if weights is None:
-        return losses, torch.ones_like(losses)
-    return losses.where(weights != 0, 0), weights.to(losses.dtype)
 
 
 def item_weights(objective: str, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -234,34 +213,8 @@ def item_weights(objective: str, teacher_logits: Tensor | None, labels: Tensor |
         (items,) float32 or wider, or None where every item weighs 1.
     """
     if objective == "cwtm":
-        weights = _widen(teacher_logits.detach()).softmax(-1).amax(-1)  # (items,)
-        return weights.where(labels != IGNORED, 0)
+        return largest_probabilities(teacher_logits.detach()).where(labels != IGNORED, 0)
     return None if labels is None else (labels != IGNORED).float()
-
-
-def permute_all_but_largest(logits: Tensor, permutation: str, generator: torch.Generator | None) -> Tensor:
-    """Permutes, within each row, every entry but the largest (the first of equals).
-
-    Softmax commutes with a permutation, so permuting logits permutes probabilities.
-
-    Args:
-        logits: (items, classes).
-        permutation: "fresh" or "fixed", as in `permuted_dark_knowledge_loss`.
-        generator: see there.
-
-    Returns:
-        (items, classes), a new tensor.
-    """
-    items, classes = logits.shape
-    others = torch.arange(classes - 1, device=logits.device).expand(items, -1)
-    others = others + (others >= logits.argmax(-1, keepdim=True))  # (items, classes - 1): every column but the largest
-    if permutation == "fixed":
-        seed = torch.initial_seed() if generator is None else generator.initial_seed()
-        order = torch.randperm(classes - 1, generator=torch.Generator().manual_seed(seed))
-        order = order.to(logits.device).expand(items, -1)  # (items, classes - 1)
-    else:
-        order = torch.rand(items, classes - 1, generator=generator, device=logits.device).argsort(-1)
-    return logits.scatter(1, others, logits.gather(1, others.gather(1, order)))
 
 
 @torch.no_grad()
@@ -299,10 +252,6 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
         "items": torch.ones_like(on_target),
     }
     return {name: values.where(counted, 0).sum() for name, values in terms.items()}
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_widen(logits), labels, ignore_index=IGNORED, reduction="none")
 
 
 def _widen(logits: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ layer, and to know that nothing but that layer makes logits of hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
 def without_output_layer(model: nn.Module) -> Iterator[nn.Linear]:
     """Inside, a model's "logits" are what its output layer would have been given: (..., hidden).
 
-    Whatever wraps the model for distributed training may be called meanwhile.
+    Whatever wraps the model for distributed training may be called meanwhile: in the graph of what comes out the
+    layer's parameters are there, as DistributedDataParallel expects of parameters that will have a gradient.
 
     Args:
         model: with an `output_layer`; unwrapped.
@@ -37,15 +39,20 @@ def without_output_layer(model: nn.Module) -> Iterator[nn.Linear]:
         The layer, with its weight (words, hidden) and bias (words,) or None.
     """
     layer = output_layer(model)
-    layer.forward = _identity
+    before = vars(layer).get("forward")
+    layer.forward = partial(_pass_by, layer)
     try:
         yield layer
     finally:
         del layer.forward
+        if before is not None:
+            layer.forward = before
 
 
 @torch.no_grad()
-def ends_in_output_layer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def ends_in_output_layer(
+    model: nn.Module, inputs: Mapping[str, Any], ask: Callable[[Mapping[str, Any]], Any] | None = None
+) -> bool:
     """Whether the output layer alone makes logits of hidden states, found out by running the model on a batch.
 
     False for what follows the layer in some models, such as a soft cap (Gemma 2) or a scale, and for several heads.
@@ -53,21 +60,36 @@ def ends_in_output_layer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     Args:
         model: unwrapped; of any mode, which it keeps.
         inputs: a batch that the model can be called with.
+        ask: calls the model with the batch where that takes more than `model(**inputs)`.
     """
+    ask = ask or (lambda batch: model(**batch))
     layer = output_layer(model)
     if layer is None:
         return False
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        logits = logits_of(model(**inputs))
+        logits = logits_of(ask(inputs))
         with without_output_layer(model):
-            hidden = logits_of(model(**inputs))
-        return hidden.shape[-1] == layer.in_features and torch.equal(logits, layer(hidden))
+            hidden = logits_of(ask(inputs))
+        # Accelerate widens what a network under autocast gives, but not what its layer gives here.
+        return hidden.shape[-1] == layer.in_features and torch.equal(logits, layer(hidden).to(logits.dtype))
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
+def _pass_by(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    return _PassBy.apply(hidden, layer.weight, layer.bias)
+
+
+class _PassBy(torch.autograd.Function):
+    """Hidden states as they are, with the parameters in their graph but without a gradient for them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias):
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        return grad_hidden, None, None

@@ -121,10 +121,11 @@ class FrozenTeacher:
         """
         if self._callable is None:
             if self.precision == "inference":
-                self.modules = [
-                    put_in_inference_form(self._place(_copied(module)), _known(inputs, accepted), self._dtype)
-                    for module, accepted in zip(self.modules, self._accepted, strict=True)
-                ]
+                with self.own_precision():
+                    self.modules = [
+                        put_in_inference_form(self._place(_copied(module)), _known(inputs, accepted), self._dtype)
+                        for module, accepted in zip(self.modules, self._accepted, strict=True)
+                    ]
             self._callable = self.modules
             if self._compile is not None:
                 # Not compiled in place: a network that someone else holds must not be another for it.

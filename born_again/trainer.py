@@ -25,6 +25,7 @@ from born_again.objectives import (
 )
 from born_again.schedule import multi_step_schedule
 from born_again.settings import check_settings, predicts_next_token
+from born_again.step_loss import ChunkedStep
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher_cache.cached_teacher import CachedTeacher
 from born_again.teacher_cache.choice import with_kept_answers
@@ -33,11 +34,11 @@ from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
-_TEACHER_LOGITS = "teacher_logits"
+_TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(BaseTrainer):
+class BornAgainTrainer(ChunkedStep, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer. With one, every batch goes once through the wrapped student and once through the
@@ -132,16 +133,19 @@ class BornAgainTrainer(BaseTrainer):
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed in mid-epoch from the checkpoint of the last step: Trainer would do one more
         batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._owns_loss and batches and self._chunked is None:
+            self._choose_form(batches[0])
         if self.teacher is None:
             return batches, total_weight
+        if self.args.objective == "cwtm" and self._chunked and len(batches) == self.args.world_size == 1:
+            return batches, None  # a step of its own, whose weights are found with its loss
         if self.args.objective == "cwtm" and batches:
             # The weights of the whole step are needed before its first backward, so the teacher answers early.
             total_weight = torch.zeros((), device=device)
             for batch in batches:
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                batch[_TEACHER_LOGITS] = self._ask_teacher(inputs)
-                rows, targets = self._items(batch[_TEACHER_LOGITS], labels)
-                total_weight = total_weight + item_weights("cwtm", rows, targets).sum()
+                batch[_TEACHER_LOGITS], weight = self._ask_for_confidence(inputs, labels)
+                total_weight = total_weight + weight
             total_weight = self._sum_over_processes(total_weight)
         if self.args.objective == "dkpp":
             # Seeded for each step and process, so that a resumed training draws what an uninterrupted one would have.
@@ -172,6 +176,8 @@ class BornAgainTrainer(BaseTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs, labels = self._split_labels(inputs)
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
+        if self._chunked and model.training and not return_outputs:
+            return self._share(*self._chunked_sums(model, inputs, labels, teacher_logits), num_items_in_batch)
         outputs = self._ask_student(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
         if model.training and self.teacher is not None:
@@ -181,16 +187,18 @@ class BornAgainTrainer(BaseTrainer):
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
         else:
             losses, weights = objective_items("label", student_rows, None, targets)
-        total = (losses * weights).sum()
-        if num_items_in_batch is None:
-            loss = total / at_least_tiny(weights.sum())
-        else:
-            divisor = torch.as_tensor(num_items_in_batch, dtype=total.dtype, device=total.device)
-            loss = total * self.accelerator.num_processes / at_least_tiny(divisor)
+        loss = self._share((losses * weights).sum(), weights.sum(), num_items_in_batch)
         if not return_outputs:
             return loss
         # Trainer takes the first entry of a tuple for the loss.
         return loss, outputs if isinstance(outputs, Mapping) else (loss, *_as_tuple(outputs))
+
+    def _share(self, total: Tensor, weight: Tensor, step_weight: Tensor | int | None) -> Tensor:
+        """A micro-batch's sum(weight x loss), of items of that weight, as its part in the loss of the step."""
+        if step_weight is None:
+            return total / at_least_tiny(weight)
+        divisor = torch.as_tensor(step_weight, dtype=total.dtype, device=total.device)
+        return total * self.accelerator.num_processes / at_least_tiny(divisor)
 
     def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if student_rows.shape != teacher_rows.shape:
@@ -208,8 +216,15 @@ class BornAgainTrainer(BaseTrainer):
             permutation=self.args.permutation,
             generator=self._permutations,
         )
-        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
+        self._watch(terms)
         return losses, weights
+
+    def _ask_for_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's answer for a micro-batch, and the sum of the weights that CWTM gives its items."""
+        if self._chunked:
+            return self._chunked_confidence(inputs, labels)
+        logits = self._ask_teacher(inputs)
+        return logits, item_weights("cwtm", *self._items(logits, labels)).sum()
 
     def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**without_view_keys(inputs))
@@ -253,6 +268,9 @@ class BornAgainTrainer(BaseTrainer):
 
     # ---- What is watched ----
 
+    def _watch(self, terms: dict[str, Tensor]) -> None:
+        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the distillation terms since the last log to the training loss."""
         if self._terms is not None and "loss" in logs:
@@ -285,7 +303,7 @@ class BornAgainTrainer(BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
-        self._guard, self._terms = DivergenceGuard(), None
+        self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
         with contextlib.ExitStack() as stack:
             if isinstance(self.teacher, CachedTeacher):
                 stack.enter_context(emitting_view_keys(self.train_dataset))

@@ -14,6 +14,7 @@ from born_again.objectives import OBJECTIVES, PERMUTATIONS
 from born_again.teacher import PRECISIONS
 
 TEACHER_CACHES = ("off", "memory", "disk")
+LOSS_FORMS = ("auto", "plain", "chunked")
 
 # What may differ between two runs of one experiment without changing a weight.
 _INDECISIVE = frozenset(
@@ -62,6 +63,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         teacher_cache_dir: of "disk", a folder; None is `teacher_cache` in output_dir.
         teacher_cache_limit_gib: GiB that kept answers may take, above 0; None is half of what is free. What does not
             fit is answered by the teacher.
+        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some
+            rows at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output
+            layer alone; "auto" takes the chunked form where it can and the logits are many; the log says which.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -91,6 +95,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     teacher_cache_limit_gib: float | None = field(
         default=None, metadata={"help": "GiB that teacher_cache may take; half of what is free when not given."}
     )
+    loss_form: str = field(
+        default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
+    )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
@@ -115,6 +122,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         _check_choice("permutation", self.permutation, PERMUTATIONS)
         _check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
         _check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
+        _check_choice("loss_form", self.loss_form, LOSS_FORMS)
         _check_above_zero("temperature", self.temperature, "the paper uses 1")
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
         if not (math.isfinite(self.label_weight) and self.label_weight >= 0):

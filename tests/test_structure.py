@@ -14,8 +14,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A module imports only from lower layers; within a layer only where listed below.
 LAYERS = {
+    "permuting": -1,
     "blockwise": 0,
     "objectives": 1,
+    "chunked": 2,
     "metrics": 0,
     "lineage.spec": 0,
     "lineage.schema": 0,
@@ -40,6 +42,7 @@ LAYERS = {
     "settings": 1,
     "schedule": 1,
     "training_args": 2,
+    "step_loss": 3.5,
     "trainer": 4,
     "lm_trainer": 5,
     "lineage": 6,

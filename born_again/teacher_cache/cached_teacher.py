@@ -40,6 +40,10 @@ class CachedTeacher:
         return self.frozen.modules
 
     @property
+    def precision(self) -> str:
+        return self.frozen.precision
+
+    @property
     def carries_state(self) -> list[bool]:
         return self.frozen.carries_state
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,31 @@ class CachedWindows(CachedTeacher):
         super().__init__(frozen, answers, batch_rows)
         self.streams, self.window = streams, window
         self._keeps_hidden: bool | None = None
+        self._answers_hidden = False
 
     def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         hidden, after = self.read_hidden_on(inputs, states)
-        return self._logits_of(hidden), after
+        if not self._answers_hidden:
+            return self._logits_of(hidden), after
+        if not self._keeps_hidden:
+            raise ValueError(
+                "loss_form: the chunked form needs the teacher's hidden states, and its logits are what is kept; "
+                "expected 'plain' beside this teacher_cache."
+            )
+        return hidden[0], after
+
+    @contextmanager
+    def answering_hidden(self) -> Iterator[nn.Linear]:
+        """Inside, the answer of a single network is what its output layer is given.
+
+        Yields:
+            That layer.
+        """
+        self._answers_hidden = True
+        try:
+            yield self._layers[0]
+        finally:
+            self._answers_hidden = False
 
     @torch.no_grad()
     def read_hidden_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
