@@ -107,9 +107,11 @@ def _expect(needed: int, found: int, what: str) -> None:
 def run_child(request: dict[str, Any]) -> dict[str, Any]:
     """Runs one training in a process of its own and returns its figures, or {"failed": reason}."""
     command = [sys.executable, "-m", "tests.benchmarks.peers", "--child", json.dumps(request)]
-    child = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, cwd=_root(), env={**os.environ, **QUIET}
-    )
+    quiet = {"text": True, "capture_output": True, "cwd": _root(), "env": {**os.environ, **QUIET}}
+    try:
+        child = subprocess.run(command, timeout=TIMEOUT, **quiet)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {TIMEOUT} seconds"}
     lines = child.stdout.strip().splitlines()
     if child.returncode or not lines:
         return {"failed": f"exit status {child.returncode}: {child.stderr.strip()[-200:]}"}
