@@ -107,9 +107,11 @@ def _expect(needed: int, found: int, what: str) -> None:
 def run_child(request: dict[str, Any]) -> dict[str, Any]:
     """Runs one training in a process of its own and returns its figures, or {"failed": reason}."""
     command = [sys.executable, "-m", "tests.benchmarks.peers", "--child", json.dumps(request)]
-    child = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT, cwd=_root(), env={**os.environ, **QUIET}
-    )
+    quiet = {"text": True, "capture_output": True, "cwd": _root(), "env": {**os.environ, **QUIET}}
+    try:
+        child = subprocess.run(command, timeout=TIMEOUT, **quiet)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {TIMEOUT} seconds"}
     lines = child.stdout.strip().splitlines()
     if child.returncode or not lines:
         return {"failed": f"exit status {child.returncode}: {child.stderr.strip()[-200:]}"}
@@ -200,8 +202,12 @@ def _ratio(results: Results, way: str, mode: str, clock: str) -> str:
     ours = results.get((OURS, mode), [])
     if not ours or "failed" in ours[-1]:
         return "no ours"
-    pairs = zip(ours, results[way, mode], strict=True)
-    return f"{statistics.median(mine[clock] / theirs[clock] for mine, theirs in pairs):.3f}"
+    return f"{_times_ours(ours, results[way, mode], clock):.3f}"
+
+
+def _times_ours(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], clock: str) -> float:
+    """How many times as fast as ours: the median over the pairs of a repeat."""
+    return statistics.median(mine[clock] / its[clock] for mine, its in zip(ours, theirs, strict=True))
 
 
 def goals(results: Results, mode: str) -> str:
@@ -210,11 +216,11 @@ def goals(results: Results, mode: str) -> str:
     peers = [way for way in done if way not in (OURS, FLOOR)]
     if OURS not in done or not peers:
         return "no comparison: ours or every peer is missing"
-    seconds = {way: statistics.median(part["seconds"] for part in done[way]) for way in done}
+    speed = {way: _times_ours(done[OURS], done[way], "seconds") for way in peers}
     memory = {way: statistics.median(part["peak_mib"] for part in done[way]) for way in done}
-    fastest, smallest = min(peers, key=seconds.get), min(peers, key=memory.get)
+    fastest, smallest = max(peers, key=speed.get), min(peers, key=memory.get)
     return (
-        f"{MODES[mode]}: ours is {seconds[fastest] / seconds[OURS]:.2f} x the fastest peer ({fastest}) and takes "
+        f"{MODES[mode]}: ours is {1 / speed[fastest]:.2f} x the fastest peer ({fastest}) and takes "
         f"{memory[OURS] / memory[smallest]:.2f} x the memory of the smallest ({smallest})"
     )
 
