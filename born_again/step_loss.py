@@ -86,13 +86,13 @@ class ChunkedStep:
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """sum(weight x loss) and sum(weight) of a micro-batch; `teacher_hidden` where the teacher was asked before."""
+        # The teacher first, whose activations make room for the student's.
+        teacher = None if self.teacher is None else self._teacher_head(inputs, labels, teacher_hidden)
         # Called as whatever wraps it for distributed training, which follows the output layer's weight by itself.
         with without_output_layer(self._bare_student()) as layer:
             hidden = logits_of(self._ask_student(model, inputs))
         rows, targets = self._items(hidden, labels)
-        student, teacher = Head(rows, layer.weight, layer.bias), None
-        if self.teacher is not None:
-            teacher = self._teacher_head(inputs, labels, teacher_hidden)
+        student = Head(rows, layer.weight, layer.bias)
         with self.accelerator.autocast():
             total, weight, terms = chunked_objective(
                 "label" if teacher is None else self.args.objective,

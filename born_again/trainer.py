@@ -178,11 +178,13 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
         if self._chunked and model.training and not return_outputs:
             return self._share(*self._chunked_sums(model, inputs, labels, teacher_logits), num_items_in_batch)
+        taught = model.training and self.teacher is not None
+        if taught and teacher_logits is None:
+            # Before the student, whose activations can then take the place of the teacher's.
+            teacher_logits = self._ask_teacher(inputs)
         outputs = self._ask_student(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
-        if model.training and self.teacher is not None:
-            if teacher_logits is None:
-                teacher_logits = self._ask_teacher(inputs)
+        if taught:
             teacher_rows, _ = self._items(teacher_logits, labels)
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
         else:

@@ -37,46 +37,44 @@ class CachedRows(CachedTeacher):
             return self.frozen(inputs), none
         rows = len(keys)
         found, kept = self.answers.read(keys, self.frozen.device)
-        if not self._is_exact(rows, inputs):
+        if not self._is_exact(rows):
             # Its live answers are not those of a full batch: nothing of the one may stand for the other.
             found, kept = np.zeros(rows, bool), None
         self._count(found)
         if found.all():
             return kept[0], none
         missing = np.flatnonzero(~found)
-        asked = self._asked_with(missing, found, inputs)
+        asked = self._asked_with(missing, found)
         if len(asked) == rows:
             logits = self.frozen(inputs)
             self._see(inputs, logits)
-            if self._is_exact(rows, inputs):
-                self._keep(keys, missing, logits, None)
+            if self._is_exact(rows):
+                self._keep(keys[missing], logits[torch.from_numpy(missing).to(logits.device)])
             return logits, none
         picked = torch.from_numpy(asked).to(self.frozen.device)
         part = self.frozen(_rows_of(inputs, picked, rows))
         logits = part.new_empty((rows, *part.shape[1:]))
-        logits[torch.from_numpy(found).to(part.device)] = kept[0]
+        logits[torch.from_numpy(np.flatnonzero(found)).to(part.device)] = kept[0]
         logits[picked] = part
-        self._keep(keys, missing, part, np.arange(len(missing)))
+        self._keep(keys[missing], part[: len(missing)])
         return logits, none
 
     def close(self) -> None:
         super().close()
         self._example = None
 
-    def _keep(self, keys: np.ndarray, missing: np.ndarray, logits: Tensor, where: np.ndarray | None) -> None:
-        where = missing if where is None else where
-        chosen = logits if len(where) == len(logits) else logits[torch.from_numpy(where).to(logits.device)]
-        self.answers.write(keys[missing], [chosen], "logits")
+    def _keep(self, keys: np.ndarray, logits: Tensor) -> None:
+        self.answers.write(keys, [logits], "logits")
 
-    def _asked_with(self, missing: np.ndarray, found: np.ndarray, inputs: Mapping[str, Any]) -> np.ndarray:
+    def _asked_with(self, missing: np.ndarray, found: np.ndarray) -> np.ndarray:
         """The missing rows, and as many others as make a size whose answers have the right bits; or all rows."""
         rows, step = len(found), max(1, -(-self.batch_rows // _PARTS))
         for size in range(-(-len(missing) // step) * step, rows, step):
-            if self._is_exact(size, inputs):
+            if self._is_exact(size):
                 return np.concatenate([missing, np.flatnonzero(found)[: size - len(missing)]])
         return np.arange(rows)
 
-    def _is_exact(self, rows: int, inputs: Mapping[str, Any]) -> bool:
+    def _is_exact(self, rows: int) -> bool:
         """Whether rows of a batch of this size have the bits that they have in a full batch."""
         if rows == self.batch_rows:
             return True

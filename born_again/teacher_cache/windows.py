@@ -44,6 +44,7 @@ class CachedWindows(CachedTeacher):
         self.streams, self.window = streams, window
         self._keeps_hidden: bool | None = None
         self._answers_hidden = False
+        self._cast: dict[tuple[nn.Linear, torch.dtype], tuple[Tensor, Tensor | None]] = {}
 
     def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         hidden, after = self.read_hidden_on(inputs, states)
@@ -138,15 +139,30 @@ class CachedWindows(CachedTeacher):
         hidden, _ = self._read_without_layers(inputs, states)
         with self.frozen.own_precision():
             return all(
-                part.shape[-1] == layer.in_features and torch.equal(layer(part), whole)
+                part.shape[-1] == layer.in_features and torch.equal(self._applied(layer, part), whole)
                 for layer, part, whole in zip(self._layers, hidden, logits, strict=True)
             )
 
     def _logits_of(self, hidden: list[Tensor]) -> Tensor:
         if self._keeps_hidden:
             with torch.no_grad(), self.frozen.own_precision():
-                hidden = [layer(part) for layer, part in zip(self._layers, hidden, strict=True)]
+                hidden = [self._applied(layer, part) for layer, part in zip(self._layers, hidden, strict=True)]
         return hidden[0] if len(hidden) == 1 else mean_log_probabilities(hidden)
+
+    def _applied(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
+        """The layer's output, as under autocast where that is on, but without casting its weights every time."""
+        kind = hidden.device.type
+        if not torch.is_autocast_enabled(kind) or torch.float64 in (hidden.dtype, layer.weight.dtype):
+            return layer(hidden)
+        dtype = torch.get_autocast_dtype(kind)
+        if (layer, dtype) not in self._cast:
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            self._cast[layer, dtype] = layer.weight.to(dtype), bias
+        return F.linear(hidden.to(dtype), *self._cast[layer, dtype])
+
+    def close(self) -> None:
+        super().close()
+        self._cast.clear()
 
     def _taken_apart(self, parts: list[Tensor], time: int) -> tuple[list[Tensor], list[Any]]:
         count = len(self.modules)

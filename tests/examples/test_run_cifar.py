@@ -244,7 +244,8 @@ def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(tmp_path):
+@pytest.mark.parametrize("cached", [(), ("--teacher_cache", "disk")])
+def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(tmp_path, cached):
     """Augmented images, bf16 where the machine has it, momentum: all of it must come back from disk."""
     words = [*TINY, "--generations", 1, "--per_device_train_batch_size", 16, "--num_train_epochs", 4]
     words += ["--save_strategy", "steps", "--save_steps", 5]  # an epoch has 8 steps
@@ -256,6 +257,7 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(*words, "--output_dir", whole).returncode == 0
+    words += cached
     command = [sys.executable, str(SCRIPT), *map(str, [*words, "--output_dir", cut])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     marker = cut / "checkpoints" / "gen1" / "checkpoint-15" / "trainer_state.json"
@@ -269,6 +271,7 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
     assert done.returncode == 0, done.stderr[-4000:]
     assert "going on from checkpoint-" in done.stderr
     assert hashes(cut) == hashes(whole)
+    assert not (cut / "teacher_cache").exists()
 
 
 @pytest.mark.slow
