@@ -249,7 +249,7 @@ def _block(
     generator: torch.Generator | None,
     watch: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, weights and summed terms of some rows; `work` (rows, classes) is left with the gradient of the losses."""
+    """Losses, weights and summed terms of some rows; their gradient is left in `work` (rows, classes)."""
     counted = target = p = taught = top = cross = difference = terms = None
     at_one = loss.soft and not loss.tempered  # the soft term at temperature 1
     spare = room.like("spare", student)

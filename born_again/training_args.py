@@ -53,9 +53,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
         teacher_cache: where the teacher's outputs are kept; only "off" exists so far.
-        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some rows
-            at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output layer
-            alone; "auto" takes the chunked form where it can and the logits are many, and writes to the log which.
+        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some
+            rows at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output
+            layer alone; "auto" takes the chunked form where it can and the logits are many, and logs which it took.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -77,7 +77,7 @@ class BornAgainTrainingArguments(TrainingArguments):
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
     teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
     loss_form: str = field(
-        default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
+        default="auto", metadata={"help": "Logits of a batch at once: auto, plain, chunked."}
     )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
