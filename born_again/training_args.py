@@ -76,9 +76,7 @@ class BornAgainTrainingArguments(TrainingArguments):
     permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
     teacher_cache: str = field(default="off", metadata={"help": "Where teacher outputs are kept; only off so far."})
-    loss_form: str = field(
-        default="auto", metadata={"help": "Logits of a batch at once: auto, plain, chunked."}
-    )
+    loss_form: str = field(default="auto", metadata={"help": "Logits of a batch at once: auto, plain, chunked."})
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
