@@ -25,7 +25,7 @@ TERMS = (
     "dark_knowledge_norm",
     "items",
 )
-_CPU_BLOCK = 2**18  # logits: 1 MiB of float32, small enough for a core's cache, large enough to be worth a call
+_CPU_BLOCK = 2**18  # logits for each thread: 1 MiB of float32, small enough for a cache, large enough for a call
 _DEVICE_BLOCK = 2**26  # fewer, larger launches, and still a bound on memory
 
 
@@ -114,7 +114,8 @@ def working_dtype(logits: Tensor) -> torch.dtype:
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Consecutive rows of logits (items, classes), as many as a processor works on at a time."""
     items, classes = logits.shape
-    rows = max(1, (_CPU_BLOCK if logits.device.type == "cpu" else _DEVICE_BLOCK) // max(classes, 1))
+    block = _CPU_BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(1, block // max(classes, 1))
     return (slice(start, start + rows) for start in range(0, items, rows))
 
 

@@ -45,7 +45,7 @@ class ChunkedStep:
                 f"loss_form: got 'chunked', but {why_not}; expected 'auto', which takes the plain form in such a case."
             )
         self._chunked = why_not is None
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and output_layer(self._bare_student()) is not None:
             text = "chunked form, no more than some rows of logits at a time" if self._chunked else "plain form"
             logger.info(f"The loss is computed in its {text}{'' if self._chunked else f': {why_not}'}.")
 

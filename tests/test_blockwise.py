@@ -14,7 +14,7 @@ ITEMS, CLASSES = 13, 7
 
 @pytest.fixture(params=[1, 3, 5, 13, 64], ids=lambda rows: f"{rows} rows in a block")
 def rows(request, monkeypatch):
-    monkeypatch.setattr(blockwise, "_CPU_BLOCK", request.param * CLASSES)
+    monkeypatch.setattr(blockwise, "_CPU_BLOCK", -(-request.param * CLASSES // torch.get_num_threads()))
     return request.param
 
 

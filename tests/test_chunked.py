@@ -13,7 +13,7 @@ ITEMS, WIDTH, WORDS = 13, 5, 11
 @pytest.fixture(params=[1, 4, 13, 64], ids=lambda rows: f"{rows} rows in a chunk")
 def rows(request, monkeypatch):
     monkeypatch.setattr(chunked, "_CHUNK", request.param * WORDS)
-    monkeypatch.setattr(blockwise, "_CPU_BLOCK", 3 * WORDS)
+    monkeypatch.setattr(blockwise, "_CPU_BLOCK", -(-3 * WORDS // torch.get_num_threads()))
     return request.param
 
 
@@ -180,9 +180,7 @@ def test_all_items_ignored_give_nothing():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"student: got hidden states of shape \(13, 4\) .* expected \(items, width\)"
-    ):
+    with pytest.raises(ValueError, match=r"student: got hidden .* \(13, 4\) .* expected \(items, width\)"):
         chunked_objective("ban", Head(head(1, width=4).hidden, head(1).weight), head(2), labels())
     with pytest.raises(ValueError, match="teacher: has 13 items and 10 words, the student 13 and 11"):
         chunked_objective("ban", head(1), Head(head(2).hidden, head(2).weight[:10]), labels())

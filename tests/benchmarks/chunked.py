@@ -1,0 +1,107 @@
+"""The loss of a step over a large vocabulary from hidden states: all logits at once against some rows at a time.
+
+    python -m tests.benchmarks.chunked [--tokens 2048] [--hidden 512] [--words 128256] [--objective ban] [--repeats 5]
+
+Both take hidden states and output layers of student and teacher, and give a mean over tokens, the watched terms, and
+the gradients of the student's hidden states and output layer. "plain" is what the trainer does otherwise: two matrix
+products and `watched_items`; "torch" is two matrix products, F.cross_entropy with the teacher's probabilities, and no
+terms. Memory is that beyond hidden states and output layers, gradients included, each from a process of its own; the
+gradient of the output layer, which every way needs, is given apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from born_again.chunked import Head, chunked_objective
+from born_again.objectives import OBJECTIVES, watched_items
+from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
+
+FORMS = ("torch", "plain", "chunked")
+SIZES = ("tokens", "hidden", "words")
+
+
+def head(tokens: int, hidden: int, words: int, trained: bool) -> Head:
+    """Without temporary tensors, which would count as memory."""
+    states, weight = torch.empty(tokens, hidden).normal_(), torch.empty(words, hidden).normal_(0, 0.05)
+    return Head(states.requires_grad_(trained), weight.requires_grad_(trained))
+
+
+def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    student, teacher = head(tokens, hidden, words, True), head(tokens, hidden, words, False)
+    labels = torch.randint(0, words, (tokens,))
+
+    def with_torch() -> Tensor:
+        p = F.linear(teacher.hidden, teacher.weight).softmax(-1)
+        return F.cross_entropy(F.linear(student.hidden, student.weight), p)
+
+    def plain() -> Tensor:
+        losses, weights, _ = watched_items(
+            objective,
+            F.linear(student.hidden, student.weight),
+            F.linear(teacher.hidden, teacher.weight),
+            labels,
+        )
+        return (losses * weights).sum() / weights.sum()
+
+    def chunked() -> Tensor:
+        total, weight, _ = chunked_objective(objective, student, teacher, labels, watch=True)
+        return total / weight
+
+    def backward(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            student.hidden.grad = student.weight.grad = None
+            loss().backward()
+
+        return run
+
+    return {name: backward(loss) for name, loss in zip(FORMS, (with_torch, plain, chunked), strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in zip(SIZES, (2048, 512, 128_256), strict=True):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="ban")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--child", choices=FORMS, help="only the extra memory of this form")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        works(2, 8, 8, args.objective)[args.child]()  # loads what is loaded once
+        print(extra_memory(works(args.tokens, args.hidden, args.words, args.objective)[args.child]))
+        return
+    forms = [form for form in FORMS if form != "torch" or args.objective == "ban"]
+    run = works(args.tokens, args.hidden, args.words, args.objective)
+    seconds = medians({form: run[form] for form in forms}, args.repeats, args.clock)
+    sizes = [word for name in SIZES for word in (f"--{name}", str(getattr(args, name)))]
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.tokens:,} tokens, hidden {args.hidden}, "
+        f"{args.words:,} words, float32, {args.objective}, median of {args.repeats} alternated repeats, "
+        f"{args.clock} time; gradient of the output layer {args.words * args.hidden * 4 / 2**20:.0f} MiB"
+    )
+    print_row("", "seconds", "x plain", "extra MiB", "x plain")
+    extra = {
+        form: in_child("tests.benchmarks.chunked", "--child", form, "--objective", args.objective, *sizes)[0]
+        for form in forms
+    }
+    for form in forms:
+        print_row(
+            form,
+            f"{seconds[form]:.2f}",
+            f"{seconds[form] / seconds['plain']:.2f}",
+            f"{extra[form]:.0f}",
+            f"{extra[form] / extra['plain']:.3f}",
+        )
+
+
+if __name__ == "__main__":
+    main()
