@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import ImageSplit, load_images
-from tests.benchmarks.step import STATISTICS, with_trainer
+from tests.benchmarks.training import STATISTICS, ImageTask
 
 ROWS = 5_120
 MODEL = "wide_resnet16_1_cifar"
@@ -120,9 +120,9 @@ def main() -> None:
             if repeat:
                 times[way].append(seconds)
     torch.set_num_threads(threads)
-    ours = ImageDataset(on_device, *STATISTICS, augment=True, flip=True, seed=0)
     steps = max(2, min(20, len(split) // options.batch))
-    step = [with_trainer(MODEL, ours, options.batch, steps) / steps for _ in range(options.repeats + 1)][1:]
+    task = ImageTask(MODEL, options.batch, steps)
+    step = [task.with_trainer() / steps for _ in range(options.repeats + 1)][1:]
 
     source = "CIFAR-10" if options.cifar10 else "random images"
     print(f"{source}, batch {options.batch}, 1 of {os.cpu_count()} cores, device {device}")

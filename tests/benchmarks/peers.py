@@ -21,7 +21,8 @@ without their dependencies:
 
     pip install --no-deps torchdistill==1.1.5 KD_Lib==0.0.32 textbrewer==0.2.1.post1 trl==1.16.0
 
-One that is missing or fails stands in the table with the reason.
+KD_Lib brings a package called `tests`, which stands in the way of this folder: delete that. A peer that is missing or
+fails stands in the table with the reason.
 """
 
 from __future__ import annotations
