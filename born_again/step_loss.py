@@ -103,7 +103,7 @@ class ChunkedStep:
                 label_weight=getattr(self.args, "label_weight", 1.0),
                 permutation=getattr(self.args, "permutation", "fresh"),
                 generator=self._permutations,
-                watch=teacher is not None,
+                watch=teacher is not None and self._watching,
             )
         if terms is not None:
             self._watch(terms)

@@ -34,6 +34,7 @@ from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
+WATCH_EVERY = 4  # steps: over a large vocabulary the terms cost up to as much as the loss
 _TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,10 +52,11 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     -100 is ignored), and causal language models, whose labels are shifted as transformers shifts them. Networks may
     return a ModelOutput, a dict, a tuple or a tensor.
 
-    Logged beside the loss, as means over the items since the last log: ce_loss, kd_loss (KL from teacher to student),
-    teacher_agreement, teacher_entropy, importance_weight_norm and dark_knowledge_norm; see
-    `born_again.objectives.distillation_terms`. They are summed on the device and read when the loss is. With a
-    `teacher_cache` also teacher_cache_hits, the share of the teacher's answers that were found in it.
+    Logged beside the loss: ce_loss, kd_loss (KL from teacher to student), teacher_agreement, teacher_entropy,
+    importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_terms`. They are means over
+    the items of every fourth step and of the step that is logged, since watching costs, and changes no weight; they
+    are summed on the device and read when the loss is. With a `teacher_cache` also teacher_cache_hits, the share of
+    the teacher's answers that were found in it.
 
     Args:
         *args: those of transformers.Trainer, in its order.
@@ -88,6 +90,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self.teacher: FrozenTeacher | CachedTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._terms: dict[str, Tensor] | None = None
+        self._watching = True
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
         self._owns_loss = False
@@ -137,6 +140,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             self._choose_form(batches[0])
         if self.teacher is None:
             return batches, total_weight
+        step = self.state.global_step
+        self._watching = step % WATCH_EVERY == 0 or (step + 1) % max(1, self.state.logging_steps) == 0
         if self.args.objective == "cwtm" and self._chunked and len(batches) == self.args.world_size == 1:
             return batches, None  # a step of its own, whose weights are found with its loss
         if self.args.objective == "cwtm" and batches:
@@ -208,7 +213,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
                 f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
                 f"{tuple(student_rows.shape)}; expected as many items and classes from both."
             )
-        losses, weights, terms = watched_items(
+        losses, weights, *terms = (watched_items if self._watching else objective_items)(
             self.args.objective,
             student_rows,
             teacher_rows,
@@ -218,7 +223,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             permutation=self.args.permutation,
             generator=self._permutations,
         )
-        self._watch(terms)
+        if self._watching:
+            self._watch(*terms)
         return losses, weights
 
     def _ask_for_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:

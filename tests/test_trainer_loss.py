@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from born_again import BornAgainTrainer
-from born_again.objectives import OBJECTIVES, permute_all_but_largest
+from born_again.objectives import OBJECTIVES, objective_items, permute_all_but_largest, watched_items
 
 TASKS = {
     "vectors": (Network, lambda: vectors(22, ignored=(3, 20))),
@@ -261,6 +261,33 @@ def test_a_step_of_ignored_items_changes_nothing(tmp_path):
         )
         trainer.train()
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_every_fourth_step_is_watched_and_the_one_that_is_logged(tmp_path, monkeypatch):
+    seen = []
+    watch = BornAgainTrainer._watch
+    monkeypatch.setattr(
+        BornAgainTrainer, "_watch", lambda self, terms: seen.append(self.state.global_step) or watch(self, terms)
+    )
+    args = arguments(tmp_path, max_steps=12, logging_steps=6, per_device_train_batch_size=2, num_train_epochs=9)
+    trainer = BornAgainTrainer(Network(1), args, train_dataset=vectors(8), teacher=Network(2))
+    trainer.train()
+    assert seen == [0, 4, 5, 8, 11]
+    assert sum("kd_loss" in entry for entry in trainer.state.log_history) == 2
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_watching_changes_no_bit_of_loss_and_gradient(objective):
+    student, teacher = torch.randn(50, 1000), 2 * torch.randn(50, 1000)
+    labels = torch.randint(0, 1000, (50,)).where(torch.arange(50) % 7 != 0, -100)
+    found = []
+    for items in (objective_items, watched_items):
+        logits = student.clone().requires_grad_()
+        losses, weights = items(objective, logits, teacher, labels, generator=torch.Generator().manual_seed(1))[:2]
+        (losses * weights).sum().backward()
+        found.append((losses.detach(), logits.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_logged_terms_are_means_over_the_items_since_the_last_log(tmp_path):
