@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from born_again.blockwise import ItemLoss, fill_items, largest_probabilities, named, scale_kept, working_dtype
+from born_again.blockwise import TERMS, ItemLoss, fill_items, largest_probabilities, named, scale_kept, working_dtype
 from born_again.objectives import IGNORED, item_loss
 
 _CHUNK = 2**26  # bytes of logits held at a time of each network
@@ -173,7 +173,7 @@ def _go_through(
     """Total, weight, terms, and the gradients of the total with respect to hidden states, weight and bias."""
     wide = working_dtype(student.hidden)
     total, weight = (torch.zeros((), dtype=wide, device=student.hidden.device) for _ in range(2))
-    terms: Tensor | float = 0.0
+    terms = torch.zeros(len(TERMS) if watch else 0, dtype=wide, device=student.hidden.device)
     shapes = student.hidden, student.weight, student.bias
     to_hidden, to_weight, to_bias = gradients = [
         torch.zeros(part.shape, dtype=wide, device=part.device) if needs else None
@@ -195,7 +195,7 @@ def _go_through(
         )
         total += torch.dot(losses, weights)
         weight += weights.sum()
-        terms = chunk_terms + terms
+        terms += chunk_terms
         if to_hidden is not None:
             to_hidden[rows] = logits @ student.weight
         if to_weight is not None:
