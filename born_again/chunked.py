@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from born_again.blockwise import ItemLoss, fill_items, largest_probabilities, named, scale_kept, working_dtype
+from born_again.blockwise import TERMS, ItemLoss, fill_items, largest_probabilities, named, scale_kept, working_dtype
 from born_again.objectives import IGNORED, item_loss
 
-_CHUNK = 2**24  # logits held at a time of each network: 64 MiB of float32
+_CHUNK = 2**26  # bytes of logits held at a time of each network
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ def chunked_objective(
 def chunked_confidence(teacher: Head, labels: Tensor) -> Tensor:
     """The sum of the weights of CWTM, the teacher's largest probabilities over the items that count: a scalar."""
     check_head("teacher", teacher)
-    teacher = teacher.detach().to(_product_dtype(teacher))
+    teacher = teacher.detach().to(_product_dtype(teacher.hidden))
     total = labels.new_zeros((), dtype=working_dtype(teacher.hidden))
-    room = _room(teacher)
+    count = _chunk_rows(teacher)
+    room = _room(teacher, count)
     with torch.autocast(teacher.hidden.device.type, enabled=False):
-        for rows in _chunks(teacher):
+        for rows in _chunks(teacher, count):
             largest = largest_probabilities(teacher.logits(rows, room))
             total += largest.where(labels[rows] != IGNORED, 0).sum()
     return total
@@ -142,19 +143,11 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, teacher, labels, loss, generator, watch, differentiable):
-        student = Head(hidden, weight, bias)
-        dtype = _product_dtype(student)
+        student = Head(hidden, weight, bias).to(_product_dtype(hidden))
+        teacher = None if teacher is None else teacher.to(_product_dtype(teacher.hidden))
         needed = [differentiable and needs for needs in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            total, weights, terms, gradients = _go_through(
-                loss,
-                student.to(dtype),
-                None if teacher is None else teacher.to(_product_dtype(teacher)),
-                labels,
-                needed,
-                generator,
-                watch,
-            )
+            total, weights, terms, gradients = _go_through(loss, student, teacher, labels, needed, generator, watch)
         parts = (hidden, weight, bias)
         ctx.save_for_backward(
             *(None if sums is None else sums.to(part.dtype) for sums, part in zip(gradients, parts, strict=True))
@@ -180,15 +173,15 @@ def _go_through(
     """Total, weight, terms, and the gradients of the total with respect to hidden states, weight and bias."""
     wide = working_dtype(student.hidden)
     total, weight = (torch.zeros((), dtype=wide, device=student.hidden.device) for _ in range(2))
-    terms: Tensor | float = 0.0
+    terms = torch.zeros(len(TERMS) if watch else 0, dtype=wide, device=student.hidden.device)
     shapes = student.hidden, student.weight, student.bias
     to_hidden, to_weight, to_bias = gradients = [
         torch.zeros(part.shape, dtype=wide, device=part.device) if needs else None
         for part, needs in zip(shapes, needed, strict=True)
     ]
-    room = _room(student)
-    teacher_room = None if teacher is None else _room(teacher)
-    for rows in _chunks(student):
+    count = min(_chunk_rows(head) for head in (student, teacher) if head is not None)
+    room, teacher_room = _room(student, count), None if teacher is None else _room(teacher, count)
+    for rows in _chunks(student, count):
         logits = student.logits(rows, room)
         losses, weights, chunk_terms = fill_items(
             loss,
@@ -202,7 +195,7 @@ def _go_through(
         )
         total += torch.dot(losses, weights)
         weight += weights.sum()
-        terms = chunk_terms + terms
+        terms += chunk_terms
         if to_hidden is not None:
             to_hidden[rows] = logits @ student.weight
         if to_weight is not None:
@@ -215,22 +208,21 @@ def _go_through(
     return total, weight, terms, gradients
 
 
-def _product_dtype(head: Head) -> torch.dtype:
-    """What a matrix product of this head would be computed in here: float64, autocast's dtype, or its own."""
-    device = head.hidden.device.type
-    if torch.is_autocast_enabled(device) and head.hidden.dtype != torch.float64:
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What a matrix product of hidden states would be computed in here: float64, autocast's dtype, or their own."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return head.hidden.dtype
-
-
-def _chunks(head: Head) -> Iterator[slice]:
-    items, rows = len(head.hidden), _chunk_rows(head)
-    return (slice(start, start + rows) for start in range(0, items, rows))
+    return hidden.dtype
 
 
 def _chunk_rows(head: Head) -> int:
-    return min(len(head.hidden), max(1, _CHUNK // len(head.weight)))
+    return max(1, min(len(head.hidden), _CHUNK // (len(head.weight) * head.hidden.itemsize)))
 
 
-def _room(head: Head) -> Tensor:
-    return head.hidden.new_empty(_chunk_rows(head), len(head.weight))
+def _chunks(head: Head, count: int) -> Iterator[slice]:
+    return (slice(start, start + count) for start in range(0, len(head.hidden), count))
+
+
+def _room(head: Head, count: int) -> Tensor:
+    return head.hidden.new_empty(count, len(head.weight))

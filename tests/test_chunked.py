@@ -12,7 +12,7 @@ ITEMS, WIDTH, WORDS = 13, 5, 11
 
 @pytest.fixture(params=[1, 4, 13, 64], ids=lambda rows: f"{rows} rows in a chunk")
 def rows(request, monkeypatch):
-    monkeypatch.setattr(chunked, "_CHUNK", request.param * WORDS)
+    monkeypatch.setattr(chunked, "_CHUNK", request.param * WORDS * 8)
     monkeypatch.setattr(blockwise, "_CPU_BLOCK", -(-3 * WORDS // torch.get_num_threads()))
     return request.param
 
@@ -94,7 +94,14 @@ def test_the_gradient_is_that_of_finite_differences(rows, objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_under_autocast_products_are_narrow_and_the_loss_is_wide(rows, objective):
+def test_under_autocast_products_are_narrow_and_the_loss_is_wide(rows, objective, monkeypatch):
+    products, fill = set(), chunked.fill_items
+
+    def watch(loss, student, teacher, *args, **kwargs):
+        products.update({student.dtype, teacher.dtype})
+        return fill(loss, student, teacher, *args, **kwargs)
+
+    monkeypatch.setattr(chunked, "fill_items", watch)
     ours, theirs, teacher = (head(seed, dtype=torch.float32) for seed in (1, 1, 2))
     with torch.autocast("cpu", torch.bfloat16):
         total, weight, _ = chunked_objective(
@@ -110,7 +117,7 @@ def test_under_autocast_products_are_narrow_and_the_loss_is_wide(rows, objective
         )
     (total / weight).backward()
     ((losses * weights).sum() / weights.sum()).backward()
-    assert total.dtype == weight.dtype == torch.float32
+    assert total.dtype == weight.dtype == torch.float32 and products == {torch.bfloat16}
     torch.testing.assert_close(total, (losses * weights).sum(), rtol=5e-3, atol=0)  # kernels round bf16 logits apart
     for part, expected in zip(parts(ours), parts(theirs), strict=True):
         assert part.grad.dtype == torch.float32
@@ -129,6 +136,14 @@ def test_narrow_weights_get_narrow_gradients_summed_wide(rows):
     for part, expected in zip(parts(narrow), parts(wide), strict=True):
         assert part.grad.dtype == torch.bfloat16
         torch.testing.assert_close(part.grad.double(), expected.grad, rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_teacher_may_be_of_another_dtype(rows, dtype):
+    teacher, wide = head(2, dtype=dtype), head(2, dtype=dtype).detach()
+    total = chunked_objective("ban", head(1), teacher, labels())[0]
+    losses, _ = objective_items("ban", plain(head(1)), plain(wide).double(), labels())
+    torch.testing.assert_close(total, losses.sum(), rtol=5e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
 def test_parts_without_gradient_cost_nothing_and_get_none(rows):
@@ -177,6 +192,13 @@ def test_all_items_ignored_give_nothing():
     total, weight, terms = chunked_objective("cwtm", ours, head(2), torch.full((ITEMS,), -100), watch=True)
     total.backward()
     assert total == weight == terms["items"] == 0 and not any(part.grad.any() for part in parts(ours))
+
+
+def test_no_items_give_nothing():
+    nothing = [Head(of.hidden[:0], of.weight, of.bias) for of in (head(1), head(2))]
+    total, weight, terms = chunked_objective("cwtm", *nothing, labels()[:0], watch=True)
+    total.backward()
+    assert total == weight == terms["items"] == 0 and chunked_confidence(nothing[1], labels()[:0]) == 0
 
 
 def test_what_does_not_fit_is_refused():

@@ -20,7 +20,7 @@ LOGGER = "born_again.step_loss"
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last of them ragged, in every batch."""
-    monkeypatch.setattr("born_again.chunked._CHUNK", 23 * 7)
+    monkeypatch.setattr("born_again.chunked._CHUNK", 23 * 7 * 8)
     monkeypatch.setattr("born_again.blockwise._CPU_BLOCK", 23 * 2)
 
 

@@ -43,7 +43,7 @@ def trained(folder: Path, form: str, network: str, objective: str, accumulate: i
 
 def main(folder: Path, form: str) -> None:
     torch.set_num_threads(1)
-    chunked._CHUNK = 23 * 7
+    chunked._CHUNK = 23 * 7 * 8
     results = {
         f"{network} {' '.join(map(str, case))}": trained(folder, form, network, *case)
         for network in NETWORKS
