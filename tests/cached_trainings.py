@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import arguments
 from torch import nn
@@ -107,6 +108,12 @@ def text_trainer(folder, student, teacher, dataset=None, callbacks=(), **changes
         data_collator=collate_windows,
         callbacks=list(callbacks),
     )
+
+
+def named(settings: dict[str, dict]) -> list:
+    """Names of settings to test with; those that start processes or a compiler are slow."""
+    slow = [name for name in settings if "workers" in name or "compiled" in name]
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in settings]
 
 
 def weights(trainer) -> torch.Tensor:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from cached_trainings import STATISTICS, Convolutions, TwoViews, hits, image_trainer, images, weights
+from cached_trainings import STATISTICS, Convolutions, TwoViews, hits, image_trainer, images, named, weights
 from helpers import Network, arguments, sentences, sequence_classifier, vectors
 from transformers import TrainerCallback
 
@@ -48,7 +48,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", named(SETTINGS))
 def test_weights_are_those_without_a_cache(tmp_path, name):
     expected = trained(tmp_path, "off", **SETTINGS[name])
     for cache in ("memory", "disk"):

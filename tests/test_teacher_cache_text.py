@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached_trainings import STREAMS, WINDOW, gpt2, hits, lstm, text, text_trainer, weights
+from cached_trainings import STREAMS, WINDOW, gpt2, hits, lstm, named, text, text_trainer, weights
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from born_again.data.streams import collate_windows
@@ -57,7 +57,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("student", [lstm, gpt2])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", named(SETTINGS))
 def test_weights_are_those_without_a_cache_and_each_window_is_read_once(tmp_path, counted, name, student):
     expected = weights(trained(tmp_path, "off", student, **SETTINGS[name]))
     for cache in ("memory", "disk"):
