@@ -266,6 +266,15 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
             return {"input_ids": input_ids}
         return {"input_ids": input_ids[:, -1:], "state": state}
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # From version 5.24 on transformers carries nothing that is not called "cache".
+        return {
+            **super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs),
+            "state": outputs.state,
+        }
+
     @staticmethod
     def _reorder_cache(state: State, beam_idx: Tensor) -> State:
         return tuple(part.index_select(0, beam_idx.to(part.device)) for part in state)
