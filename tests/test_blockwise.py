@@ -190,6 +190,33 @@ def test_backward_twice_gives_the_same_where_the_graph_is_retained(rows, dtype):
         total.backward()
 
 
+def test_a_narrow_gradient_has_the_same_bits_whether_all_items_are_scaled_alike_or_each_by_itself(rows):
+    scale = torch.full((ITEMS,), 0.3, dtype=torch.float32)
+    for ours in (scale, torch.cat([scale[1:], torch.tensor([0.7])])):
+        student = logits(1, torch.bfloat16).requires_grad_()
+        losses, *_ = weighed_items(LOSSES["ban+l"], student, logits(2, torch.bfloat16), labels())
+        (kept,) = torch.autograd.grad(losses.sum(), student, retain_graph=True)
+        (losses * ours).sum().backward()
+        assert student.grad.equal((kept.float() * ours.unsqueeze(-1)).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("objective", LOSSES)
+def test_logits_far_from_zero_cost_no_digits_of_the_loss(rows, objective):
+    """GPT-2's are around -100, and only their differences mean anything."""
+    student, teacher = ((logits(seed) + offset).float() for seed, offset in ((1, -1e4), (2, 3e3)))
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    losses, weights, terms = weighed_items(
+        LOSSES[objective], student, teacher, labels(3), generator=generators[0], watch=True
+    )
+    expected, expected_weights, expected_terms = weighed_items(
+        LOSSES[objective], student.double(), teacher.double(), labels(3), generator=generators[1], watch=True
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=2e-6, atol=0)
+    for name in TERMS:
+        torch.testing.assert_close(terms[name].double(), expected_terms[name], rtol=1e-5, atol=0, msg=name)
+
+
 def test_a_second_derivative_is_refused():
     student = logits(1).requires_grad_()
     total = weighed_items(LOSSES["ban"], student, logits(2), labels())[0].mean()
