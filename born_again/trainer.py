@@ -34,7 +34,7 @@ from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
 
 FIT_SAMPLES = 2048
-WATCH_EVERY = 4  # steps: over a large vocabulary the terms cost up to as much as the loss
+WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
 _TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +54,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
 
     Logged beside the loss: ce_loss, kd_loss (KL from teacher to student), teacher_agreement, teacher_entropy,
     importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_terms`. They are means over
-    the items of every fourth step and of the step that is logged, since watching costs, and changes no weight; they
+    the items of every eighth step and of the step that is logged, since watching costs, and changes no weight; they
     are summed on the device and read when the loss is. With a `teacher_cache` also teacher_cache_hits, the share of
     the teacher's answers that were found in it.
 

@@ -263,16 +263,16 @@ def test_a_step_of_ignored_items_changes_nothing(tmp_path):
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def test_every_fourth_step_is_watched_and_the_one_that_is_logged(tmp_path, monkeypatch):
+def test_every_eighth_step_is_watched_and_the_one_that_is_logged(tmp_path, monkeypatch):
     seen = []
     watch = BornAgainTrainer._watch
     monkeypatch.setattr(
         BornAgainTrainer, "_watch", lambda self, terms: seen.append(self.state.global_step) or watch(self, terms)
     )
-    args = arguments(tmp_path, max_steps=12, logging_steps=6, per_device_train_batch_size=2, num_train_epochs=9)
+    args = arguments(tmp_path, max_steps=20, logging_steps=10, per_device_train_batch_size=2, num_train_epochs=9)
     trainer = BornAgainTrainer(Network(1), args, train_dataset=vectors(8), teacher=Network(2))
     trainer.train()
-    assert seen == [0, 4, 5, 8, 11]
+    assert seen == [0, 8, 9, 16, 19]
     assert sum("kd_loss" in entry for entry in trainer.state.log_history) == 2
 
 
