@@ -23,7 +23,14 @@ from born_again.lineage.evaluation import by_split, finite
 from born_again.lineage.folders import WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
 from born_again.lineage.interruption import Interrupted, Interruption
 from born_again.lineage.lock import LOCK_NAME, FolderLock
-from born_again.lineage.machine import collect_memory, hardware, peak_memory_mib, release_memory, versions
+from born_again.lineage.machine import (
+    collect_memory,
+    hardware,
+    leaving_old_objects_alone,
+    peak_memory_mib,
+    release_memory,
+    versions,
+)
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.publication import CURVE_NAME, unpublished
 from born_again.lineage.restart import check_restart, start_again
@@ -168,7 +175,7 @@ class LineageRunner:
             if self._processes.is_main_process:
                 tidy(self.manifest)
             return self.manifest
-        with self._lock(), self._interruption:
+        with self._lock(), self._interruption, leaving_old_objects_alone():
             self.manifest = self._open()  # another run may have gone on in between
             self._processes.wait_for_everyone()
             if self._processes.is_main_process:

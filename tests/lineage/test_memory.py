@@ -1,5 +1,6 @@
 """A lineage needs no more memory in its last generation than in its second student."""
 
+import gc
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lineage.tiny_lineage import runner
 
 GENERATIONS = 6  # students
 WEIGHTS = 20 << 20  # bytes of one network; as many again for its gradients, twice as many for Adam
@@ -22,7 +24,6 @@ from born_again import BornAgainTrainer, LineageRunner, LineageSpec
 torch.set_num_threads(1)
 data = sentences("sequence", rows=16)
 kept = []
-gc.freeze()  # what the libraries made is not looked through again and again
 
 def measure(when, generation):
     gc.collect()
@@ -93,6 +94,23 @@ def grows(lines, name):
     """By which factor, from generation 2 on."""
     values = [line[name] for line in lines]
     return max(values[3:]) / values[2]
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_the_garbage_collector_leaves_alone_what_was_there_before(tmp_path, frozen_before):
+    class Frozen(list):
+        def append(self, generation):
+            super().append(gc.get_freeze_count())
+
+    if frozen_before:
+        gc.freeze()
+    try:
+        before, during = gc.get_freeze_count(), Frozen()
+        runner(tmp_path / "out", built=during).run()
+        assert len(during) == 3 and min(during) > 10_000
+        assert bool(before) == bool(gc.get_freeze_count()) == frozen_before
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.slow
