@@ -1,12 +1,10 @@
 """The chunked form on two processes against the plain form on one: DistributedDataParallel and the output layer."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import found_by
 from two_chunked_processes import CASES, NETWORKS
 
 # Two processes, each of which loads torch anew.
@@ -18,22 +16,8 @@ SCRIPT = Path(__file__).with_name("two_chunked_processes.py")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chunked")
-    results = {}
-    for processes, form in ((1, "plain"), (2, "chunked")):
-        out = folder / form
-        out.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, *launcher, str(SCRIPT), str(out), form],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results[form] = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-    return results
+    forms = {"plain": 1, "chunked": 2}
+    return {form: found_by(SCRIPT, folder / form, form, processes=processes) for form, processes in forms.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,12 +1,10 @@
 """Two processes of four against one of eight: same gradient, weights, evaluation and log, for every objective."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import found_by
 
 from born_again.objectives import OBJECTIVES
 
@@ -19,20 +17,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    results = {}
-    for processes in (1, 2):
-        out = folder / str(processes)
-        out.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes == 1:
-            command = [sys.executable]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [*command, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results[processes] = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-    return results
+    return {processes: found_by(SCRIPT, folder / str(processes), processes=processes) for processes in (1, 2)}
 
 
 @pytest.mark.parametrize("evaluate_first", [False, True])

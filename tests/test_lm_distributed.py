@@ -1,12 +1,10 @@
 """Two processes of four streams against one of eight: weights, evaluation, prediction and resume."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import found_by
 from two_lm_processes import CASES, STREAMS, WINDOW
 
 # Two processes, each of which loads torch anew.
@@ -19,22 +17,7 @@ NAMES = [f"{objective} {accumulate}" for objective, accumulate in CASES]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
-    results = {}
-    for processes in (1, 2):
-        out = folder / str(processes)
-        out.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, *launcher, str(SCRIPT), str(out)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results[processes] = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-    return results
+    return {processes: found_by(SCRIPT, folder / str(processes), processes=processes) for processes in (1, 2)}
 
 
 @pytest.mark.parametrize("case", NAMES)

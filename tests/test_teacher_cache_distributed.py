@@ -1,12 +1,10 @@
 """Two processes that keep their teacher's answers, each for itself or both on one disk: the weights of none."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import found_by
 from two_cached_processes import CACHES
 
 # Two processes, each of which loads torch anew.
@@ -17,12 +15,7 @@ SCRIPT = Path(__file__).with_name("two_cached_processes.py")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cached")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return found_by(SCRIPT, tmp_path_factory.mktemp("cached"), processes=2)
 
 
 @pytest.mark.parametrize("place", range(1, len(CACHES)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from cached_trainings import hits, image_trainer, images, lstm, text_trainer, weights
+from processes import leave
 
 CACHES = ("off", "memory", "disk", "disk")
 
@@ -36,10 +37,7 @@ def main(folder: Path) -> None:
         results[f"images {place}"] = trained(ours)
         streams = {"accelerator_config": {"split_batches": True}}
         results[f"text {place}"] = trained(text_trainer(folder / "text", lstm(1), lstm(2, 6), **streams, **shared))
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save(results, folder / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(results, folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from helpers import arguments, language_model, llama, sentences
+from processes import leave
 
 from born_again import BornAgainTrainer, chunked
 
@@ -49,10 +50,7 @@ def main(folder: Path, form: str) -> None:
         for network in NETWORKS
         for case in CASES
     }
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save(results, folder / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(results, folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from helpers import arguments
+from processes import leave
 
 from born_again import BornAgainLMTrainer
 from born_again.data.streams import TokenStreams, collate_windows
@@ -82,10 +83,7 @@ def main(folder: Path) -> None:
         own = folder / f"{objective}-{accumulate}"
         results[f"{objective} {accumulate}"] = trained(own, objective, accumulate)
         results[f"{objective} {accumulate} resumed"] = trained(own, objective, accumulate, resume=True)
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save(results, folder / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(results, folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from helpers import Network, arguments, vectors
+from processes import leave
 
 from born_again import BornAgainTrainer
 from born_again.objectives import OBJECTIVES
@@ -56,10 +57,7 @@ def main(folder: Path) -> None:
         for objective in OBJECTIVES
         for evaluate_first in (False, True)
     }
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save(results, folder / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(results, folder)
 
 
 if __name__ == "__main__":
