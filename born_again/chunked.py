@@ -18,7 +18,10 @@ from torch import Tensor
 from born_again.blockwise import TERMS, ItemLoss, fill_items, largest_probabilities, named, scale_kept, working_dtype
 from born_again.objectives import IGNORED, item_loss
 
-_CHUNK = 2**26  # bytes of logits held at a time of each network
+# Of each network's logits so many bytes are held at a time, or this share of all where that is more: every chunk goes
+# through the output layer and its gradient once more, and a product of few rows is slow.
+_CHUNK = 2**26
+_SHARE = 9
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunk_rows(head: Head) -> int:
-    return max(1, min(len(head.hidden), _CHUNK // (len(head.weight) * head.hidden.itemsize)))
+    rows = len(head.hidden)
+    return max(1, min(rows, max(_CHUNK // (len(head.weight) * head.hidden.itemsize), -(-rows // _SHARE))))
 
 
 def _chunks(head: Head, count: int) -> Iterator[slice]:

@@ -23,7 +23,7 @@ from born_again.view_keys import without_view_keys
 logger = logging.getLogger(__name__)
 
 # Logits of a micro-batch (items x words) from which "auto" takes the chunked form: more than one chunk of float32.
-# From there on it saves memory, for 0.9 to 1.0 of the plain form's time on a CPU (tests/benchmarks/chunked.py).
+# From there on it saves memory, for 1.05 of the plain form's time on a CPU (tests/benchmarks/chunked.py).
 CHUNKED_FROM = 2**24
 
 

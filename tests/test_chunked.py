@@ -13,6 +13,7 @@ ITEMS, WIDTH, WORDS = 13, 5, 11
 @pytest.fixture(params=[1, 4, 13, 64], ids=lambda rows: f"{rows} rows in a chunk")
 def rows(request, monkeypatch):
     monkeypatch.setattr(chunked, "_CHUNK", request.param * WORDS * 8)
+    monkeypatch.setattr(chunked, "_SHARE", ITEMS)
     monkeypatch.setattr(blockwise, "_CPU_BLOCK", -(-3 * WORDS // torch.get_num_threads()))
     return request.param
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from born_again.allocator import keep_freed_memory
 from born_again.chunked import Head, chunked_objective
 from born_again.objectives import OBJECTIVES, watched_items
 from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
@@ -79,6 +80,7 @@ def main() -> None:
         works(2, 8, 8, args.objective)[args.child]()  # loads what is loaded once
         print(extra_memory(works(args.tokens, args.hidden, args.words, args.objective)[args.child]))
         return
+    keep_freed_memory()  # as the trainer does
     forms = [form for form in FORMS if form != "torch" or args.objective == "ban"]
     run = works(args.tokens, args.hidden, args.words, args.objective)
     seconds = medians({form: run[form] for form in forms}, args.repeats, args.clock)
