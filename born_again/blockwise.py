@@ -137,10 +137,12 @@ def scale_kept(gradient: Tensor, scale: Tensor) -> Tensor:
     scaled = torch.empty_like(gradient) if retained else gradient
     if gradient.dtype == scale.dtype:
         return torch.mul(gradient, scale, out=scaled)
-    if scale.dim() and scale.device.type == "cpu" and bool((scale == scale[0]).all()):
-        scale = scale[0, 0]
+    # As a mean over items has it; a number multiplies in float32 and rounds once, which each item's own takes three
+    # passes for. Looking costs a CUDA device a wait.
+    if scale.numel() and scale.device.type == "cpu" and bool((scale == scale.flatten()[0]).all()):
+        scale = scale.flatten()[0]
     if not scale.dim():
-        return torch.mul(gradient, scale, out=scaled)  # multiplies in float32 and rounds once
+        return torch.mul(gradient, scale, out=scaled)
     for rows in blocks(gradient):
         scaled[rows] = gradient[rows].to(scale.dtype).mul_(scale[rows])
     return scaled

@@ -200,6 +200,13 @@ def test_a_narrow_gradient_has_the_same_bits_whether_all_items_are_scaled_alike_
         assert student.grad.equal((kept.float() * ours.unsqueeze(-1)).to(torch.bfloat16))
 
 
+def test_no_items_have_no_gradient():
+    student = logits(1, torch.bfloat16)[:0].requires_grad_()
+    losses, *_ = weighed_items(LOSSES["ban+l"], student, logits(2, torch.bfloat16)[:0], labels()[:0])
+    losses.sum().backward()
+    assert len(losses) == 0 and student.grad.shape == (0, CLASSES)
+
+
 @pytest.mark.parametrize("objective", LOSSES)
 def test_logits_far_from_zero_cost_no_digits_of_the_loss(rows, objective):
     """GPT-2's are around -100, and only their differences mean anything."""
