@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,30 @@ class BaseTrainer(Trainer):
             keep_freed_memory()
         self._parameter_count = None  # parameters may have been frozen or added
         return super().train(*args, **kwargs)
+
+    # A student that comes out of torch.compile is saved and loaded as what it was made of: Trainer would put
+    # `_orig_mod.` before the name of every weight, which nothing else loads, and leave the config out.
+
+    @contextmanager
+    def _student_as_it_was(self) -> Iterator[None]:
+        given = self.model
+        self.model = getattr(given, "_orig_mod", given)
+        try:
+            yield
+        finally:
+            self.model = given
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with self._student_as_it_was():
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._student_as_it_was():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._student_as_it_was():
+            super()._load_best_model()
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Trainer's number, without walking through all modules to count the same parameters at every step."""

@@ -356,10 +356,11 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Of a network of transformers save_pretrained sees to it; safetensors takes no layout but the contiguous one.
-        if self._memory_format is not None and not isinstance(self.model, PreTrainedModel):
-            named = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value.contiguous() for name, value in named.items()}
-        super()._save(output_dir, state_dict)
+        with self._student_as_it_was():
+            if self._memory_format is not None and not isinstance(self.model, PreTrainedModel):
+                named = self.model.state_dict() if state_dict is None else state_dict
+                state_dict = {name: value.contiguous() for name, value in named.items()}
+            super()._save(output_dir, state_dict)
 
     # ---- The paper's recipe ----
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers import arguments, sequence_classifier
+from helpers import arguments, sentences, sequence_classifier
 from lineage.tiny_lineage import hashes, runner, spec
 from safetensors.torch import load_file
 from torch import nn
@@ -194,6 +194,40 @@ def test_a_lineage_is_the_same_and_never_reaches_the_compilers_limit(tmp_path):
     assert hashes(tmp_path / "plain") == hashes(tmp_path / "compiled") and graphs() >= 4
     assert not any("_orig_mod" in name for name in stored_names(tmp_path / "compiled"))
     assert len(json.loads((tmp_path / "compiled" / "lineage.json").read_text())["generations"]) == 2
+
+
+@pytest.mark.parametrize("what", ["images", "sentences"])
+def test_a_student_that_was_compiled_before_is_saved_and_loaded_as_what_it_was_made_of(tmp_path, what):
+    def trainer(folder, student, **changes):
+        settings = {"num_train_epochs": 2, "save_strategy": "epoch", "remove_unused_columns": False}
+        settings |= {"channels_last": what == "images", "load_best_model_at_end": True, "eval_strategy": "epoch"}
+        data, teacher, collate = sentences("sequence"), sequence_classifier(2), None
+        if what == "images":
+            data, teacher, collate = images(), Small(2), collate_batch
+        datasets = {"train_dataset": data, "eval_dataset": data, "data_collator": collate}
+        return BornAgainTrainer(student, arguments(folder, **{**settings, **changes}), teacher=teacher, **datasets)
+
+    def student():
+        return Small(1) if what == "images" else sequence_classifier(1)
+
+    plain, compiled = student(), student()
+    trainer(tmp_path / "plain", plain).train()
+    ours = trainer(tmp_path / "compiled", torch.compile(compiled, backend="eager"))
+    ours.train()
+    ours.save_model(tmp_path / "compiled" / "last")
+    assert graphs()
+    names = stored_names(tmp_path / "compiled")
+    assert names and not any("_orig_mod" in name for name in names)
+    expected = plain.state_dict()
+    assert all(value.equal(expected[name]) for name, value in compiled.state_dict().items())
+    if what == "sentences":
+        loaded = type(compiled).from_pretrained(tmp_path / "compiled" / "last")
+        assert all(value.equal(expected[name]) for name, value in loaded.state_dict().items())
+    first = min((tmp_path / "compiled").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    again = student()
+    resumed = trainer(tmp_path / "resumed", torch.compile(again, backend="eager"))
+    resumed.train(resume_from_checkpoint=str(first))
+    assert all(value.equal(expected[name]) for name, value in again.state_dict().items())
 
 
 @pytest.mark.slow
