@@ -45,7 +45,8 @@ class Convolutions(nn.Module):
     Args:
         seed: of its weights.
         habit: a fault that libraries have in the last bits, made large: "size" gives other logits in small batches,
-            "place" in the first rows of a batch.
+            "some" there to about a third of the images, "layer" another output of a layer that the logits do not show,
+            "place" other logits in the first rows of a batch.
     """
 
     def __init__(self, seed: int, habit: str | None = None) -> None:
@@ -54,6 +55,7 @@ class Convolutions(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
         self.out = nn.Linear(8, CLASSES)
         self.habit = habit
+        self.layer = nn.Identity()
         self.answered: list[int] = []
 
     def forward(self, pixel_values):
@@ -61,6 +63,10 @@ class Convolutions(nn.Module):
         logits = self.out(self.body(pixel_values).mean((2, 3)))
         if self.habit == "size" and len(logits) < 5:
             logits = logits + 0.1
+        if self.habit == "some" and len(logits) < 5:
+            logits = logits + 0.1 * (logits.argmax(-1, keepdim=True) == 1)
+        if self.habit == "layer":
+            self.layer(logits + (0.1 if len(logits) < 5 else 0))
         if self.habit == "place":
             logits = logits + torch.linspace(0.1, 0, len(logits))[:, None].to(logits)
         return logits

@@ -69,12 +69,13 @@ def test_another_view_would_be_seen(tmp_path):
     assert not torch.equal(trained(tmp_path, "off"), trained(tmp_path, "off", dataset=wrong))
 
 
+@pytest.mark.parametrize("habit", ["size", "some", "layer"])
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_sizes_that_round_otherwise_are_noticed_and_not_asked_for(tmp_path, cache):
+def test_sizes_that_round_otherwise_are_noticed_and_not_asked_for(tmp_path, cache, habit):
     """Batches of 8 out of 50 leave 2, whose live answers are those of a small batch."""
     changes = {"per_device_train_batch_size": 8}
-    expected = trained(tmp_path, "off", teacher=Convolutions(2, "size"), **changes)
-    teacher = Convolutions(2, "size")
+    expected = trained(tmp_path, "off", teacher=Convolutions(2, habit), **changes)
+    teacher = Convolutions(2, habit)
     trainer = image_trainer(tmp_path, teacher=teacher, teacher_cache=cache, **changes)
     trainer.train()
     assert torch.equal(weights(trainer), expected)

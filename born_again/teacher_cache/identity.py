@@ -37,7 +37,9 @@ def precision_of(device: torch.device) -> dict[str, Any]:
         "float32_matmul": torch.get_float32_matmul_precision(),
         "convolution_tf32": torch.backends.cudnn.allow_tf32 if on_cuda else None,
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
-        "cpu": None if on_cuda else torch.backends.cpu.get_cpu_capability(),
+        "cpu": None
+        if on_cuda
+        else [torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities().get("cpu_name")],
         "threads": None if on_cuda else torch.get_num_threads(),  # sums are shared among them
         "torch": torch.__version__,
     }
@@ -53,7 +55,7 @@ def cache_identity(networks: Sequence[nn.Module], data: str, device: torch.devic
         **facts: whatever else, JSON-able.
     """
     teachers = [network_sha256(network) for network in networks]
-    return {"format": 1, "teachers": teachers, "data": data, **precision_of(device), **facts}
+    return {"format": 2, "teachers": teachers, "data": data, **precision_of(device), **facts}
 
 
 def identity_name(identity: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from born_again.teacher_cache.cached_teacher import CachedTeacher, keys_of
 
 logger = logging.getLogger(__name__)
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARTS = 16  # a batch's part that is asked for has a multiple of a sixteenth of its rows
 
 
@@ -22,12 +23,13 @@ class CachedRows(CachedTeacher):
 
     The last bits of a sample's logits may depend on how many others are in the batch, since libraries choose kernels
     by sizes. What is kept are answers out of full batches, and a part of a batch, or a batch of another size, is only
-    asked for where its rows have the same bits: that is tried out once for each size, on rows of the first batch in
-    another order, and remembered. Where they have not, the whole batch is asked for. So a training has the weights
-    that it has without the cache.
+    asked for where its rows have the same bits: that is tried out once for each size, on all rows of the first batch
+    in another order and after every layer, since logits have few numbers and may round alike by chance, and
+    remembered. Where they have not, the whole batch is asked for. So a training has the weights that it has without
+    the cache.
     """
 
-    _example: tuple[dict[str, Any], Tensor] | None = None
+    _example: tuple[dict[str, Any], Tensor] | None = None  # a full batch, and the marks of its rows
 
     @torch.no_grad()
     def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
@@ -47,7 +49,7 @@ class CachedRows(CachedTeacher):
         asked = self._asked_with(missing, found)
         if len(asked) == rows:
             logits = self.frozen(inputs)
-            self._see(inputs, logits)
+            self._see(inputs, rows)
             if self._is_exact(rows):
                 self._keep(keys[missing], logits[torch.from_numpy(missing).to(logits.device)])
             return logits, none
@@ -86,11 +88,11 @@ class CachedRows(CachedTeacher):
             self.answers.remember_size(rows, self._try_out(rows))
         return self.answers.sizes[rows]
 
-    def _see(self, inputs: Mapping[str, Any], logits: Tensor) -> None:
+    def _see(self, inputs: Mapping[str, Any], rows: int) -> None:
         """Takes the first full batch for the example that sizes are tried out on."""
-        if self._example is not None or len(logits) != self.batch_rows:
+        if self._example is not None or rows != self.batch_rows:
             return
-        self._example = dict(inputs), logits
+        self._example = dict(inputs), self._marks(inputs, rows)
         if not self._try_out(self.batch_rows):
             logger.warning(
                 "teacher_cache: on this machine a row of the teacher's answer has other last bits where its batch is "
@@ -98,14 +100,38 @@ class CachedRows(CachedTeacher):
             )
 
     def _try_out(self, rows: int) -> bool:
-        inputs, logits = self._example
+        inputs, marks = self._example
+        count = self.batch_rows
         # A generator of its own, so that the training draws what it would have drawn.
-        order = np.random.default_rng(rows).permutation(len(logits))[:rows]
-        picked = torch.from_numpy(order).to(logits.device)
-        same = torch.equal(self.frozen(_rows_of(inputs, picked, len(logits))), logits[picked])
-        if rows < len(logits) and not same:
-            logger.info("Teacher cache: batches of %d are not asked for, since they round otherwise.", rows)
-        return same
+        order = np.random.default_rng(rows).permutation(count)
+        for start in range(0, count, rows):
+            picked = torch.from_numpy(np.resize(np.roll(order, -start), rows)).to(marks.device)
+            if not torch.equal(self._marks(_rows_of(inputs, picked, count), rows), marks[:, picked]):
+                if rows < count:
+                    logger.info("Teacher cache: batches of %d are not asked for, since they round otherwise.", rows)
+                return False
+        return True
+
+    def _marks(self, inputs: Mapping[str, Any], rows: int) -> Tensor:
+        """For each layer's output and the logits, the sum of every row's bits as whole numbers: (outputs, rows)."""
+        marks: list[Tensor] = []
+
+        def mark(module: nn.Module | None, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() and len(output) == rows and output.numel():
+                bits = output.reshape(rows, -1).contiguous().view(_BITS[output.itemsize])
+                marks.append(bits.sum(-1, dtype=torch.int64))
+
+        self.frozen.prepare(inputs)
+        layers = [layer for module in self.modules for layer in module.modules() if not any(layer.children())]
+        if self.frozen.is_compiled:
+            layers = []  # a hook would compile it again
+        hooks = [layer.register_forward_hook(mark) for layer in layers]
+        try:
+            mark(None, None, self.frozen(inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(marks)
 
 
 def _rows_of(inputs: Mapping[str, Any], picked: Tensor, rows: int) -> dict[str, Any]:
