@@ -22,9 +22,10 @@ from born_again.view_keys import without_view_keys
 
 logger = logging.getLogger(__name__)
 
-# Logits of a micro-batch (items x words) from which "auto" takes the chunked form: more than one chunk of float32.
-# From there on it saves memory, for 1.05 of the plain form's time on a CPU (tests/benchmarks/chunked.py).
-CHUNKED_FROM = 2**24
+# Logits of a micro-batch (items x words) from which "auto" takes the chunked form, for 1.05 to 1.2 of the plain form's
+# time on a CPU (tests/benchmarks/chunked.py): where the plain form's three tensors of them, of student, teacher and
+# gradient, begin to be three quarters of a gibibyte in float32.
+CHUNKED_FROM = 2**26
 
 
 class ChunkedStep:
