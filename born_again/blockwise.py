@@ -293,16 +293,16 @@ def _block(
         difference = torch.sub(q, p, out=spare)
         terms = _sum_terms(hard, cross, agreement, entropy, difference, target, counted)
     if differentiable:
-        # Of the label's term w (q - 1 at the label), of the soft one at temperature 1 q - p.
-        of_q = loss.label_weight + (1 if at_one else 0)
-        if of_q not in (0, 1):
+        # The label's term has w (q - 1 at the label), the soft one at temperature 1 q - p.
+        of_q = loss.label_weight + at_one
+        if of_q != 1:
             q.mul_(of_q)
         if at_one:
             q.sub_(taught)
         if loss.label_weight:
             q.scatter_add_(-1, target, torch.full_like(target, -loss.label_weight, dtype=q.dtype))
         if loss.tempered:
-            q.copy_(soft_gradient) if not loss.label_weight else q.add_(soft_gradient)
+            q.add_(soft_gradient)
     if counted is not None:
         losses, weights = losses.where(counted, 0), weights.where(counted, 0)
         # As with classes that the teacher rules out: a CPU looks first.

@@ -14,7 +14,7 @@ from born_again.teacher_cache.cached_teacher import CachedTeacher, keys_of
 
 logger = logging.getLogger(__name__)
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as whole numbers, by the bytes of a number
 _PARTS = 16  # a batch's part that is asked for has a multiple of a sixteenth of its rows
 
 
@@ -118,7 +118,7 @@ class CachedRows(CachedTeacher):
 
         def mark(module: nn.Module | None, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() and len(output) == rows and output.numel():
-                bits = output.reshape(rows, -1).contiguous().view(_BITS[output.itemsize])
+                bits = output.reshape(rows, -1).contiguous().view(_BITS.get(output.itemsize, torch.uint8))
                 marks.append(bits.sum(-1, dtype=torch.int64))
 
         self.frozen.prepare(inputs)
