@@ -178,9 +178,8 @@ def _go_through(
     total, weight = (torch.zeros((), dtype=wide, device=student.hidden.device) for _ in range(2))
     terms = torch.zeros(len(TERMS) if watch else 0, dtype=wide, device=student.hidden.device)
     shapes = student.hidden, student.weight, student.bias
-    blank = torch.empty if len(student.hidden) else torch.zeros  # the first chunk fills it
     to_hidden, to_weight, to_bias = gradients = [
-        blank(part.shape, dtype=wide, device=part.device) if needs else None
+        torch.zeros(part.shape, dtype=wide, device=part.device) if needs else None
         for part, needs in zip(shapes, needed, strict=True)
     ]
     count = min(_chunk_rows(head) for head in (student, teacher) if head is not None)
@@ -202,23 +201,14 @@ def _go_through(
         terms += chunk_terms
         if to_hidden is not None:
             to_hidden[rows] = logits @ student.weight
-        first = rows.start == 0
         if to_weight is not None:
             if logits.dtype == wide:
-                to_weight.addmm_(logits.T, student.hidden[rows], beta=0 if first else 1)
+                to_weight.addmm_(logits.T, student.hidden[rows])
             else:
-                _collect(to_weight, logits.T @ student.hidden[rows], first)
+                to_weight += logits.T @ student.hidden[rows]
         if to_bias is not None:
-            _collect(to_bias, logits.sum(0, dtype=wide), first)
+            to_bias += logits.sum(0, dtype=wide)
     return total, weight, terms, gradients
-
-
-def _collect(sums: Tensor, part: Tensor, first: bool) -> None:
-    """Adds to what the first part replaces."""
-    if first:
-        sums.copy_(part)
-    else:
-        sums += part
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
