@@ -278,7 +278,7 @@ def _block(
     if watch or (at_one and taught is p):
         cross = _cross_entropy(p, student, q_scale, spare)
     if loss.confident:
-        weights = p_scale.top.squeeze(-1)
+        weights = p_scale.probability.squeeze(-1)
     if loss.tempered:
         soft, soft_gradient = _tempered(student, teacher, loss.temperature, spare)
         losses = losses + soft
@@ -313,15 +313,15 @@ def _block(
 
 @dataclass(frozen=True)
 class _Scale:
-    """What makes logarithms of probabilities out of logits: log p_i = logit_i - largest + log(top).
+    """What makes logarithms of probabilities out of logits: log p_i = logit_i - largest + log(probability).
 
     Args:
         largest: logit of each row, (rows, 1).
-        top: its probability, (rows, 1).
+        probability: of that logit, (rows, 1).
     """
 
     largest: Tensor
-    top: Tensor
+    probability: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, probabilities: Tensor, top: Tensor | None = None) -> _Scale:
@@ -335,7 +335,7 @@ class _Scale:
 
     def log_of(self, logits: Tensor) -> Tensor:
         """Logarithms of the probabilities of some logits (rows, any)."""
-        return logits - self.largest + self.top.log()
+        return logits - self.largest + self.probability.log()
 
 
 def _tempered(student: Tensor, teacher: Tensor, temperature: float, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,8 +379,8 @@ def _cross_entropy(p: Tensor, logits: Tensor, scale: _Scale, spare: Tensor) -> T
     So a class that the teacher rules out adds nothing. Works in `spare` (rows, classes).
     """
     products = torch.sub(logits, scale.largest, out=spare).mul_(p)
-    over = products.sum(-1)  # (rows,): up to log(top), since p sums to 1
+    over = products.sum(-1)  # (rows,): up to log(probability), since p sums to 1
     # Looking whether there are any costs a CUDA device a wait, and a CPU less than masking for nothing.
     if products.device.type != "cpu" or bool(over.isnan().any()):
         over = products.masked_fill_(p == 0, 0).sum(-1)
-    return -(over + scale.top.log().squeeze(-1))
+    return -(over + scale.probability.log().squeeze(-1))
