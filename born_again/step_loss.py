@@ -22,9 +22,9 @@ from born_again.view_keys import without_view_keys
 
 logger = logging.getLogger(__name__)
 
-# Logits of a micro-batch (items x words) from which "auto" takes the chunked form, for 1.05 to 1.2 of the plain form's
-# time on a CPU (tests/benchmarks/chunked.py): where the plain form's three tensors of them, of student, teacher and
-# gradient, begin to be three quarters of a gibibyte in float32.
+# Logits of a micro-batch (items x words) from which "auto" takes the chunked form, for 1.05 of the plain form's time
+# on a CPU in float32 (tests/benchmarks/chunked.py) and more in bf16: where the plain form's three tensors of them, of
+# student, teacher and gradient, begin to be three quarters of a gibibyte in float32.
 CHUNKED_FROM = 2**26
 
 
