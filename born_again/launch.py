@@ -136,7 +136,15 @@ def train(runner: LineageRunner, training: BornAgainTrainingArguments, task: str
 
     Returns:
         The exit status: 1 where something could not be published.
+
+    Raises:
+        ValueError: another loss_normalization than "step".
     """
+    if training.loss_normalization != "step":
+        raise ValueError(
+            f"loss_normalization: got {training.loss_normalization!r}, expected 'step', since every generation of a "
+            "lineage has the same loss of a step, generation 0 too; leave it out."
+        )
     is_main, spec = training.process_index == 0, runner.spec
     if is_main:
         first = "teacher" if spec.teacher is None else spec.teacher

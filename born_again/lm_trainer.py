@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
-from born_again.settings import check_settings
 from born_again.teacher import carries_state, logits_of
 from born_again.trainer import BornAgainTrainer
 from born_again.view_keys import without_view_keys
@@ -95,18 +94,21 @@ class BornAgainLMTrainer(BornAgainTrainer):
             begins, an arrangement of batches and processes in which a state would meet another stream's words.
     """
 
+    _labels_where = "in BornAgainLMTrainer"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.teacher is None:
-            check_settings(self, student, "in BornAgainLMTrainer")
-            self._own_the_loss(student)
         self._student_carries = carries_state(student)
         self._carried = CarriedState()
         self._resumed_from: str | None = None
         self._model_shifts_labels = self._shifts_labels
         self._shifts_labels = self._shifts_labels_of(self.train_dataset)
         self.add_callback(_EpochStart(self))
+
+    def use_loss_normalization(self, how: str) -> None:
+        """Computes the loss of a step here, whatever is asked: only so does a window know its labels and its state."""
+        super().use_loss_normalization("step")
 
     # ---- The carried state ----
 

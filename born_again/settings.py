@@ -44,8 +44,8 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
         problem = "regression"  # transformers' own reading of a single label
     if problem in ("regression", "multi_label_classification"):
         raise ValueError(
-            f"teacher: the student's config means {problem!r} by its problem_type or num_labels, expected "
-            "single-label classification or language modelling, whose classes exclude each other."
+            f"problem_type: the student's config means {problem!r} {where}, by its problem_type or num_labels; "
+            "expected single-label classification or language modelling, whose classes exclude each other."
         )
 
 

@@ -29,7 +29,7 @@ from born_again.step_loss import ChunkedStep
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher_cache.cached_teacher import CachedTeacher
 from born_again.teacher_cache.choice import with_kept_answers
-from born_again.training_args import BornAgainTrainingArguments
+from born_again.training_args import LOSS_NORMALIZATIONS, BornAgainTrainingArguments, check_choice
 from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
 
@@ -42,11 +42,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class BornAgainTrainer(ChunkedStep, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
-    Without a teacher it is Trainer. With one, every batch goes once through the wrapped student and once through the
-    frozen teacher, labels are read by the objective and not by the student, and the loss of an optimisation step is
-    sum(weight x item loss) / sum(weight) over all of its items: every accumulated micro-batch and every process. So
-    batch 8 is 2 x 4 accumulated is 2 processes x 4, for every objective. evaluate() and predict() report plain
-    cross-entropy as eval_loss, comparable with that of a training without a teacher.
+    Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
+    wrapped student and once through the frozen teacher, labels are read by the objective and not by the student, and
+    the loss of an optimisation step is sum(weight x item loss) / sum(weight) over all of its items: every accumulated
+    micro-batch and every process. So batch 8 is 2 x 4 accumulated is 2 processes x 4, for every objective. evaluate()
+    and predict() report plain cross-entropy as eval_loss, comparable with that of a training without a teacher.
 
     It serves whatever has one row of logits for each label: classification of images and sequences, of tokens (label
     -100 is ignored), and causal language models, whose labels are shifted as transformers shifts them. Networks may
@@ -77,6 +77,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         FloatingPointError: from train(), when a loss is not finite.
     """
 
+    _labels_where = "with loss_normalization 'step'"  # in refusals, where labels alone train
+
     def __init__(
         self,
         *args: Any,
@@ -99,6 +101,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             self.model.to(memory_format=self._memory_format)
         if teacher is not None:
             self._take_teacher(teacher)
+        else:
+            self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
 
     def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
         if not isinstance(self.args, BornAgainTrainingArguments):
@@ -117,6 +121,23 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
         self.teacher = with_kept_answers(frozen, self.args, self.train_dataset)
         self._own_the_loss(student)
+
+    def use_loss_normalization(self, how: str) -> None:
+        """Sets, before a training without a teacher, what its loss is divided by; with a teacher it does nothing.
+
+        Args:
+            how: "trainer" or "step", see `BornAgainTrainingArguments.loss_normalization`, in whose place it stands.
+
+        Raises:
+            ValueError: "step" with arguments or a network for which that loss has no meaning.
+        """
+        check_choice("loss_normalization", how, LOSS_NORMALIZATIONS)
+        if how == "step" and not self._owns_loss:
+            student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            check_settings(self, student, self._labels_where)
+            self._own_the_loss(student)
+        elif how == "trainer" and self.teacher is None:
+            self._owns_loss, self.loss_is_scaled_for_ga = False, type(self).loss_is_scaled_for_ga
 
     def _own_the_loss(self, student: nn.Module) -> None:
         """From here on the loss is computed here, and never by the network."""

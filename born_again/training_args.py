@@ -15,12 +15,13 @@ from born_again.teacher import PRECISIONS
 
 TEACHER_CACHES = ("off", "memory", "disk")
 LOSS_FORMS = ("auto", "plain", "chunked")
+LOSS_NORMALIZATIONS = ("trainer", "step")
 
 # What may differ between two runs of one experiment without changing a weight.
 _INDECISIVE = frozenset(
     """
     output_dir do_train do_eval do_predict resume_from_checkpoint local_rank use_cpu
-    seed objective
+    seed objective loss_normalization
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
@@ -66,6 +67,12 @@ class BornAgainTrainingArguments(TrainingArguments):
         loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some
             rows at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output
             layer alone; "auto" takes the chunked form where it can and the logits are many; the log says which.
+        loss_normalization: what a training without a teacher divides its loss by; with a teacher, in a lineage and in
+            BornAgainLMTrainer it is always "step". "trainer" leaves the loss to the network and to transformers, bit
+            for bit, which for networks that take no `num_items_in_batch` multiplies the loss by the accumulation
+            steps and eval_loss by the number of processes. "step" has the trainer compute it as for a student: the
+            mean over all items of the step, whatever the accumulation and the number of processes, and an eval_loss
+            that can be compared with a student's.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -98,6 +105,10 @@ class BornAgainTrainingArguments(TrainingArguments):
     loss_form: str = field(
         default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
     )
+    loss_normalization: str = field(
+        default="trainer",
+        metadata={"help": "Without a teacher: trainer (as transformers does) or step (as with one)."},
+    )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
@@ -118,11 +129,12 @@ class BornAgainTrainingArguments(TrainingArguments):
                 "lr_plateau_factor=0.5."
             )
         super().__post_init__()
-        _check_choice("objective", self.objective, OBJECTIVES)
-        _check_choice("permutation", self.permutation, PERMUTATIONS)
-        _check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
-        _check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
-        _check_choice("loss_form", self.loss_form, LOSS_FORMS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("permutation", self.permutation, PERMUTATIONS)
+        check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
+        check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
+        check_choice("loss_form", self.loss_form, LOSS_FORMS)
+        check_choice("loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         _check_above_zero("temperature", self.temperature, "the paper uses 1")
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
         if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
@@ -138,8 +150,8 @@ class BornAgainTrainingArguments(TrainingArguments):
         """The arguments that decide the weights and are not at their defaults, for the record of an experiment.
 
         Returns:
-            JSON-able values by name, `world_size` (number of processes) among them when it is not 1; without the seed
-            and the objective, which an experiment states for itself.
+            JSON-able values by name, `world_size` (number of processes) among them when it is not 1; without the seed,
+            the objective and the normalisation of the loss, which an experiment states for itself.
         """
         defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
         evaluation_decides = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
@@ -224,7 +236,8 @@ class BornAgainTrainingArguments(TrainingArguments):
             )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is none of the choices, naming the argument and the nearest of them."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

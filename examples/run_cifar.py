@@ -86,6 +86,7 @@ SMOKE = {
 HOUSEKEEPING = {
     "channels_last": True,
     "teacher_precision": "inference",
+    "loss_normalization": "step",
     "per_device_eval_batch_size": 256,
     "batch_eval_metrics": True,
     "save_strategy": "epoch",

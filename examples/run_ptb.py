@@ -105,6 +105,7 @@ SMOKE = {"model": "test-lstm", "dataset": "grammar", "num_train_epochs": 30.0, "
 HOUSEKEEPING = {
     "objective": "ban+l",
     "teacher_precision": "inference",
+    "loss_normalization": "step",
     "accelerator_config": {"split_batches": True},  # each process reads its own streams
     "eval_strategy": "epoch",
     "save_strategy": "epoch",

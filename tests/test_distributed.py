@@ -1,12 +1,11 @@
-"""Two processes of four against one of eight: same gradient, weights, evaluation and log, for every objective."""
+"""Two processes of four against one of eight: same gradient, weights, evaluation, log, for every objective."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from processes import found_by
-
-from born_again.objectives import OBJECTIVES
+from two_processes import CASES
 
 # Two processes, each of which loads torch anew.
 pytestmark = pytest.mark.slow
@@ -21,7 +20,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("evaluate_first", [False, True])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", CASES)
 def test_two_processes_of_four_are_one_of_eight(runs, objective, evaluate_first):
     key = f"{objective} {evaluate_first}"
     (one,), two = runs[1], runs[2]
@@ -39,5 +38,5 @@ def test_two_processes_of_four_are_one_of_eight(runs, objective, evaluate_first)
 def test_evaluating_first_changes_no_training(runs):
     for ranks in runs.values():
         for results in ranks:
-            for objective in OBJECTIVES:
+            for objective in CASES:
                 assert torch.equal(results[f"{objective} True"]["weights"], results[f"{objective} False"]["weights"])

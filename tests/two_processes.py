@@ -14,13 +14,16 @@ from processes import leave
 from born_again import BornAgainTrainer
 from born_again.objectives import OBJECTIVES
 
+CASES = ("label", *OBJECTIVES)  # the labels without a teacher
+
 
 def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, torch.Tensor]:
     """Gradient that the first of two optimizer steps saw, weights after both, and evaluations before and after."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes, taught = int(os.environ.get("WORLD_SIZE", "1")), objective != "label"
     args = arguments(
         folder,
-        objective=objective,
+        objective=objective if taught else "ban",
+        loss_normalization="step",
         max_steps=3,
         per_device_train_batch_size=8 // processes,
         per_device_eval_batch_size=8 // processes,
@@ -29,7 +32,8 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
         **({"permutation": "fixed"} if objective == "dkpp" else {}),
     )
     data = vectors(24, ignored=(3, 4, 11, 17))
-    trainer = BornAgainTrainer(Network(1), args, train_dataset=data, eval_dataset=data, teacher=Network(2))
+    teacher = Network(2) if taught else None
+    trainer = BornAgainTrainer(Network(1), args, train_dataset=data, eval_dataset=data, teacher=teacher)
     seen: dict[str, torch.Tensor] = {}
     if evaluate_first:
         seen["eval_loss_before"] = torch.tensor(trainer.evaluate()["eval_loss"])
@@ -45,16 +49,17 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     seen["wrapped"] = torch.tensor(isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel))
     seen["weights"] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     seen["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
-    seen["fit"] = torch.tensor(trainer.teacher_fit["accuracy"])
-    logged = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
-    seen["logged"] = torch.tensor([[entry["loss"], entry["kd_loss"], entry["teacher_agreement"]] for entry in logged])
+    seen["fit"] = torch.tensor(trainer.teacher_fit["accuracy"] if taught else 0.0)
+    names = ["loss", *(["kd_loss", "teacher_agreement"] if taught else [])]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    seen["logged"] = torch.tensor([[entry[name] for name in names] for entry in logged])
     return seen
 
 
 def main(folder: Path) -> None:
     results = {
         f"{objective} {evaluate_first}": first_step(folder, objective, evaluate_first)
-        for objective in OBJECTIVES
+        for objective in CASES
         for evaluate_first in (False, True)
     }
     leave(results, folder)

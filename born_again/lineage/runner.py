@@ -87,7 +87,8 @@ class LineageRunner:
         output_dir: the lineage's folder; new, empty, or of the same spec.
         build_student: makes the untrained network of a generation.
         build_trainer: from (student, teacher or None, generation) to a `BornAgainTrainer` whose output_dir is the
-            generation's `checkpoint_dir` and whose seed is the generation's.
+            generation's `checkpoint_dir` and whose seed is the generation's. Generation 0 is trained with
+            loss_normalization "step" whatever its arguments say, so that its loss counts as its students' does.
         load_teacher: from the folder of a generation to its network.
         evaluate: from a loaded network to metrics by split, {"test": {"accuracy": ...}}; None calls the trainer's
             evaluate(), whose eval_dataset may be a dict by split.
@@ -307,12 +308,16 @@ class LineageRunner:
             logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before it is kept
-            self._finish(generation, self.build_trainer(taken, None, generation))
+            trainer = self.build_trainer(taken, None, generation)
+            trainer.use_loss_normalization("step")  # its evaluation then counts as those of its students
+            self._finish(generation, trainer)
             return
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self.build_trainer(student, teacher, generation)
         record = self.manifest.record(index)
+        if generation.parent is None:
+            self._normalize_loss(trainer, record)
         keeper = KeepRecord(generation.checkpoint_dir, record["seconds"], lambda **fields: self._keep(index, **fields))
         trainer.add_callback(SaveAfterEvaluation())
         trainer.add_callback(keeper)
@@ -341,6 +346,23 @@ class LineageRunner:
         del trainer, student, teacher, keeper
         collect_memory()
 
+    def _normalize_loss(self, trainer: BornAgainTrainer, record: Mapping[str, Any]) -> None:
+        """Has generation 0 compute its loss as its students do, unless an earlier version has begun it otherwise."""
+        how = record.get("loss_normalization", "trainer")
+        trainer.use_loss_normalization(how)
+        if how == "trainer":
+            logger.info(
+                "Generation 0 of %s was begun with Trainer's normalisation of the loss (loss_normalization 'trainer') "
+                "and goes on with it; from_generation=0 would begin it again with that of its students.",
+                self.spec.name,
+            )
+        else:
+            logger.info(
+                "Generation 0 of %s has the mean over all items of a step as its loss (loss_normalization 'step'), as "
+                "its students have.",
+                self.spec.name,
+            )
+
     def _begin(self, generation: Generation) -> None:
         if self.manifest.record(generation.index) is None:
             self.manifest.update(
@@ -360,6 +382,8 @@ class LineageRunner:
             if generation.objective == EXTERNAL:
                 source = {"path_or_repo": self.spec.teacher, "revision": self.spec.teacher_revision}
                 self.manifest.update(generation.index, source=source)
+            elif generation.parent is None:
+                self.manifest.update(generation.index, loss_normalization="step")
         self._save_manifest()
 
     def _finish(self, generation: Generation, trainer: BornAgainTrainer) -> None:

@@ -276,6 +276,7 @@ _OPTIONAL: dict[str, _Rule] = {
     "hardware": (lambda value: isinstance(value, str), "a text"),
     "hub": (lambda value: value is None or _is_hub_state(value), f"{_HUB_STATE}, or null"),
     "teacher_fit": (lambda value: value is None or _is_numbers(value), "an object of numbers or null"),
+    "loss_normalization": (lambda value: value in ("trainer", "step"), "'trainer' or 'step'"),
     "parameters": (lambda value: _whole(value, 0), "a whole number of 0 or more"),
     "steps": (lambda value: _whole(value, 0), "a whole number of 0 or more"),
     "checkpoints": (

@@ -278,3 +278,44 @@ def test_a_measurement_that_is_not_finite_costs_no_generation_its_record(tmp_pat
     (record,) = json.loads((tmp_path / "out" / "lineage.json").read_text())["generations"]
     assert record["status"] == "finished"
     assert record["metrics"] == {"test": {"nll": 800.0, "perplexity": None, "tokens": 7}}
+
+
+ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1}
+
+
+def test_generation_0_has_the_normalised_loss_of_its_students(tmp_path, caplog):
+    """Batch 8 is 2 x 4 accumulated for the teacher too, which stock Trainer gives twice the loss for."""
+    for name, changes in (("accumulated", ACCUMULATED), ("whole", {})):
+        work = runner(tmp_path / name, spec=spec(generations=0), changes=changes)
+        work.build_student = lambda generation: sequence_classifier(generation.seed)  # without dropout
+        with caplog.at_level(logging.INFO):
+            assert work.run().record(0)["loss_normalization"] == "step"
+        assert "Generation 0 of tiny-words has the mean over all items of a step as its loss" in caplog.text
+    weights = [
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "gen0", dtype="float64").state_dict()
+        for name in ("accumulated", "whole")
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-9, atol=1e-11)
+
+
+def test_a_generation_0_that_an_earlier_version_began_goes_on_as_it_was_begun(tmp_path, monkeypatch, caplog):
+    begun_earlier = {"spec": spec(generations=0), "changes": ACCUMULATED}
+    with monkeypatch.context() as patch:
+        patch.setattr(LineageRunner, "_normalize_loss", lambda *_: None)
+        runner(tmp_path / "earlier", **begun_earlier).run()
+        with pytest.raises(KeyboardInterrupt):
+            runner(tmp_path / "cut", crash=Crash(0, 3), **begun_earlier).run()
+    content = json.loads((tmp_path / "cut" / "lineage.json").read_text())
+    del content["generations"][0]["loss_normalization"]
+    (tmp_path / "cut" / "lineage.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO):
+        done = runner(tmp_path / "cut", **begun_earlier).run()
+    assert "was begun with Trainer's normalisation of the loss" in caplog.text
+    assert "loss_normalization" not in done.record(0)
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "earlier")
+    runner(tmp_path / "now", **begun_earlier).run()
+    assert hashes(tmp_path / "now") != hashes(tmp_path / "earlier")
+    again = runner(tmp_path / "cut", from_generation=0, **begun_earlier).run()
+    assert again.record(0)["loss_normalization"] == "step"
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "now")

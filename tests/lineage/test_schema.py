@@ -102,6 +102,7 @@ def test_a_missing_field_is_named(tmp_path, field):
         ("teacher_fit", {"accuracy": []}, "expected an object of numbers or null"),
         ("parameters", -1, "expected a whole number of 0 or more, got -1"),
         ("steps", 1.5, "expected a whole number of 0 or more"),
+        ("loss_normalization", "mean", "expected 'trainer' or 'step', got 'mean'"),
         ("peak_memory_mib", -1, "expected a whole number of 0 or more, or null"),
     ],
 )
