@@ -21,7 +21,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
 from born_again.teacher import carries_state, logits_of
 from born_again.trainer import BornAgainTrainer
-from born_again.view_keys import without_view_keys
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         self._carried.windows += 1
-        inputs = without_view_keys(inputs)
+        inputs = self._inputs_of_student(inputs)
         if not self._student_carries:
             return model(**inputs)
         outputs = model(**inputs, state=self._carried.student)

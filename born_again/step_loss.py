@@ -71,7 +71,7 @@ class ChunkedStep:
             return f"a batch has {logits:,} logits, fewer than {CHUNKED_FROM:,}"
         few = {name: _first_row(value, len(labels)) for name, value in inputs.items()}
         with self.accelerator.autocast():
-            if not ends_in_output_layer(student, few):
+            if not ends_in_output_layer(student, self._inputs_of_student(few)):
                 return "the student's logits are not what its output layer makes of hidden states"
             if teacher is None:
                 return None

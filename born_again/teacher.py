@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from born_again.inference_form import put_in_inference_form
+from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype
 
 PRECISIONS = ("autocast", "inference", "float32")
 # Of torch.compile: they answer in memory that the next call writes over.
@@ -25,7 +25,7 @@ class FrozenTeacher:
 
     Not an nn.Module on purpose: kept by a trainer it is in no module tree, so that no train() reaches it, no optimizer
     steps it, no checkpoint stores it and no wrapper for distributed training touches it. The networks given are put in
-    eval mode and frozen where they are.
+    eval mode and frozen where they are, by `to` or at the first batch.
 
     Args:
         teachers: a network, or a sequence of networks that teach as the mean of their probabilities (the paper's
@@ -33,32 +33,26 @@ class FrozenTeacher:
 
     Attributes:
         modules: the networks that answer; in the inference form, from the first batch on, private copies.
+        inputs: what of a batch each of them reads.
         precision: see `in_form`.
 
     Raises:
         TypeError: something that is no nn.Module.
-        ValueError: an empty sequence.
+        ValueError: an empty sequence; a network whose weights are offloaded or on several devices.
     """
 
     def __init__(self, teachers: nn.Module | Sequence[nn.Module]) -> None:
-        self.modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
-        if not self.modules:
-            raise ValueError("teacher: got an empty list, expected at least one network, or None to train on labels.")
-        for module in self.modules:
-            if not isinstance(module, nn.Module):
-                raise TypeError(
-                    f"teacher: got {type(module).__name__}, expected an nn.Module or a list of them; load one with "
-                    "from_pretrained or load_generation first."
-                )
-            module.eval().requires_grad_(False)
+        self._given = _networks(teachers)
+        self.modules = list(self._given)
         self.carries_state = [carries_state(module) for module in self.modules]
-        self._accepted = [_accepted_arguments(module) for module in self.modules]
+        self.inputs = [NetworkInputs(module, "teacher") for module in self.modules]
         self.precision = PRECISIONS[0]
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
         self._memory_format: torch.memory_format | None = None
         self._compile: dict[str, Any] | None = None
         self._callable: list[Any] | None = None  # the modules, compiled or not, once they have their form
+        self._dtypes: list[torch.dtype | None] = []  # of their floating inputs, in that form
 
     def in_form(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
         """Says how the networks compute; before `to` and before the first batch.
@@ -71,11 +65,26 @@ class FrozenTeacher:
         """
         self.precision, self._dtype = precision, dtype
         if precision == "float32":
-            self.modules = [_copied(module).float() if _is_narrow(module) else module for module in self.modules]
+            self.modules = [_widened_copy(module) if _is_narrow(module) else module for module in self.modules]
+        return self
+
+    def freeze(self) -> FrozenTeacher:
+        """Puts every network in eval mode and freezes it, those given and copies of them.
+
+        Apart from the constructor, so that a teacher that is refused is left as it was.
+        """
+        for module in (*self._given, *self.modules):
+            module.eval().requires_grad_(False)
+        self._given = []  # in another form they are not needed
         return self
 
     def to(self, device: torch.device, memory_format: torch.memory_format | None = None) -> FrozenTeacher:
-        """Moves every network to a device, and its 4-d weights to a memory format where one is given."""
+        """Freezes every network and moves it to a device, and its 4-d weights to a memory format where one is given.
+
+        Raises:
+            ValueError: a network that cannot be moved there.
+        """
+        self.freeze()
         self._device, self._memory_format = device, memory_format
         if self.precision != "inference":
             for module in self.modules:
@@ -107,7 +116,14 @@ class FrozenTeacher:
         return self
 
     def _place(self, module: nn.Module) -> nn.Module:
-        module.to(device=self._device)
+        if any(tensor.device != self._device for tensor in _tensors(module)):  # not all that is there can be moved
+            try:
+                module.to(device=self._device)
+            except (NotImplementedError, ValueError) as error:
+                raise ValueError(
+                    f"teacher: {type(module).__name__} cannot be moved to {self._device} ({error}); load it there, "
+                    f"with device_map={{'': '{self._device}'}}."
+                ) from error
         return module if self._memory_format is None else module.to(memory_format=self._memory_format)
 
     def prepare(self, inputs: Mapping[str, Any]) -> list[Any]:
@@ -120,13 +136,18 @@ class FrozenTeacher:
             What is called for each network: itself, or what torch.compile made of it.
         """
         if self._callable is None:
+            self.freeze()
             if self.precision == "inference":
                 with self.own_precision():
                     self.modules = [
-                        put_in_inference_form(self._place(_copied(module)), _known(inputs, accepted), self._dtype)
-                        for module, accepted in zip(self.modules, self._accepted, strict=True)
+                        put_in_inference_form(
+                            self._place(_copied(module)),
+                            cast_floating(names.of(inputs), input_dtype(module)),
+                            self._dtype,
+                        )
+                        for module, names in zip(self.modules, self.inputs, strict=True)
                     ]
-            self._callable = self.modules
+            self._callable, self._dtypes = self.modules, [input_dtype(module) for module in self.modules]
             if self._compile is not None:
                 # Not compiled in place: a network that someone else holds must not be another for it.
                 self._callable = [torch.compile(_original(module), **self._compile) for module in self.modules]
@@ -156,7 +177,8 @@ class FrozenTeacher:
         """The logits of the teacher for one batch.
 
         Args:
-            inputs: what the student is called with; names that a network's forward does not know are left out.
+            inputs: a batch, of which each network is given what it reads (`born_again.network_inputs`), floating
+                tensors in the dtype of its weights.
 
         Returns:
             (..., classes), a floating point tensor without gradient. For several networks it is the logarithm of
@@ -183,10 +205,8 @@ class FrozenTeacher:
         """As `read_on`, with the logits of each network for itself."""
         with self.own_precision():
             outputs = [
-                self._output(called, module, _known(inputs if state is None else {**inputs, "state": state}, accepted))
-                for called, module, accepted, state in zip(
-                    self.prepare(inputs), self.modules, self._accepted, states, strict=True
-                )
+                self._output(called, index, inputs if state is None else {**inputs, "state": state})
+                for index, (called, state) in enumerate(zip(self.prepare(inputs), states, strict=True))
             ]
         after = [
             output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
@@ -195,25 +215,28 @@ class FrozenTeacher:
 
     def own_precision(self) -> AbstractContextManager:
         """What the networks, and any layer of theirs, are to be called in."""
-        if self.precision == "autocast":
+        kind = (self._device or torch.device("cpu")).type
+        if self.precision == "autocast" and not (torch.is_autocast_enabled(kind) and self._is_narrow_otherwise(kind)):
             return nullcontext()
-        return torch.autocast((self._device or torch.device("cpu")).type, enabled=False)
+        return torch.autocast(kind, enabled=False)
 
-    def _output(self, called: Any, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        if module.training:
-            module.eval()
-        output = called(**inputs)
+    def _is_narrow_otherwise(self, kind: str) -> bool:
+        """Whether weights of 16 bits are not those of autocast, beside which normalisation has no kernel."""
+        narrow = {input_dtype(module) for module in self.modules} & {torch.float16, torch.bfloat16}
+        return bool(narrow - {torch.get_autocast_dtype(kind)})
+
+    def _output(self, called: Any, index: int, inputs: Mapping[str, Any]) -> Any:
+        if self.modules[index].training:
+            self.modules[index].eval()
+        output = called(**cast_floating(self.inputs[index].of(inputs), self._dtypes[index]))
         if self._compile is not None and self._compile.get("mode") in _CUDA_GRAPH_MODES:
             output = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
         return output
 
 
 def carries_state(module: nn.Module) -> bool:
-    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next.
-
-    A network that hands its inputs on to others says in its `forward_signature` what those take.
-    """
-    return "state" in _forward_parameters(module)
+    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next."""
+    return "state" in forward_parameters(module)
 
 
 def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
@@ -258,10 +281,6 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
-def _known(inputs: Mapping[str, Any], accepted: set[str] | None) -> Mapping[str, Any]:
-    return inputs if accepted is None else {name: value for name, value in inputs.items() if name in accepted}
-
-
 def _copied(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(_original(module))
@@ -269,6 +288,17 @@ def _copied(module: nn.Module) -> nn.Module:
         raise ValueError(
             f"teacher_precision: 'inference' and 'float32' may need a copy of the teacher, and "
             f"{type(module).__name__} cannot be copied ({error}); expected 'autocast' for it."
+        ) from error
+
+
+def _widened_copy(module: nn.Module) -> nn.Module:
+    widened_copy = _copied(module)
+    try:
+        return widened_copy.float()
+    except ValueError as error:  # of transformers, for quantised weights
+        raise ValueError(
+            f"teacher_precision: got 'float32' for a teacher ({type(module).__name__}) whose weights cannot be "
+            f"widened ({error}); expected 'autocast' for it."
         ) from error
 
 
@@ -281,33 +311,19 @@ def _is_narrow(module: nn.Module) -> bool:
     return any(part.is_floating_point() and part.dtype.itemsize < 4 for part in module.state_dict().values())
 
 
-def _accepted_arguments(module: nn.Module) -> set[str] | None:
-    """Names that forward takes, or None where it takes any."""
-    parameters = _forward_parameters(module)
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return set(parameters)
-
-
-def _forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    module = _original(module)
-    signature = getattr(module, "forward_signature", None)
-    return (signature or inspect.signature(module.forward)).parameters
-
-
 def _storage(parameter: nn.Parameter) -> int:
     # Compared by memory, not by object: a view or a tied tensor of the student is a shared parameter too.
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
 def _check_same_classes(teacher: nn.Module, student: nn.Module) -> None:
-    (what, theirs), (_, ours) = _classes(teacher), _classes(student)
+    (what, theirs), (our_kind, ours) = _classes(teacher), _classes(student)
     if theirs is not None and ours is not None and theirs != ours:
         raise ValueError(
             f"teacher: has {theirs} {what}, the student {ours}; expected the same number, since the student is taught "
             "class by class. Build the student for the teacher's classes."
         )
-    if what == "labels":
+    if what == our_kind == "labels":
         their_names, our_names = teacher.config.id2label or {}, student.config.id2label or {}
         for index in sorted(set(their_names) & set(our_names)):
             if their_names[index] != our_names[index]:
@@ -318,10 +334,54 @@ def _check_same_classes(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def _classes(module: nn.Module) -> tuple[str, int | None]:
-    """What the last axis of the logits counts, and how far, as far as a transformers config tells."""
+    """What the last axis of the logits counts, and how far, as far as a network of transformers or timm tells."""
     config = getattr(module, "config", None)
     if not hasattr(config, "id2label") or not hasattr(module, "get_output_embeddings"):
-        return "classes", None
+        count = getattr(module, "num_classes", None) if hasattr(module, "get_classifier") else None  # of timm
+        return "classes", count if isinstance(count, int) else None
     if module.get_output_embeddings() is not None:
         return "words", config.get_text_config().vocab_size
     return "labels", config.num_labels
+
+
+def _networks(teachers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    modules = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+    if not modules:
+        raise ValueError("teacher: got an empty list, expected at least one network, or None to train on labels.")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"teacher: got {type(module).__name__}, expected an nn.Module or a list of them; load one with "
+                "from_pretrained or load_generation first."
+            )
+        _check_placement(module)
+    return modules
+
+
+def _check_placement(module: nn.Module) -> None:
+    """Refuses a network that is not whole on one device: it is moved to that of the training."""
+    tensors = _tensors(module)
+    away = sum(tensor.is_meta for tensor in tensors)
+    devices = sorted({str(tensor.device) for tensor in tensors if not tensor.is_meta})
+    if not away and len(devices) < 2 and not any(_offloads(part) for part in module.modules()):
+        return
+    found = f"{away} of its {len(tensors)} tensors without values in memory (device 'meta')" if away else "hooks"
+    if len(devices) > 1:
+        found = f"tensors on {', '.join(devices)}"
+    placed = getattr(module, "hf_device_map", None)
+    raise ValueError(
+        f"teacher: {type(module).__name__} is spread or offloaded by accelerate: it has {found}"
+        f"{'' if placed is None else f', and the device_map {placed}'}; expected all weights on one device, since a "
+        "teacher is moved to the device that trains. Load it without device_map and without offloading, or with "
+        "device_map={'': device} for the device of the process. Where it does not fit beside the student, load it in "
+        "bfloat16 (dtype=torch.bfloat16) or in 4 bits (quantization_config=BitsAndBytesConfig(load_in_4bit=True))."
+    )
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

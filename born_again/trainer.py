@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from born_again.base_trainer import BaseTrainer
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
+from born_again.network_inputs import NetworkInputs
 from born_again.objectives import (
     IGNORED,
     at_least_tiny,
@@ -96,13 +97,14 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
         self._owns_loss = False
+        self._kept_columns: set[str] = set()
         self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
-        if self._memory_format is not None:
-            self.model.to(memory_format=self._memory_format)
         if teacher is not None:
             self._take_teacher(teacher)
         else:
             self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
+        if self._memory_format is not None:
+            self.model.to(memory_format=self._memory_format)
 
     def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
         if not isinstance(self.args, BornAgainTrainingArguments):
@@ -115,11 +117,13 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         frozen.check_against(student)
         check_settings(self, student)
         frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
+        teacher = with_kept_answers(frozen, self.args, self.train_dataset)
+        # Nothing is refused from here on, and nothing was changed before.
         frozen.to(self.args.device, self._memory_format)
         compiler = self.accelerator.state.dynamo_plugin
         if compiler.backend != DynamoBackend.NO:
             frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
-        self.teacher = with_kept_answers(frozen, self.args, self.train_dataset)
+        self.teacher = teacher
         self._own_the_loss(student)
 
     def use_loss_normalization(self, how: str) -> None:
@@ -138,15 +142,49 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             self._own_the_loss(student)
         elif how == "trainer" and self.teacher is None:
             self._owns_loss, self.loss_is_scaled_for_ga = False, type(self).loss_is_scaled_for_ga
+            self._kept_columns, self._signature_columns = set(), None
 
     def _own_the_loss(self, student: nn.Module) -> None:
         """From here on the loss is computed here, and never by the network."""
         self._owns_loss = True
+        self._student_inputs = NetworkInputs(student, "student")
+        readers = [self._student_inputs, *([] if self.teacher is None else self.teacher.inputs)]
+        self._keep_columns({name for reader in readers for name in reader.columns})
         self._shifts_labels = self._loss_shifts_labels or predicts_next_token(student)
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
         self.label_names = self.label_names or ["labels"]
+
+    # ---- Who reads what of a batch ----
+
+    def _keep_columns(self, names: set[str]) -> None:
+        """Has Trainer keep these columns of a dataset, beside those that it keeps for the student."""
+        student = self._student_inputs
+        self._kept_columns, self._signature_columns = names, None  # which Trainer may have found before
+        self._columns_of_others = names - {*student.names}
+        if student.takes_any:
+            # It is called as Trainer would call it. Collators that pad make a mask, whether the dataset had it or not.
+            unseen = self._columns_of_others - {"attention_mask"} if self.args.remove_unused_columns else set()
+            self._columns_of_others = unseen
+
+    def _set_signature_columns_if_needed(self) -> None:
+        is_new = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if is_new:
+            self._signature_columns += sorted(self._kept_columns - {*self._signature_columns})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Trainer's, which calls the student itself where there are no labels: with what is the student's."""
+        if self._owns_loss and inputs.get(self.label_names[0]) is None:
+            inputs = self._inputs_of_student(self._prepare_inputs(inputs))
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # ---- The loss of a step ----
 
@@ -232,7 +270,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
                 f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
-                f"{tuple(student_rows.shape)}; expected as many items and classes from both."
+                f"{tuple(student_rows.shape)}; expected as many items and classes from both: build the student for "
+                f"the teacher's {teacher_rows.shape[-1]} classes."
             )
         losses, weights, *terms = (watched_items if self._watching else objective_items)(
             self.args.objective,
@@ -256,7 +295,12 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         return logits, item_weights("cwtm", *self._items(logits, labels)).sum()
 
     def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        return model(**without_view_keys(inputs))
+        return model(**self._inputs_of_student(inputs))
+
+    def _inputs_of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch without labels the student is called with: nothing that is there for the teacher alone."""
+        batch = self._student_inputs.renamed(without_view_keys(inputs))
+        return {name: value for name, value in batch.items() if name not in self._columns_of_others}
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.

@@ -26,6 +26,7 @@ LAYERS = {
     "curve": 0,
     "inference_form": 0,
     "view_keys": 0,
+    "network_inputs": 0,
     "blockwise": 1,
     "card_facts": 1,
     "objectives": 2,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from born_again.network_inputs import NetworkInputs
 from born_again.teacher import FrozenTeacher
 from born_again.teacher_cache.answers import KeptAnswers
 from born_again.view_keys import VIEW_KEYS, without_view_keys
@@ -38,6 +39,10 @@ class CachedTeacher:
     @property
     def modules(self) -> list[nn.Module]:
         return self.frozen.modules
+
+    @property
+    def inputs(self) -> list[NetworkInputs]:
+        return self.frozen.inputs
 
     @property
     def precision(self) -> str:

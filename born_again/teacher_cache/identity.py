@@ -55,7 +55,7 @@ def cache_identity(networks: Sequence[nn.Module], data: str, device: torch.devic
         **facts: whatever else, JSON-able.
     """
     teachers = [network_sha256(network) for network in networks]
-    return {"format": 2, "teachers": teachers, "data": data, **precision_of(device), **facts}
+    return {"format": 3, "teachers": teachers, "data": data, **precision_of(device), **facts}
 
 
 def identity_name(identity: Mapping[str, Any]) -> str:
