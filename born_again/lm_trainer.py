@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
-from born_again.teacher import carries_state, logits_of
+from born_again.teacher import carries_state, logits_of, takes_state_unsaid
 from born_again.trainer import BornAgainTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,13 @@ class CarriedState:
 class BornAgainLMTrainer(BornAgainTrainer):
     """BornAgainTrainer for language models, with the state of student and teacher carried from window to window.
 
-    A network whose forward takes a `state` and returns the next one is recurrent: it reads a dataset of contiguous
-    streams (`born_again.data.streams.TokenStreams`), in order and by full batches, so that row s of every batch goes
-    on with stream s. Its state is detached after every window (truncated backpropagation), kept apart from its
-    teacher's, forgotten at the start of an epoch, put aside around every evaluation, and saved in checkpoints, so that
-    a training resumed in the middle of an epoch has the weights of one that was not interrupted. Networks without a
-    state read each window on its own, from streams or from any other dataset.
+    A network with the attribute `carries_state = True` is recurrent: its forward takes a `state`, a tuple of tensors
+    (batch, ...) or None at the start of a text, and its output has the next one as `state`. It reads a dataset of
+    contiguous streams (`born_again.data.streams.TokenStreams`), in order and by full batches, so that row s of every
+    batch goes on with stream s. Its state is detached after every window (truncated backpropagation), kept apart from
+    its teacher's, forgotten at the start of an epoch, put aside around every evaluation, and saved in checkpoints, so
+    that a training resumed in the middle of an epoch has the weights of one that was not interrupted. Networks without
+    a state read each window on its own, from streams or from any other dataset.
 
     The labels of streams are the words to predict, position by position; those of other datasets are shifted as
     transformers shifts them. The loss of a step is the mean over all of its tokens, with a teacher or without, on any
@@ -104,6 +105,18 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._model_shifts_labels = self._shifts_labels
         self._shifts_labels = self._shifts_labels_of(self.train_dataset)
         self.add_callback(_EpochStart(self))
+        self._say_whose_state_is_not_carried(student)
+
+    def _say_whose_state_is_not_carried(self, student: nn.Module) -> None:
+        if not hasattr(self.train_dataset, "streams") or not self.is_world_process_zero():
+            return
+        for module in (student, *(() if self.teacher is None else self.teacher.modules)):
+            if takes_state_unsaid(module):
+                logger.warning(
+                    f"{type(module).__name__} takes a `state`, and does not say by an attribute `carries_state` that "
+                    "its output has the next one: it reads every window on its own. Where it returns the next state "
+                    "as output.state, a tuple of tensors, give its class carries_state = True."
+                )
 
     def use_loss_normalization(self, how: str) -> None:
         """Computes the loss of a step here, whatever is asked: only so does a window know its labels and its state."""

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from born_again.inference_form import put_in_inference_form
-from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype
+from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype, unwrapped
 
 PRECISIONS = ("autocast", "inference", "float32")
 # Of torch.compile: they answer in memory that the next call writes over.
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+# Of the recurrent networks here, whose code was published beside weights before it had the attribute `carries_state`.
+_CARRIES_UNSAID = ("lstm_lm", "char_cnn_lstm")
 
 
 class FrozenTeacher:
@@ -235,8 +237,22 @@ class FrozenTeacher:
 
 
 def carries_state(module: nn.Module) -> bool:
-    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next."""
-    return "state" in forward_parameters(module)
+    """Whether a network reads a text window by window: its forward takes a `state` and its output has the next.
+
+    It says so itself, by an attribute `carries_state` that is True: an argument of that name may mean anything (RWKV's
+    is a list that it writes into).
+    """
+    network = unwrapped(module)
+    says = getattr(network, "carries_state", None)
+    if says is None:
+        kind = getattr(getattr(network, "config", None), "model_type", None)
+        return kind in _CARRIES_UNSAID and "state" in forward_parameters(network)
+    return bool(says)
+
+
+def takes_state_unsaid(module: nn.Module) -> bool:
+    """Whether a network's forward takes a `state` that is not carried, since the network does not say what it is."""
+    return not carries_state(module) and "state" in forward_parameters(module)
 
 
 def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:

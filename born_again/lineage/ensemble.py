@@ -256,8 +256,13 @@ class LineageEnsemble(nn.Module):
 
     @property
     def forward_signature(self) -> inspect.Signature:
-        """What the members' forward takes; see `born_again.teacher.carries_state`."""
+        """What the members' forward takes."""
         return inspect.signature(self._like().forward)
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether the members do; see `born_again.teacher.carries_state`."""
+        return any(self._state_parts)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The first member's, without values where `sequential`; None for image classifiers."""

@@ -140,6 +140,7 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
     """
 
     main_input_name = "input_ids"
+    carries_state = True  # `state` of forward is the output's `state` of the window before: trainers hand it on
     _is_stateful = True
     stack: LstmStack
     decoder: nn.Linear
