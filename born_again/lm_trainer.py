@@ -102,8 +102,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._student_carries = carries_state(student)
         self._carried = CarriedState()
         self._resumed_from: str | None = None
-        self._model_shifts_labels = self._shifts_labels
-        self._shifts_labels = self._shifts_labels_of(self.train_dataset)
+        self._reads_streams = hasattr(self.train_dataset, "streams")
         self.add_callback(_EpochStart(self))
         self._say_whose_state_is_not_carried(student)
 
@@ -143,15 +142,15 @@ class BornAgainLMTrainer(BornAgainTrainer):
     @contextmanager
     def _another_text(self, dataset: Any) -> Iterator[None]:
         """Reads something else from its start, and afterwards goes on where the training was."""
-        kept = self._carried, self._shifts_labels
-        self._carried, self._shifts_labels = CarriedState(), self._shifts_labels_of(dataset)
+        kept = self._carried, self._reads_streams
+        self._carried, self._reads_streams = CarriedState(), hasattr(dataset, "streams")
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
             # Making an iterator over a DataLoader draws a number, and the next dropout mask would be another.
             with torch.random.fork_rng(devices):
                 yield
         finally:
-            self._carried, self._shifts_labels = kept
+            self._carried, self._reads_streams = kept
 
     def begin_epoch(self) -> None:
         """Forgets the epoch before; in an epoch that was interrupted, remembers what its checkpoint holds."""
@@ -187,8 +186,8 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     # ---- Streams ----
 
-    def _shifts_labels_of(self, dataset: Any) -> bool:
-        return self._model_shifts_labels and not hasattr(dataset, "streams")
+    def _shift(self, labels: Tensor) -> Tensor:
+        return labels if self._reads_streams else super()._shift(labels)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -1,10 +1,9 @@
-"""What a trainer that computes its own loss refuses, and how its labels stand to its logits."""
+"""What a trainer that computes its own loss refuses."""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a teacher") -> None:
@@ -16,8 +15,8 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
         where: for the messages.
 
     Raises:
-        ValueError: several GPUs for one process, smoothed labels, another loss function, several labels, or a student
-            whose classes do not exclude each other.
+        ValueError: several GPUs for one process, smoothed labels, a fused loss, another loss function, several
+            labels, or a student whose classes do not exclude each other.
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -30,6 +29,12 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
         raise ValueError(
             f"label_smoothing_factor: got {args.label_smoothing_factor} {where}, expected 0: labels are not smoothed "
             "here, and a teacher's distribution takes the place of that."
+        )
+    if args.use_liger_kernel:
+        raise ValueError(
+            f"use_liger_kernel: got True {where}, expected False: its fused loss reads the labels itself and gives no "
+            "logits; loss_form='chunked' saves the same memory. Liger's other kernels can be applied to the model "
+            "before it is handed over."
         )
     if trainer.compute_loss_func is not None:
         raise ValueError(f"compute_loss_func: got a function {where}, expected None: see `objective`.")
@@ -47,15 +52,3 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
             f"problem_type: the student's config means {problem!r} {where}, by its problem_type or num_labels; "
             "expected single-label classification or language modelling, whose classes exclude each other."
         )
-
-
-def predicts_next_token(model: nn.Module) -> bool:
-    """Whether transformers would shift this model's labels.
-
-    Trainer looks for "ForCausalLM" in the class name and so misses GPT2LMHeadModel and others of the early names,
-    whose labels transformers shifts all the same.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = {kind.__name__ for kind in type(model).__mro__}
-    causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return causal and not getattr(model.config, "is_encoder_decoder", False)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from born_again.chunked import Head, chunked_confidence, chunked_objective
+from born_again.network_loss import first_row
 from born_again.output_layer import ends_in_output_layer, output_layer, without_output_layer
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher_cache.cached_teacher import CachedTeacher
@@ -69,7 +70,7 @@ class ChunkedStep:
         logits = labels.numel() * layer.out_features
         if by_size and logits < CHUNKED_FROM:
             return f"a batch has {logits:,} logits, fewer than {CHUNKED_FROM:,}"
-        few = {name: _first_row(value, len(labels)) for name, value in inputs.items()}
+        few = {name: first_row(value, len(labels)) for name, value in inputs.items()}
         with self.accelerator.autocast():
             if not ends_in_output_layer(student, self._inputs_of_student(few)):
                 return "the student's logits are not what its output layer makes of hidden states"
@@ -91,7 +92,8 @@ class ChunkedStep:
         teacher = None if self.teacher is None else self._teacher_head(inputs, labels, teacher_hidden)
         # Called as whatever wraps it for distributed training, which follows the output layer's weight by itself.
         with without_output_layer(self._bare_student()) as layer:
-            hidden = logits_of(self._ask_student(model, inputs))
+            outputs = self._ask_student(model, inputs)
+            hidden = logits_of(outputs)
         rows, targets = self._items(hidden, labels)
         student = Head(rows, layer.weight, layer.bias)
         with self.accelerator.autocast():
@@ -108,7 +110,7 @@ class ChunkedStep:
             )
         if terms is not None:
             self._watch(terms)
-        return total, weight
+        return total + weight * self._auxiliary_loss(outputs), weight
 
     def _chunked_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's hidden states for a micro-batch, and the sum of the weights that CWTM gives its items."""
@@ -132,8 +134,3 @@ def _answering_hidden(teacher: FrozenTeacher | CachedWindows) -> AbstractContext
     if isinstance(teacher, CachedWindows):
         return teacher.answering_hidden()
     return without_output_layer(teacher.modules[0])
-
-
-def _first_row(value: Any, rows: int) -> Any:
-    """The first sample of a batch: enough to find out how a network ends."""
-    return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value

@@ -17,6 +17,7 @@ from born_again.base_trainer import BaseTrainer
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
 from born_again.network_inputs import NetworkInputs
+from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
 from born_again.objectives import (
     IGNORED,
     at_least_tiny,
@@ -25,7 +26,7 @@ from born_again.objectives import (
     watched_items,
 )
 from born_again.schedule import multi_step_schedule
-from born_again.settings import check_settings, predicts_next_token
+from born_again.settings import check_settings
 from born_again.step_loss import ChunkedStep
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher_cache.cached_teacher import CachedTeacher
@@ -50,8 +51,12 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     and predict() report plain cross-entropy as eval_loss, comparable with that of a training without a teacher.
 
     It serves whatever has one row of logits for each label: classification of images and sequences, of tokens (label
-    -100 is ignored), and causal language models, whose labels are shifted as transformers shifts them. Networks may
-    return a ModelOutput, a dict, a tuple or a tensor.
+    -100 is ignored), and language models. Networks may return a ModelOutput, a dict, a tuple or a tensor. Before the
+    first step a student that takes labels is given some once, to find out what it does with them: whether it shifts
+    them by one position, as most causal language models do; which auxiliary loss it adds, as the router's of a
+    mixture of experts, which is then added here, weighted by the items of its micro-batch (evaluate() reports the
+    cross-entropy alone). An encoder-decoder, and its teacher, read the labels shifted to the right where a batch has
+    no decoder_input_ids. A student that does more with its labels is refused.
 
     Logged beside the loss: ce_loss, kd_loss (KL from teacher to student), teacher_agreement, teacher_entropy,
     importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_terms`. They are means over
@@ -150,7 +155,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self._student_inputs = NetworkInputs(student, "student")
         readers = [self._student_inputs, *([] if self.teacher is None else self.teacher.inputs)]
         self._keep_columns({name for reader in readers for name in reader.columns})
-        self._shifts_labels = self._loss_shifts_labels or predicts_next_token(student)
+        self._network_loss: NetworkLoss | None = None  # until a batch tells
+        self._shifts_labels = self._loss_shifts_labels or declares_shift(student)
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
@@ -253,7 +259,10 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
         else:
             losses, weights = objective_items("label", student_rows, None, targets)
-        loss = self._share((losses * weights).sum(), weights.sum(), num_items_in_batch)
+        total, weight = (losses * weights).sum(), weights.sum()
+        if model.training:
+            total = total + weight * self._auxiliary_loss(outputs)
+        loss = self._share(total, weight, num_items_in_batch)
         if not return_outputs:
             return loss
         # Trainer takes the first entry of a tuple for the loss.
@@ -315,7 +324,30 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
                 "needs labels to tell which items count. Name the column with label_names, or keep it with "
                 "remove_unused_columns=False."
             )
-        return {key: value for key, value in inputs.items() if key != name}, inputs[name]
+        inputs, labels = {key: value for key, value in inputs.items() if key != name}, inputs[name]
+        if self._network_loss is None:
+            self._learn_what_labels_do(inputs, labels)
+        return {**inputs, **decoder_inputs(self._bare_student(), inputs, labels)}, labels
+
+    def _learn_what_labels_do(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Finds out on the first batch how the student's own loss, which is not computed, comes from its logits.
+
+        Raises:
+            ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost.
+        """
+        inputs, labels = self._inputs_of_student(self._prepare_inputs(inputs)), self._prepare_input(labels)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with self.accelerator.autocast():
+            self._network_loss = network_loss(
+                self._bare_student(), inputs, labels, self.label_names[0], self.model_wrapped if sharded else None
+            )
+        if self._network_loss.shifts_labels is not None:
+            self._shifts_labels = self._network_loss.shifts_labels
+
+    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
+        """What the student would have added to its loss: a mixture of experts the balance of its router."""
+        weight = self._network_loss.auxiliary_weight
+        return weight * outputs["aux_loss"] if weight else 0.0
 
     def _shift(self, labels: Tensor) -> Tensor:
         """Aligns labels with logits: in causal language models position i predicts token i + 1, the last nothing."""

@@ -41,6 +41,7 @@ LAYERS = {
     "settings": 3,
     "base_trainer": 3,
     "fit": 3,
+    "network_loss": 4,
     "output_layer": 4,
     "training_args": 4,
     "teacher_cache": 5,
