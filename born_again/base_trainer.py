@@ -13,7 +13,24 @@ from transformers import Trainer
 
 from born_again.allocator import keep_freed_memory
 
+_NO_LSTM = "LSTM forward propagation primitive"  # oneDNN's words for a dtype that it has no LSTM in
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@contextmanager
+def explaining_errors(trainer: Trainer) -> Iterator[None]:
+    """Says below oneDNN's error which argument it comes from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_LSTM in str(error) and not getattr(error, "__notes__", None):
+            name = trainer.accelerator.mixed_precision
+            error.add_note(
+                f"{name}: got True, expected False for a network with a torch.nn.LSTM, which this machine cannot "
+                f"compute in {name}; give {name}=False, or have the network call its LSTM with float32 inputs inside "
+                f"torch.autocast({trainer.args.device.type!r}, enabled=False)."
+            )
+        raise
 
 
 class BaseTrainer(Trainer):
@@ -28,11 +45,13 @@ class BaseTrainer(Trainer):
         """
         state = self.model.__dict__
         if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super().evaluation_loop(*args, **kwargs)
+            with explaining_errors(self):
+                return super().evaluation_loop(*args, **kwargs)
         names = ("_is_accelerate_prepared", "_original_forward", "forward")
         before, wrapped = {name: state[name] for name in names if name in state}, self.model_wrapped
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            with explaining_errors(self):
+                return super().evaluation_loop(*args, **kwargs)
         finally:
             for name in names:
                 state.pop(name, None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import nn
 
 from born_again.hub import HubError
 from born_again.lineage.machine import how_it_computes
@@ -126,13 +127,16 @@ def of_generation(training: BornAgainTrainingArguments, generation: Generation) 
     return own
 
 
-def train(runner: LineageRunner, training: BornAgainTrainingArguments, task: str) -> int:
+def train(
+    runner: LineageRunner, training: BornAgainTrainingArguments, task: str, network: nn.Module | None = None
+) -> int:
     """Runs a lineage, printing what it is and what came of it.
 
     Args:
         runner: of the lineage.
         training: of all generations.
         task: the model and its data, for the first line.
+        network: see `how_it_computes`.
 
     Returns:
         The exit status: 1 where something could not be published.
@@ -151,7 +155,7 @@ def train(runner: LineageRunner, training: BornAgainTrainingArguments, task: str
         print(
             f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, into {training.output_dir}"
         )
-        print(f"Computed in {how_it_computes(training)}")
+        print(f"Computed in {how_it_computes(training, network)}")
         if runner.is_finished():
             print("Every generation is trained already; nothing is left to do.")
     manifest = runner.run()

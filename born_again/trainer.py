@@ -13,7 +13,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from born_again.base_trainer import BaseTrainer
+from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
 from born_again.network_inputs import NetworkInputs
@@ -410,6 +410,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
         self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(explaining_errors(self))
             if isinstance(self.teacher, CachedTeacher):
                 stack.enter_context(emitting_view_keys(self.train_dataset))
                 stack.callback(self.teacher.close)

@@ -222,11 +222,15 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
+    runner = build_runner(spec, data, training, lineage)
+    with torch.device("meta"):
+        network = create_language_model(spec.model, vocabulary_of(data.tokenizer), **spec.model_args)
     status = train(
-        build_runner(spec, data, training, lineage),
+        runner,
         training,
         f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
         f"{len(data.test):,} tokens, {len(data.tokenizer):,} words)",
+        network,
     )
     if training.process_index == 0 and data.entropy_per_word is not None:
         print(

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DynamoBackend
+from torch import nn
+
+from born_again.models.lstm_precision import computes_lstm
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -21,19 +24,26 @@ _PACKAGES = ("born-again", "torch", "transformers", "accelerate", "timm", "datas
 
 
 def has_fast_bf16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16."""
+    """Whether this machine multiplies matrices in bfloat16, and oneDNN may use it (ONEDNN_MAX_CPU_ISA)."""
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def how_it_computes(args: TrainingArguments) -> str:
+def how_it_computes(args: TrainingArguments, network: nn.Module | None = None) -> str:
     """The choices of a training that bear on speed and on the last digits, and the machine, in one line.
 
     Args:
         args: those of transformers, or of born_again with channels_last and teacher_precision.
+        network: what is trained, for what this machine computes otherwise in it; on any device.
     """
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "fp32"
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    if network is not None and any(isinstance(part, nn.LSTM) for part in network.modules()):
+        if not computes_lstm(args.device, dtype, grad=True):
+            precision += f" (LSTMs in fp32: this machine has none in {precision[:4]})"
     layout = "channels_last" if getattr(args, "channels_last", False) else "contiguous"
     compiler = "not compiled"
     if args.torch_compile:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from born_again.models.language_configs import IN_PACKAGE, CharCnnLstmConfig, LstmLMConfig
+from born_again.models.lstm_precision import asked_dtype, computes_lstm, lstm
 
 State = tuple[Tensor, ...]
 
@@ -61,6 +62,9 @@ class LockedDropout(nn.Module):
 class LstmLayer(nn.LSTM):
     """One LSTM layer whose recurrent weights may be dropped while training.
 
+    Where the machine has no LSTM in the dtype that autocast or the weights ask for, it computes in float32; what it
+    returns has that dtype.
+
     Args:
         inputs: units below.
         units: of the layer.
@@ -82,11 +86,13 @@ class LstmLayer(nn.LSTM):
             (batch, time, units), and the state after the last step.
         """
         state = tuple(part.unsqueeze(0) for part in state)  # (1, batch, units)
-        if self.training and self.dropconnect > 0:
-            # nn.LSTM keeps its own list of weights, so a dropped copy cannot be put in its place.
-            recurrent = F.dropout(self.weight_hh_l0, self.dropconnect)
+        dropconnect = self.training and self.dropconnect > 0
+        in_float32 = not computes_lstm(x.device, asked_dtype(x), torch.is_grad_enabled())
+        if dropconnect or in_float32:
+            # nn.LSTM keeps its own list of weights, so other ones cannot be put in their place.
+            recurrent = F.dropout(self.weight_hh_l0, self.dropconnect) if dropconnect else self.weight_hh_l0
             weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]
-            out, h, c = torch.lstm(x, state, weights, True, 1, 0.0, True, False, True)
+            out, h, c = lstm(x, state, weights, self.training, in_float32)
         else:
             out, (h, c) = super().forward(x, state)
         return out, (h.squeeze(0), c.squeeze(0))

@@ -32,8 +32,8 @@ SPELLED = {"test-lstm": "lstm_lm", "char-cnn-lstm": "char_cnn_lstm"}
 FILES = {
     "test_densenet_cifar": {"densenet_cifar.py", "modeling_densenet_cifar.py"},
     "test_wide_resnet_cifar": {"wide_resnet_cifar.py", "modeling_wide_resnet_cifar.py"},
-    "test-lstm": {"lstm_lm.py", "language_configs.py"},
-    "char-cnn-lstm": {"char_cnn_lstm.py", "lstm_lm.py", "language_configs.py"},
+    "test-lstm": {"lstm_lm.py", "lstm_precision.py", "language_configs.py"},
+    "char-cnn-lstm": {"char_cnn_lstm.py", "lstm_lm.py", "lstm_precision.py", "language_configs.py"},
 }
 COMMIT = "0123456789" * 4
 

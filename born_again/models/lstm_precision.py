@@ -1,0 +1,90 @@
+"""Where a machine cannot compute an LSTM in the dtype that is asked for, and how it is computed there.
+
+oneDNN has no LSTM in bfloat16 for a CPU without AVX-512, and none in float16 for most CPUs: under autocast torch
+raises at the first call, and for weights of that dtype it takes a slow kernel that rounds after every step. Such an
+LSTM is computed in float32, and its results are rounded to the dtype that was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def asked_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what a layer makes of x: autocast's where it is on, else that of x, which the weights have too."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def computes_lstm(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
+    """Whether this machine has an LSTM in a dtype; tried once in a process.
+
+    Args:
+        device: of inputs and weights.
+        dtype: that is asked for, by autocast or by the weights.
+        grad: whether there is a backward too.
+    """
+    if dtype in _WIDE or device.type == "meta" or torch.compiler.is_exporting():
+        return True  # torch.export takes an LSTM apart
+    return _tried(device, dtype, grad)
+
+
+# A compiler takes the result for a constant, and does not look inside.
+@torch.compiler.assume_constant_result
+def _tried(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
+    return _try(device, dtype, grad)
+
+
+@functools.cache
+def _try(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
+    def compute() -> bool:
+        x, h, c = (torch.zeros(1, 1, 1, device=device) for _ in range(3))
+        weights = [torch.zeros(shape, device=device, requires_grad=grad) for shape in ((4, 1), (4, 1), (4,), (4,))]
+        try:
+            with torch.set_grad_enabled(grad), torch.autocast(device.type, dtype):
+                out = torch.lstm(x, (h, c), weights, True, 1, 0.0, grad, False, True)[0]
+            if grad:
+                out.sum().backward()
+        except RuntimeError:
+            return False
+        return True
+
+    # In a thread of its own: the modes of the caller's (autocast, fake tensors, a default device) stay outside.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(compute).result()
+
+
+# Compiled, torch.lstm would be unrolled step by step; a compiler leaves nn.LSTM alone, too.
+@torch.compiler.disable
+def lstm(
+    x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], training: bool, in_float32: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.lstm of one layer.
+
+    Args:
+        x: (batch, time, inputs) of any float dtype.
+        state: hidden and cell state, each (1, batch, units), of the dtype of x.
+        weights: weight_ih, weight_hh, bias_ih, bias_hh.
+        training: as torch.lstm's `train`.
+        in_float32: whether to compute so whatever is asked for, and to round the results to what is.
+
+    Returns:
+        (batch, time, units), and hidden and cell state after the last step, each (1, batch, units).
+    """
+    if not in_float32:
+        return torch.lstm(x, tuple(state), list(weights), True, 1, 0.0, training, False, True)
+    asked = asked_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = [part.float() for part in weights]
+        state = tuple(part.float() for part in state)
+        results = torch.lstm(x.float(), state, wide, True, 1, 0.0, training, False, True)
+    return tuple(part.to(asked) for part in results)
