@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from born_again.inference_form import put_in_inference_form
 from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype, unwrapped
+from born_again.pixels import Preprocessing, TeacherPixels
 
 PRECISIONS = ("autocast", "inference", "float32")
 # Of torch.compile: they answer in memory that the next call writes over.
@@ -48,13 +49,14 @@ class FrozenTeacher:
         self.modules = list(self._given)
         self.carries_state = [carries_state(module) for module in self.modules]
         self.inputs = [NetworkInputs(module, "teacher") for module in self.modules]
+        self._pixels = [TeacherPixels() for _ in self.modules]
         self.precision = PRECISIONS[0]
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
         self._memory_format: torch.memory_format | None = None
         self._compile: dict[str, Any] | None = None
         self._callable: list[Any] | None = None  # the modules, compiled or not, once they have their form
-        self._dtypes: list[torch.dtype | None] = []  # of their floating inputs, in that form
+        self._dtypes: list[torch.dtype | None] = [None] * len(self.modules)  # of their floating inputs, in that form
 
     def in_form(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
         """Says how the networks compute; before `to` and before the first batch.
@@ -80,6 +82,33 @@ class FrozenTeacher:
         self._given = []  # in another form they are not needed
         return self
 
+    def give_own_pixels(
+        self, given: Preprocessing | None, processors: Any, say: Callable[[str], None]
+    ) -> FrozenTeacher:
+        """Has every network given the pixel values it was trained on, where they and the student's are known.
+
+        Args:
+            given: of the student's pixel values, see `born_again.pixels`.
+            processors: the image processor of the teacher, or a list with one for each network; None or anything else
+                leaves it to what each network says.
+            say: is handed what a user must know, once.
+
+        Raises:
+            ValueError: another number of channels; a list of another length.
+        """
+        if not isinstance(processors, list | tuple):
+            processors = [processors] * len(self.modules)
+        if len(processors) != len(self.modules):
+            raise ValueError(
+                f"teacher_processing_class: got a list of {len(processors)} for {len(self.modules)} teachers, "
+                "expected one for each, in their order."
+            )
+        self._pixels = [
+            TeacherPixels(module, given, processor, say)
+            for module, processor in zip(self.modules, processors, strict=True)
+        ]
+        return self
+
     def to(self, device: torch.device, memory_format: torch.memory_format | None = None) -> FrozenTeacher:
         """Freezes every network and moves it to a device, and its 4-d weights to a memory format where one is given.
 
@@ -102,7 +131,9 @@ class FrozenTeacher:
     def facts(self) -> dict[str, Any]:
         """What decides its answers beside weights and inputs, JSON-able."""
         options = None if self._compile is None else {name: str(value) for name, value in self._compile.items()}
-        return {"precision": self.precision, "dtype": str(self._dtype), "compile": options}
+        facts = {"precision": self.precision, "dtype": str(self._dtype), "compile": options}
+        changes = [pixels.facts for pixels in self._pixels]
+        return {**facts, "pixels": changes} if any(changes) else facts
 
     @property
     def is_compiled(self) -> bool:
@@ -141,19 +172,18 @@ class FrozenTeacher:
             self.freeze()
             if self.precision == "inference":
                 with self.own_precision():
-                    self.modules = [
-                        put_in_inference_form(
-                            self._place(_copied(module)),
-                            cast_floating(names.of(inputs), input_dtype(module)),
-                            self._dtype,
-                        )
-                        for module, names in zip(self.modules, self.inputs, strict=True)
-                    ]
+                    self.modules = [self._in_inference_form(index, inputs) for index in range(len(self.modules))]
             self._callable, self._dtypes = self.modules, [input_dtype(module) for module in self.modules]
             if self._compile is not None:
                 # Not compiled in place: a network that someone else holds must not be another for it.
                 self._callable = [torch.compile(_original(module), **self._compile) for module in self.modules]
         return self._callable
+
+    def _in_inference_form(self, index: int, inputs: Mapping[str, Any]) -> nn.Module:
+        network = self._place(_copied(self.modules[index]))
+        arguments = cast_floating(self.inputs[index].of(self._pixels[index](inputs)), input_dtype(network))
+        with self._pixels[index].naming_sizes(inputs):
+            return put_in_inference_form(network, arguments, self._dtype)
 
     def check_against(self, student: nn.Module) -> None:
         """Refuses a teacher that cannot teach this student.
@@ -230,7 +260,9 @@ class FrozenTeacher:
     def _output(self, called: Any, index: int, inputs: Mapping[str, Any]) -> Any:
         if self.modules[index].training:
             self.modules[index].eval()
-        output = called(**cast_floating(self.inputs[index].of(inputs), self._dtypes[index]))
+        arguments = cast_floating(self.inputs[index].of(self._pixels[index](inputs)), self._dtypes[index])
+        with self._pixels[index].naming_sizes(inputs):
+            output = called(**arguments)
         if self._compile is not None and self._compile.get("mode") in _CUDA_GRAPH_MODES:
             output = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from born_again.objectives import (
     objective_items,
     watched_items,
 )
+from born_again.pixels import preprocessing_of_training, wrong_config
 from born_again.schedule import multi_step_schedule
 from born_again.settings import check_settings
 from born_again.step_loss import ChunkedStep
@@ -34,6 +36,8 @@ from born_again.teacher_cache.choice import with_kept_answers
 from born_again.training_args import LOSS_NORMALIZATIONS, BornAgainTrainingArguments, check_choice
 from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import check_same_words
+
+logger = logging.getLogger(__name__)
 
 FIT_SAMPLES = 2048
 WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
@@ -69,7 +73,9 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
             put in eval mode, frozen, moved to the training device, and never saved.
         teacher_processing_class: the teacher's tokenizer; its words are compared with those of processing_class where
-            both are given.
+            both are given. Or its image processor, or a list with one for each teacher: where it normalises images
+            otherwise than the student's are, the teacher is given its own pixel values (see `born_again.pixels`).
+            Networks around timm say that in their config, without it.
         **kwargs: those of transformers.Trainer.
 
     Attributes:
@@ -97,6 +103,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             check_same_words(teacher_processing_class, self.processing_class)
         self.teacher: FrozenTeacher | CachedTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
+        self._teacher_processing_class = teacher_processing_class
         self._terms: dict[str, Tensor] | None = None
         self._watching = True
         self._guard = DivergenceGuard()
@@ -120,6 +127,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         frozen = FrozenTeacher(teacher)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         frozen.check_against(student)
+        given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
+        frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
         check_settings(self, student)
         frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         teacher = with_kept_answers(frozen, self.args, self.train_dataset)
@@ -148,6 +157,10 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         elif how == "trainer" and self.teacher is None:
             self._owns_loss, self.loss_is_scaled_for_ga = False, type(self).loss_is_scaled_for_ga
             self._kept_columns, self._signature_columns = set(), None
+
+    def _warn(self, text: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(text)
 
     def _own_the_loss(self, student: nn.Module) -> None:
         """From here on the loss is computed here, and never by the network."""
@@ -409,6 +422,9 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
         self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
+            self._warn(warning)
         with contextlib.ExitStack() as stack:
             stack.enter_context(explaining_errors(self))
             if isinstance(self.teacher, CachedTeacher):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction
 
 from born_again.metrics import classification_metrics, language_model_metrics
+from born_again.pixels import Renormalization, preprocessing_of_dataset, preprocessing_of_network, renormalized
 from born_again.teacher import carries_state
 
 _NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -30,7 +31,8 @@ def evaluate_classifier(
 
     Args:
         model: called with the batch without its labels, returns an object with logits (batch, classes).
-        dataset: of the split, not augmented.
+        dataset: of the split, not augmented. Where its mean and std and those of the model are known and differ, the
+            model is given its own pixel values.
         collate: turns what the dataset gives for a batch into a dict of tensors with "labels".
         batch_size: rows at once; changes no value but the last digits.
         device: where it is computed.
@@ -40,9 +42,13 @@ def evaluate_classifier(
     """
     model = model.to(device, memory_format=torch.channels_last).eval()
     metrics = classification_metrics()
+    given, own = preprocessing_of_dataset(dataset), preprocessing_of_network(model)
+    is_known = given is not None and own is not None and own.is_certain
+    change = Renormalization.between(given, own) if is_known else None
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         labels = batch.pop("labels")
-        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        inputs = renormalized({name: value.to(device) for name, value in batch.items()}, change)
+        logits = model(**inputs).logits
         metrics(EvalPrediction(predictions=logits, label_ids=labels.to(device)), compute_result=False)
     return metrics.compute()
 
