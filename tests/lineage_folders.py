@@ -22,7 +22,8 @@ def network(kind: str, seed: int, **changes) -> torch.nn.Module:
     torch.manual_seed(seed)
     if kind == "image":
         labels = changes.get("labels", LABELS)
-        model = create_image_classifier("test_wide_resnet_cifar", labels, [0.5] * 3, [0.25] * 3)
+        statistics = changes.get("statistics", ([0.5] * 3, [0.25] * 3))
+        model = create_image_classifier("test_wide_resnet_cifar", labels, *statistics)
         with torch.no_grad():
             model.timm_model.get_classifier().weight.normal_(std=2.0)
         return model.eval()

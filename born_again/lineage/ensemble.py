@@ -28,9 +28,11 @@ from born_again.lineage.members import (
     check_alike,
     checked_folder,
     chosen_generations,
+    own_pixels,
     read_ensemble,
 )
 from born_again.model_card import ensemble_card
+from born_again.pixels import renormalized
 from born_again.teacher import logits_of, mean_log_probabilities, widened
 
 _GENERATION_FOLDER = re.compile("gen[0-9]+")
@@ -58,6 +60,9 @@ class LineageEnsemble(nn.Module):
     Made by `from_lineage` or `from_pretrained`. It is frozen and always in eval mode; it can be measured as a
     generation is, and can teach: BornAgainTrainer(teacher=ensemble). Language models that carry a state each carry
     their own.
+
+    Image classifiers trained with another mean and std than the first member, such as a teacher trained elsewhere, are
+    given their own pixel values: those that the ensemble is called with are the first member's, as its config says.
 
     Args:
         output_dir: the lineage's folder, which holds the members' folders; None for members that name a repository.
@@ -95,6 +100,7 @@ class LineageEnsemble(nn.Module):
         for other in facts[1:]:
             check_alike(facts[0], other)
         self._state_parts = [fact.state_parts for fact in facts]
+        self._own_pixels = [own_pixels(facts[0], fact) for fact in facts]
         self.eval()
 
     @classmethod
@@ -236,8 +242,12 @@ class LineageEnsemble(nn.Module):
                     f"{name}: got one, expected the inputs alone; an ensemble returns logits (and a state) by name, "
                     "from which a loss can be computed."
                 )
-        given = () if first is None else (first,)
-        answers = [self._ask(index, given, inputs, own) for index, own in enumerate(self._split(state))]
+        if first is not None:
+            name = self._like().main_input_name
+            if name in inputs:
+                raise TypeError(f"{name}: got it twice, by its place and by its name; expected it once.")
+            inputs[name] = first
+        answers = [self._ask(index, inputs, own) for index, own in enumerate(self._split(state))]
         logits = [own for own, _ in answers]
         if self.average == "probabilities":
             mean = mean_log_probabilities(logits)
@@ -268,18 +278,24 @@ class LineageEnsemble(nn.Module):
         """The first member's, without values where `sequential`; None for image classifiers."""
         return self._like().get_output_embeddings()
 
+    def extra_repr(self) -> str:
+        """What decides its logits beside the members in memory, for a teacher cache to tell ensembles apart by."""
+        members = ", ".join(member.weights_sha256[:12] for member in self.members)
+        return f"average={self.average!r}, members=[{members}], own_pixels={self._own_pixels}"
+
     def _like(self) -> nn.Module:
         return (self._skeleton or self.networks)[0]
 
     def _ask(
-        self, index: int, given: tuple[Tensor, ...], inputs: Mapping[str, Any], state: tuple[Tensor, ...] | None
+        self, index: int, inputs: Mapping[str, Any], state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A function of its own, so that a member read for it is freed before the next one is."""
         if self.sequential:
             network = self._load(checked_folder(self.output_dir, self.members[index]))
         else:
             network = self.networks[index]
-        output = network(*given, **inputs, **({} if state is None else {"state": state}))
+        inputs = renormalized(inputs, self._own_pixels[index])
+        output = network(**inputs, **({} if state is None else {"state": state}))
         return logits_of(output), tuple(output.state) if self._state_parts[index] else ()
 
     def _split(self, state: Sequence[Tensor] | None) -> list[tuple[Tensor, ...] | None]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
+from born_again.pixels import Preprocessing, Renormalization, preprocessing_of_network
 from born_again.teacher import carries_state
 from born_again.vocabulary import check_same_words
 
@@ -61,6 +62,7 @@ class Facts:
         classes: names of the labels by index, or how many words.
         tokenizer: where its tokenizer.json would be.
         state_parts: how many tensors its state has, 0 without.
+        preprocessing: of the images it was trained on, None where it says nothing.
     """
 
     generation: int
@@ -68,19 +70,39 @@ class Facts:
     classes: Mapping[int, str] | int
     tokenizer: Path
     state_parts: int
+    preprocessing: Preprocessing | None = None
 
     @classmethod
     def of(cls, network: nn.Module, folder: Path, generation: int) -> Facts:
         """Looks at a network that `load_generation` gave; one that carries a state is asked for one word."""
         tokenizer = folder / "tokenizer.json"
         if network.main_input_name == "pixel_values":
-            return cls(generation, "an image classifier", dict(network.config.id2label), tokenizer, 0)
+            labels = dict(network.config.id2label)
+            own = preprocessing_of_network(network)
+            return cls(generation, "an image classifier", labels, tokenizer, 0, own)
         words = network.config.get_text_config().vocab_size
         if not carries_state(network):
             return cls(generation, "a language model without a state", words, tokenizer, 0)
         with torch.no_grad():
             after = network(torch.zeros(1, 1, dtype=torch.int64)).state
         return cls(generation, "a language model that carries a state", words, tokenizer, len(after))
+
+
+def own_pixels(first: Facts, other: Facts) -> Renormalization | None:
+    """What makes the pixel values of one member those of another; None where they are the same, or not known.
+
+    Raises:
+        LineageError: images with another number of channels.
+    """
+    if first.preprocessing is None or other.preprocessing is None:
+        return None
+    try:
+        return Renormalization.between(first.preprocessing, other.preprocessing)
+    except ValueError as error:
+        raise LineageError(
+            f"members: generations {first.generation} and {other.generation} take images of other numbers of channels "
+            f"({error}); choose members trained on the same data."
+        ) from error
 
 
 def check_alike(first: Facts, other: Facts) -> None:
