@@ -40,6 +40,7 @@ from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
 from born_again.model_card import image_classifier_card
 from born_again.models.image_classifier import check_architecture, load_image_classifier, save_image_classifier
+from born_again.pixels import check_image_size
 
 
 @dataclass
@@ -146,6 +147,16 @@ def build_runner(
     """The three factories, and how a generation is saved, measured and described."""
     test = images_to_measure(data.test, data.mean, data.std)
 
+    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+        # A network trained elsewhere has other statistics than the data, which its config tells.
+        own = model.config.pretrained_cfg or {}
+        images = images_to_measure(data.test, own.get("mean") or data.mean, own.get("std") or data.std)
+        return {
+            "test": evaluate_classifier(
+                model, images, collate_batch, training.per_device_eval_batch_size, training.device
+            )
+        }
+
     def build_student(generation: Generation) -> nn.Module:
         return create_image_classifier(spec.model, data.label_names, data.mean, data.std, **spec.model_args)
 
@@ -164,7 +175,10 @@ def build_runner(
         )
 
     def take_teacher() -> nn.Module:
-        return load_image_classifier(spec.teacher, spec.teacher_revision)
+        teacher = load_image_classifier(spec.teacher, spec.teacher_revision)
+        height, width = data.test.pixels.shape[1:3]
+        check_image_size(teacher, (height, width))
+        return teacher
 
     return LineageRunner(
         spec,
@@ -172,11 +186,7 @@ def build_runner(
         build_student=build_student,
         build_trainer=build_trainer,
         load_teacher=load_image_classifier,
-        evaluate=lambda model: {
-            "test": evaluate_classifier(
-                model, test, collate_batch, training.per_device_eval_batch_size, training.device
-            )
-        },
+        evaluate=evaluate,
         save_student=save_image_classifier,
         write_card=image_classifier_card,
         data=data.fingerprint,

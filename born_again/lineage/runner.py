@@ -43,6 +43,7 @@ from born_again.lineage.tidying import (
     remove_what_served,
     tidy,
 )
+from born_again.pixels import check_prepared_as
 from born_again.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class LineageRunner:
 
     Raises:
         LineageError: the folder holds something else, another experiment, other data, or changed weights.
-        ValueError: a from_generation that is none; a teacher in the spec without take_teacher, or the reverse.
+        ValueError: a from_generation that is none; a teacher in the spec without take_teacher, or the reverse; from
+            run(), a teacher that would be measured by the trainer on images prepared otherwise than its own.
     """
 
     def __init__(
@@ -309,6 +311,8 @@ class LineageRunner:
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before it is kept
             trainer = self.build_trainer(taken, None, generation)
+            if self.evaluate is None:
+                check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
             trainer.use_loss_normalization("step")  # its evaluation then counts as those of its students
             self._finish(generation, trainer)
             return

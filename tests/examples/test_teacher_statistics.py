@@ -1,0 +1,109 @@
+"""A lineage of a teacher that was trained elsewhere, with another mean and std than the data's."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import arguments
+from transformers import set_seed
+
+from born_again import BornAgainTrainer, LineageEnsemble, create_image_classifier
+from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
+from born_again.data.images import load_images
+from born_again.lineage.evaluation import evaluate_classifier
+from born_again.lineage.remeasure import images_to_measure, remeasure
+from born_again.models.image_classifier import load_image_classifier, save_image_classifier
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
+THEIRS = (0.5, 0.5, 0.5), (0.12, 0.6, 0.1)  # of the digits: 0.31 and 0.34
+TINY = ["--smoke", "--dataset", "digits", "--disable_tqdm", "True"]
+
+
+def start(*words):
+    spec = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["run_cifar"] = script  # dataclasses look their annotations up there
+    spec.loader.exec_module(script)
+    return script.start([*TINY, *map(str, words)])
+
+
+def teacher(folder, epochs, rows=None):
+    """A network trained with other statistics, saved in a folder."""
+    data = load_images("digits", max_train_samples=rows)
+    set_seed(5)
+    network = create_image_classifier("test_wide_resnet_cifar", data.label_names, *THEIRS)
+    BornAgainTrainer(
+        network,
+        arguments(
+            folder / "training",
+            max_steps=-1,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=64,
+            optim_args="momentum=0.9",
+            learning_rate=0.1,
+            lr_scheduler_type="cosine",
+            remove_unused_columns=False,
+        ),
+        data_collator=collate_batch,
+        train_dataset=ImageDataset(data.train, *THEIRS, augment=True, flip=False, seed=1),
+        callbacks=[EpochCallback()],
+    ).train()
+    save_image_classifier(network, folder / "teacher")
+    return folder / "teacher"
+
+
+def own_metrics(folder, rows):
+    """As its user would measure it."""
+    data = load_images("digits", max_eval_samples=rows)
+    return evaluate_classifier(load_image_classifier(folder), images_to_measure(data.test, *THEIRS), collate_batch)
+
+
+def test_it_is_recorded_and_teaches_as_it_is(tmp_path, caplog):
+    folder, out = teacher(tmp_path, 1, 512), tmp_path / "out"
+    limits = ["--max_train_samples", 128, "--max_eval_samples", 64]
+    start(*limits, "--num_train_epochs", 1, "--generations", 1, "--output_dir", out, "--teacher", folder)
+    first, student = json.loads((out / "lineage.json").read_text())["generations"]
+    own = own_metrics(folder, 64)
+    assert first["metrics"]["test"] == own
+    data = load_images("digits", max_train_samples=128)
+    saved = json.loads((out / "gen0" / "config.json").read_text())["pretrained_cfg"]
+    assert (tuple(saved["mean"]), tuple(saved["std"])) == THEIRS
+    taught = json.loads((out / "gen1" / "config.json").read_text())["pretrained_cfg"]
+    assert taught["mean"] == list(data.mean) and taught["std"] == list(data.std)
+    said = [record.getMessage() for record in caplog.records if "renormalised" in record.getMessage()]
+    assert len(said) == 1 and "mean (0.5, 0.5, 0.5), std (0.12, 0.6, 0.1)" in said[0]
+    for generation, record in (("gen0", first), ("gen1", student)):
+        assert remeasure(out / generation)["agrees"] is True
+        assert remeasure(out / generation)["splits"]["test"]["nll"]["recorded"] == record["metrics"]["test"]["nll"]
+
+
+def test_a_teacher_of_another_size_is_refused_before_anything_is_kept(tmp_path):
+    data = load_images("digits", max_train_samples=128)
+    network = create_image_classifier("test_wide_resnet_cifar", data.label_names, *THEIRS)
+    network.config.pretrained_cfg["input_size"] = [3, 64, 64]
+    save_image_classifier(network, tmp_path / "teacher")
+    words = ["--generations", 1, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "teacher"]
+    with pytest.raises(ValueError, match="teacher: was trained on images of 64x64 pixels .* data are 32x32"):
+        start(*words)
+    assert not (tmp_path / "out" / "gen0").exists()
+
+
+@pytest.mark.slow
+def test_its_students_learn_and_answer_beside_it(tmp_path):
+    torch.set_num_threads(2)
+    folder, out = teacher(tmp_path, 12), tmp_path / "out"
+    words = ["--max_train_samples", 1438, "--max_eval_samples", 297, "--per_device_train_batch_size", 64]
+    words += ["--num_train_epochs", 12, "--lr_milestones", 0.8, "--generations", 1]
+    start(*words, "--output_dir", out, "--teacher", folder)
+    first, student = json.loads((out / "lineage.json").read_text())["generations"]
+    assert first["metrics"]["test"]["accuracy"] == own_metrics(folder, 297)["accuracy"] > 0.95
+    assert student["teacher_fit"]["accuracy"] > 0.95 and student["metrics"]["test"]["accuracy"] > 0.9
+    together = LineageEnsemble.from_lineage(out, "all")
+    test, mean, std = (getattr(load_images("digits"), name) for name in ("test", "mean", "std"))
+    accuracy = evaluate_classifier(together, images_to_measure(test, mean, std), collate_batch)["accuracy"]
+    together.save_pretrained(out / "everyone")
+    measured = remeasure(out / "everyone")["splits"]["test"]["accuracy"]["measured"]
+    assert measured == pytest.approx(accuracy, abs=0.004) and accuracy > 0.95
