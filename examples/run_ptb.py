@@ -32,7 +32,12 @@ from born_again.lineage.remeasure import texts_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.model_card import language_model_card
-from born_again.models.language_models import check_language_model, create_language_model, load_language_model
+from born_again.models.language_models import (
+    check_language_model,
+    create_language_model,
+    is_recurrent,
+    load_language_model,
+)
 from born_again.teacher import carries_state
 from born_again.vocabulary import check_same_words
 
@@ -123,7 +128,7 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     """The values that suit what was asked, under those that were asked."""
     values = {"model": "lstm-small", "dataset": "ptb", **(SMOKE if asked.smoke else {})}
     model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
-    own = RECIPES.get(model, LSTM if "lstm" in model else TRANSFORMER)
+    own = RECIPES[model] if model in RECIPES else LSTM if is_recurrent(model) else TRANSFORMER
     values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not asked.fp16}
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
     # Streams in which validation is read: fewer where the training has fewer.
@@ -166,6 +171,10 @@ def build_runner(
     # Made before anything is written, since arguments may not fit the model, or a text be too short.
     with torch.device("meta"):
         carries = carries_state(create_language_model(spec.model, words, **spec.model_args))
+    if not carries:
+        data.tokenizer.model_max_length = (
+            window  # of which nothing longer was ever read; it is saved beside the weights
+        )
     train = streams(data.train, training.per_device_train_batch_size, window)
     validation = streams(data.validation, eval_batch, window)
     measured = texts_to_measure(data, carries, window, eval_batch)
@@ -201,12 +210,22 @@ def build_runner(
             split: evaluate_language_model(model, text, training.device) for split, text in measured.items()
         },
         write_card=language_model_card,
-        data=data.fingerprint,
+        data={**data.fingerprint, "coverage": data.coverage},
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
         publisher=publishing(spec, lineage, training),
     )
+
+
+def coverage_shown(data: TextData) -> str:
+    """For the first line: what the vocabulary does not cover, and what of it is not trained on."""
+    shares = {
+        what: " + ".join(f"{100 * own[kind]:.2f}" for own in data.coverage.values())
+        for kind, what in (("unknown", "unknown"), ("untrained", "known but not in what is trained on"))
+        if any(own[kind] for own in data.coverage.values())
+    }
+    return "".join(f"; {what} {share} % of tokens" for what, share in shares.items()) or "; none unknown"
 
 
 def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
@@ -229,7 +248,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         runner,
         training,
         f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
-        f"{len(data.test):,} tokens, {len(data.tokenizer):,} words)",
+        f"{len(data.test):,} tokens, {len(data.tokenizer):,} words{coverage_shown(data)})",
         network,
     )
     if training.process_index == 0 and data.entropy_per_word is not None:

@@ -6,6 +6,7 @@ Treebank. Nothing is lowercased or normalised.
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from born_again.data.coverage import token_coverage, warn, warn_of_marked_lines, warn_of_unknown_words
 from born_again.data.grammar import EOS, grammar_corpus, grammar_entropy
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ class TextData:
             it is not known.
         fingerprint: JSON-able, the same for the same data: tokens by split, vocabulary (number of words), sha256 of
             the words and the ids of all splits, and entropy_per_word (rounded to 6 decimals) where it is known.
+        coverage: for each split the fractions of its tokens that are "unknown" and "untrained", see
+            `born_again.data.coverage.token_coverage`.
     """
 
     train: torch.Tensor
@@ -54,6 +60,7 @@ class TextData:
     tokenizer: PreTrainedTokenizerFast
     entropy_per_word: float | None
     fingerprint: dict[str, Any]
+    coverage: dict[str, dict[str, float]]
 
 
 def load_text(
@@ -68,7 +75,8 @@ def load_text(
 
     The vocabulary is that of the whole training split, whatever the limits, so that a limit does not change the model:
     by falling count, then by first appearance, `<eos>` included. A word that only the other splits have is read as
-    `<unk>` where the training split holds that word, as Penn Treebank's does. A blank line gives `<eos>` alone; the
+    `<unk>` where the training split holds that word, as Penn Treebank's does; where these are many it is warned of. A
+    blank line gives `<eos>` alone; the
     newline that ends a file or a row begins no line. A literal `<eos>` in the text is that word too.
 
     Args:
@@ -111,10 +119,14 @@ def load_text(
                 f"{UNK} for rare words in all splits"
             )
         tokens[split] = torch.tensor(numbers[: limits[split]])
+    kept = {split: text[: limits[split]] for split, text in texts.items()}
+    warn_of_unknown_words(str(dataset), kept, ids)
+    warn_of_marked_lines(str(dataset), lines["train"])
     sizes = {split: len(text) for split, text in texts.items()} | {"vocabulary": len(words)}
     differing = {part: size for part, size in sizes.items() if size != _PTB_SIZES[part]}
     if is_ptb and differing and max_train_samples is None and max_eval_samples is None:
-        logger.warning(
+        warn(
+            logger,
             "--dataset %r is Penn Treebank by its name, but has %s where Mikolov's preparation has %s (tokens of a "
             "split, words of the vocabulary): perplexities cannot be compared with published ones.",
             *(str(dataset), differing, {part: _PTB_SIZES[part] for part in differing}),
@@ -127,7 +139,13 @@ def load_text(
     }
     if entropy is not None:
         fingerprint["entropy_per_word"] = round(entropy, 6)
-    return TextData(**tokens, tokenizer=word_tokenizer(words), entropy_per_word=entropy, fingerprint=fingerprint)
+    return TextData(
+        **tokens,
+        tokenizer=word_tokenizer(words),
+        entropy_per_word=entropy,
+        fingerprint=fingerprint,
+        coverage=token_coverage(kept, ids, tokens),
+    )
 
 
 def _digest(words: list[str], tokens: dict[str, torch.Tensor]) -> str:
@@ -143,6 +161,12 @@ def _digest(words: list[str], tokens: dict[str, torch.Tensor]) -> str:
 def _read_lines(dataset: str | Path, text_column: str | None, revision: str | None) -> tuple[Lines, bool]:
     """Lines of each split, and whether this is Penn Treebank by its name."""
     name = str(dataset)
+    if name in (EMBEDDED, *SHORTCUTS) and not isinstance(dataset, Path) and os.path.isdir(name):
+        warn(
+            logger,
+            "--dataset %r is %s, and not the folder of that name here, which is --dataset %r.",
+            *(name, "embedded" if name == EMBEDDED else f"{SHORTCUTS[name]} on the Hub", f"./{name}"),
+        )
     if dataset == EMBEDDED:
         _refuse(name, "is embedded", text_column=text_column, revision=revision)
         return grammar_corpus(), False
@@ -267,10 +291,10 @@ def _read_tables(name: str, source: str, text_column: str | None, revision: str 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words between white space; word i has the id i.
 
-    Nothing is added to a text: `decode(encode("the cat"))` is "the cat", and the `<eos>` of a line is put where the
-    ids of a corpus are made. `<unk>` and `<eos>` in a text are words like others. A word that is not in `words` is
-    `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding: tell the two apart by
-    the attention mask, which DataCollatorForLanguageModeling does not do.
+    A newline is `<eos>`, so that the text of a file has the ids that `load_text` gives it, and nothing else is added:
+    `decode(encode("the cat"))` is "the cat". `<unk>` and `<eos>` in a text are words like others. A word that is not
+    in `words` is `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding: tell
+    the two apart by the attention mask, which DataCollatorForLanguageModeling does not do.
 
     Args:
         words: all different, without white space, `<eos>` among them.
@@ -285,6 +309,8 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         raise ValueError(f"words {wrong}; expected different words, {EOS!r} among them: pass those of a corpus")
     unknown = {"unk_token": UNK} if UNK in vocabulary else {}
     tokenizer = Tokenizer(WordLevel(vocabulary, **unknown))
+    # Python's str.split, by which the ids of a corpus are made, splits at four more characters than WhitespaceSplit.
+    tokenizer.normalizer = Normalizers([Replace("\n", f" {EOS} "), Replace(Regex("[\x1c-\x1f]"), " ")])
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -97,7 +97,7 @@ class LineageRunner:
             save_pretrained.
         write_card: from (manifest content, generation index, curve=name of the training curve's picture or None) to
             the text of the generation's README.md; None writes neither card nor picture.
-        data: fingerprint of the data, compared when the lineage goes on.
+        data: fingerprint of the data, compared when the lineage goes on but for "coverage", which follows from it.
         keep_checkpoints: keeps the checkpoints of finished generations.
         take_teacher: gives the network trained elsewhere that the spec names as teacher; it is saved and measured as
             generation 0, and not trained.
@@ -278,8 +278,8 @@ class LineageRunner:
                     f"output_dir: {folder} holds a lineage of another experiment ({'; '.join(differences)}); give the "
                     "same arguments to go on with it, or another output_dir."
                 )
-            if manifest.content["data"] != data:
-                known = manifest.content["data"]
+            known, data = _compared(manifest.content["data"]), _compared(data)
+            if known != data:
                 changed = sorted(key for key in {*data, *known} if data.get(key) != known.get(key))
                 raise LineageError(
                     f"output_dir: the data is not what the lineage in {folder} was trained on (other "
@@ -441,6 +441,11 @@ class LineageRunner:
         if self._processes.is_main_process:
             self.manifest.save()
         self._processes.wait_for_everyone()
+
+
+def _compared(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a fingerprint tells data apart; the rest is recorded for people, and was not always there."""
+    return {name: value for name, value in data.items() if name != "coverage"}
 
 
 def _may_stay(path: Path) -> bool:

@@ -161,6 +161,15 @@ def check_language_model(name: str, window: int = 1) -> None:
         )
 
 
+def is_recurrent(name: str) -> bool:
+    """Whether a model that `create_language_model` knows by name, or from a folder or the Hub, is one of our LSTMs.
+
+    Raises:
+        ValueError: as `create_language_model`.
+    """
+    return issubclass(_configuration(name)[0], LstmLMConfig | CharCnnLstmConfig)
+
+
 def _configuration(name: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
     """The kind of configuration and its values, as far as they are not those of the words."""
     if name in CONFIGURATIONS:

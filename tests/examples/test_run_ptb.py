@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from born_again.data.grammar import grammar_corpus, grammar_entropy, sample_grammar
 from born_again.data.text import load_text
 from born_again.lineage.machine import has_fast_bf16
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.runner import Generation
+from born_again.models.language_configs import LstmLMConfig
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_ptb.py"
 EVALUATED = 600
@@ -128,6 +129,35 @@ def test_the_same_command_says_that_all_is_done_and_changes_no_file(lineage, scr
     assert "Every generation is trained already; nothing is left to do." in printed
     assert table(printed) == table(first.stdout)
     assert everything(folder) == before
+
+
+def test_unknown_tokens_are_printed_and_recorded_and_old_lineages_without_them_go_on(
+    lineage, script, tmp_path, capsys
+):
+    folder, first = lineage
+    coverage = json.loads((folder / "lineage.json").read_text())["data"]["coverage"]
+    assert coverage.keys() == {"train", "validation", "test"}
+    assert all(own["unknown"] == 0 for own in coverage.values())
+    shown = " + ".join(f"{100 * own['untrained']:.2f}" for own in coverage.values())
+    assert f"151 words; known but not in what is trained on {shown} % of tokens)" in first.stdout.splitlines()[0]
+    shutil.copytree(folder, tmp_path / "old")
+    path = tmp_path / "old" / "lineage.json"
+    content = json.loads(path.read_text())
+    del content["data"]["coverage"]
+    path.write_text(json.dumps(content))
+    script.start([*TINY, "--generations", "1", "--output_dir", str(tmp_path / "old")])
+    assert "nothing is left to do" in capsys.readouterr().out
+    content["data"]["tokens"]["test"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(LineageError, match=r"not what the lineage .* was trained on \(other tokens\)"):
+        script.start([*TINY, "--generations", "1", "--output_dir", str(tmp_path / "old")])
+
+
+def test_the_tokenizer_of_a_generation_reads_the_text_as_it_was_trained_on(lineage):
+    text = "".join(f"{line}\n" for line in grammar_corpus()["test"])
+    for generation in ("gen0", "gen1"):
+        tokenizer = AutoTokenizer.from_pretrained(lineage[0] / generation)
+        assert tokenizer.encode(text) == load_text("grammar").test.tolist()
 
 
 @pytest.mark.slow
@@ -330,6 +360,19 @@ def test_recipe_of_a_transformer(script):
     assert (training.max_grad_norm, training.lr_plateau_factor) == (1.0, None)
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 100)
     assert (training.per_device_train_batch_size, training.num_train_epochs) == (16, 20.0)
+
+
+def test_recipe_and_length_follow_the_network_and_not_the_name_of_its_folder(script, tmp_path):
+    GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=64).save_pretrained(tmp_path / "better-than-lstm")
+    LstmLMConfig(hidden_size=8).save_pretrained(tmp_path / "mine")
+    data = ["--dataset", "grammar", "--output_dir", str(tmp_path / "o")]
+    for name, optim, window, length in (("better-than-lstm", "adamw_torch", 32, 32), ("mine", "sgd", 35, 10**9)):
+        words = ["--model", str(tmp_path / name), *data, *(["--window", "32"] if window == 32 else [])]
+        lineage, training = parsed(script, *words)
+        assert (training.optim, lineage.window) == (optim, window)
+        corpus = load_text("grammar")
+        script.build_runner(script.lineage_spec(lineage, training), corpus, training, lineage)
+        assert corpus.tokenizer.model_max_length == length
 
 
 def test_flags_win_over_the_recipe(script):
