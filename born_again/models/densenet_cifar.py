@@ -5,7 +5,7 @@ Neural Networks` (Furlanello et al., ICML 2018, arXiv 1805.04770) the sizes. The
 that it can travel beside the weights.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript reads no annotation that is text.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,15 +41,20 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContex
     return nullcontext(), _frozen_statistics(module)
 
 
-def _recomputed(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Runs `module` without keeping its activations; backward runs it a second time.
+def _concatenated(module: nn.Module, *features: Tensor) -> Tensor:
+    return module(features[0] if len(features) == 1 else torch.cat(features, 1))
+
+
+def _recomputed(module: nn.Module, *features: Tensor) -> Tensor:
+    """Runs `module` on concatenated features without keeping its activations; backward runs it a second time.
 
     The second run must not move the running statistics of BatchNorm again, else a network trained with gradient
     checkpointing would differ from one trained without. A compiler sees one run only, and takes no context function.
     """
+    run = partial(_concatenated, module)
     if torch.compiler.is_compiling():
-        return checkpoint(module, *inputs, use_reentrant=False)
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=partial(_contexts, module))
+        return checkpoint(run, *features, use_reentrant=False)
+    return checkpoint(run, *features, use_reentrant=False, context_fn=partial(_contexts, module))
 
 
 class DenseLayer(nn.Module):
@@ -64,9 +69,8 @@ class DenseLayer(nn.Module):
         self.norm2 = BatchNormAct2d(bottleneck, **dd)
         self.conv2 = nn.Conv2d(bottleneck, growth_rate, 3, padding=1, bias=False, **dd)
 
-    def forward(self, *features: Tensor) -> Tensor:
-        """Maps feature maps of (batch, any channels, height, width) to the new (batch, growth_rate, height, width)."""
-        x = features[0] if len(features) == 1 else torch.cat(features, 1)  # (b, in_chans, h, w)
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, in_chans, height, width) to the new (batch, growth_rate, height, width)."""
         x = self.conv1(self.norm1(x))  # (b, 4k, h, w)
         return self.conv2(self.norm2(x))  # (b, k, h, w)
 
@@ -82,7 +86,7 @@ class DenseBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, in_chans, height, width) to (batch, in_chans + depth * growth_rate, height, width)."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
             # The concatenation happens inside the recomputed part, so that what is kept grows linearly with depth.
             features = [x]
             for layer in self:
@@ -207,14 +211,15 @@ class DenseNetCifar(nn.Module):
         if isinstance(self.head.fc, nn.Linear):
             nn.init.zeros_(self.head.fc.bias)
 
-    def _trunk(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, module) for name, module in self.named_children() if name != "head")
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Maps images (batch, in_chans, height, width) to features (batch, num_features, height // 4, width // 4)."""
-        for _, module in self._trunk():
-            x = module(x)
-        return x
+        x = self.stem(x)  # (b, 2k, h, w)
+        x = self.transition1(self.block1(x))  # (b, any channels, h // 2, w // 2)
+        x = self.transition2(self.block2(x))  # (b, any channels, h // 4, w // 4)
+        x = self.block3(x)
+        if hasattr(self, "transition3"):
+            x = self.transition3(x)
+        return self.norm(x)  # (b, num_features, h // 4, w // 4)
 
     def forward_intermediates(
         self,
@@ -246,7 +251,9 @@ class DenseNetCifar(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         taps = [info["module"] for info in self.feature_info]
         intermediates = []
-        for name, module in self._trunk():
+        for name, module in self.named_children():
+            if name == "head":
+                break
             x = module(x)
             if name in taps and taps.index(name) in take:
                 intermediates.append(x)

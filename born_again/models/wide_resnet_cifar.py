@@ -5,7 +5,7 @@ Networks` (Furlanello et al., ICML 2018, arXiv 1805.04770) the sizes. The file n
 can travel beside the weights.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript reads no annotation that is text.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -109,9 +109,11 @@ class BlockGroup(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, in_chans, height, width) to (batch, out_chans, height // stride, width // stride)."""
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self:
-            x = _recomputed(block, x) if recompute else block(x)
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+                x = _recomputed(block, x)
+            else:
+                x = block(x)
         return x
 
 
@@ -208,14 +210,11 @@ class WideResNetCifar(nn.Module):
         if isinstance(self.head.fc, nn.Linear):
             nn.init.zeros_(self.head.fc.bias)
 
-    def _trunk(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, module) for name, module in self.named_children() if name != "head")
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Maps images (batch, in_chans, height, width) to features (batch, num_features, height // 4, width // 4)."""
-        for _, module in self._trunk():
-            x = module(x)
-        return x
+        x = self.stem(x)  # (b, base_width, h, w)
+        x = self.group3(self.group2(self.group1(x)))  # (b, num_features, h // 4, w // 4)
+        return self.norm(x)
 
     def forward_intermediates(
         self,
@@ -247,7 +246,9 @@ class WideResNetCifar(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         taps = [info["module"] for info in self.feature_info]
         intermediates = []
-        for name, module in self._trunk():
+        for name, module in self.named_children():
+            if name == "head":
+                break
             x = module(x)
             if name in taps and taps.index(name) in take:
                 intermediates.append(x)

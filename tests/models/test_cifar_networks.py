@@ -285,6 +285,40 @@ def test_compile_and_export(name):
     torch.testing.assert_close(exported.module()(x[:3]), network(x[:3]))
 
 
+LARGE = [name for name in (*DENSENETS, *WIDE_RESNETS) if name not in (*TINY, "wide_resnet16_1_cifar")]
+
+
+@pytest.mark.parametrize(
+    "name", [*TINY, "wide_resnet16_1_cifar", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+)
+def test_torchscript(name, tmp_path):
+    network, x = timm.create_model(name).eval(), _images(2)
+    expected = network(x)
+    scripted = torch.jit.script(network)
+    assert torch.equal(scripted(x), expected)
+    scripted.save(tmp_path / "network.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "network.pt")(x), expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_torchscript_of_every_form_of_a_network(name):
+    x = _images()
+    headless = timm.create_model(name, num_classes=0, global_pool="", drop_rate=0.2).eval()
+    assert torch.equal(torch.jit.script(headless)(x), headless(x))
+    extractor = timm.create_model(name, features_only=True).eval()
+    maps = torch.jit.script(extractor)(x)
+    assert len(maps) == 3 and all(torch.equal(a, b) for a, b in zip(maps, extractor(x), strict=True))
+    network = timm.create_model(name).train()
+    network.set_grad_checkpointing()  # which a script leaves out
+    twin = torch.jit.script(copy.deepcopy(network))
+    for each in (network, twin):
+        each(x).square().sum().backward()
+    gradients = {key: parameter.grad for key, parameter in twin.named_parameters()}
+    for key, parameter in network.named_parameters():
+        torch.testing.assert_close(gradients[key], parameter.grad)
+    assert all(torch.equal(value, network.get_buffer(key)) for key, value in twin.named_buffers())
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_channels_last_and_bf16_go_through_the_whole_network(name):
     network = timm.create_model(name).to(memory_format=torch.channels_last)
