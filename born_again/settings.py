@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -52,3 +53,30 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
             f"problem_type: the student's config means {problem!r} {where}, by its problem_type or num_labels; "
             "expected single-label classification or language modelling, whose classes exclude each other."
         )
+
+
+def narrow_weights(student: nn.Module) -> str | None:
+    """What to say of trained weights narrower than float32, as a student has them by its teacher's config.
+
+    An optimizer adds to a weight updates that are hundreds of times smaller, which such weights round away.
+
+    Args:
+        student: as it is trained.
+
+    Returns:
+        A warning, or None where every trained weight has 32 bits or more.
+    """
+    narrow = [
+        (name, parameter.dtype)
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype.itemsize < 4
+    ]
+    if not narrow:
+        return None
+    name, dtype = narrow[0]
+    return (
+        f"{len(narrow)} trained parameters of the student, {name} the first, are {dtype}: updates smaller than about "
+        f"{torch.finfo(dtype).eps / 2:.1g} of a weight are rounded away, and the student learns less, without an "
+        "error. Build it with dtype=torch.float32, as in from_config(teacher.config, dtype=torch.float32), since a "
+        "config brings the dtype of the weights it was saved with; bf16=True computes in bfloat16 all the same."
+    )

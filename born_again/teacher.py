@@ -295,7 +295,16 @@ def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (..., classes), float32 or wider: the logarithm of the mean, whose softmax is the mean.
+
+    Raises:
+        ValueError: logits of different shapes.
     """
+    shapes = [tuple(part.shape) for part in logits]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"logits: got shapes {', '.join(map(str, shapes))} from networks whose probabilities are averaged; "
+            "expected as many items and classes from each, trained on the same classes."
+        )
     log_probabilities = torch.stack([widened(part).log_softmax(-1) for part in logits])  # (networks, ..., classes)
     return log_probabilities.logsumexp(0) - math.log(len(logits))  # (..., classes)
 

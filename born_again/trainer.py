@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
 from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
-from born_again.network_inputs import NetworkInputs
+from born_again.network_inputs import NetworkInputs, unwrapped
 from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
 from born_again.objectives import (
     IGNORED,
@@ -28,7 +28,7 @@ from born_again.objectives import (
 )
 from born_again.pixels import preprocessing_of_training, wrong_config
 from born_again.schedule import multi_step_schedule
-from born_again.settings import check_settings
+from born_again.settings import check_settings, narrow_weights
 from born_again.step_loss import ChunkedStep
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher_cache.cached_teacher import CachedTeacher
@@ -169,7 +169,10 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         readers = [self._student_inputs, *([] if self.teacher is None else self.teacher.inputs)]
         self._keep_columns({name for reader in readers for name in reader.columns})
         self._network_loss: NetworkLoss | None = None  # until a batch tells
-        self._shifts_labels = self._loss_shifts_labels or declares_shift(student)
+        # Of a student that is none of transformers its teachers tell, whose logits its own are compared with.
+        is_known = isinstance(unwrapped(student), PreTrainedModel) or self.teacher is None
+        known = [student] if is_known else self.teacher.modules
+        self._shifts_labels = self._loss_shifts_labels or any(map(declares_shift, known))
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
@@ -425,6 +428,10 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
             self._warn(warning)
+        # Of narrow weights FSDP and DeepSpeed train a copy in float32.
+        if self._owns_loss and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            if (warning := narrow_weights(student)) is not None:
+                self._warn(warning)
         with contextlib.ExitStack() as stack:
             stack.enter_context(explaining_errors(self))
             if isinstance(self.teacher, CachedTeacher):

@@ -5,9 +5,10 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import CLASSES, Network, arguments
+from helpers import CLASSES, Network, arguments, language_model, sentences
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -355,6 +356,31 @@ def test_class_counts_that_no_config_tells_are_compared_at_the_first_step(tmp_pa
         trainer.train()
 
 
+def test_teachers_with_different_classes_are_refused_at_the_first_batch():
+    teacher = FrozenTeacher([Convolutions(), Convolutions(classes=3)])
+    with pytest.raises(ValueError, match=r"logits: got shapes \(2, 4\), \(2, 3\) from networks whose probabilities"):
+        teacher({"image": torch.zeros(2, 3, 8, 8)})
+
+
+def test_a_plain_language_model_is_taught_as_its_teacher_reads(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids):
+            return self.inner(input_ids=ids).logits
+
+    weights = []
+    for wrap in (Plain, lambda network: network):
+        student, teacher = language_model(1), language_model(2)
+        args = arguments(tmp_path, objective="ban+l")
+        data = [{name: value for name, value in row.items() if name != "attention_mask"} for row in sentences("next")]
+        BornAgainTrainer(wrap(student), args, train_dataset=data, teacher=teacher).train()
+        weights.append(student.lm_head.weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_what_a_network_is_called_with():
     ids, mask, x = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 5)
     cases = [
@@ -441,6 +467,34 @@ def test_inputs_are_cast_only_where_they_are_floating():
     assert [value.dtype for value in cast.values()] == [torch.bfloat16, torch.int64, torch.bool]
     assert all(a is b for a, b in zip(cast_floating(batch, None).values(), batch.values(), strict=True))
     assert cast_floating(batch, torch.float32)["pixel_values"] is batch["pixel_values"]
+
+
+def test_narrow_weights_that_are_trained_are_warned_of_once(tmp_path, caplog):
+    def warnings(student, **options):
+        caplog.clear()
+        args = arguments(tmp_path, max_steps=2, **options.pop("changes", {}))
+        trainer = BornAgainTrainer(student, args, train_dataset=pairs(), **options)
+        trainer.train()
+        return [record.message for record in caplog.records if "trained parameters" in record.message]
+
+    teacher = bert(2).to(torch.bfloat16)
+    config = copy.deepcopy(teacher.config)
+    config.dtype = torch.bfloat16  # as from_pretrained leaves it
+    student = AutoModelForSequenceClassification.from_config(config)
+    (message,) = warnings(student, teacher=teacher)
+    assert message.startswith(f"{len(list(student.parameters()))} trained parameters of the student, bert.embeddings.")
+    assert "are torch.bfloat16: updates smaller than about 0.004 of a weight" in message
+    assert "from_config(teacher.config, dtype=torch.float32)" in message
+    (message,) = warnings(bert().to(torch.bfloat16), changes={"loss_normalization": "step"})
+    # What the message advises, and what needs none: float32 weights, narrow ones that are frozen, and no teacher.
+    config.dtype = torch.bfloat16
+    student = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert not warnings(student, teacher=teacher, changes={"bf16": True})
+    student = bert(1)
+    student.bert.embeddings.to(torch.bfloat16).requires_grad_(False)
+    assert not warnings(student, teacher=bert(2), changes={"bf16": True})
+    assert not warnings(bert(1).to(torch.bfloat16))
 
 
 # ---- Placement, and checks before changes ----

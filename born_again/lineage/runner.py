@@ -304,18 +304,19 @@ class LineageRunner:
             parent=index - 1 if index else None,
             checkpoint_dir=self.output_dir / CHECKPOINTS_NAME / f"gen{index}",
         )
-        self._begin(generation)
         set_seed(generation.seed)
         if generation.objective == EXTERNAL:
             logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
-            FrozenTeacher(taken).check_against(self.build_student(generation))  # before it is kept
+            FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
+            self._begin(generation)
             trainer = self.build_trainer(taken, None, generation)
             if self.evaluate is None:
                 check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
             trainer.use_loss_normalization("step")  # its evaluation then counts as those of its students
             self._finish(generation, trainer)
             return
+        self._begin(generation)
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self.build_trainer(student, teacher, generation)

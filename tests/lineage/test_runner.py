@@ -160,11 +160,12 @@ def test_a_network_trained_elsewhere_is_the_teacher(finished, tmp_path):
 
 
 def test_a_network_trained_elsewhere_that_cannot_teach_is_not_kept(tmp_path):
-    other = sequence_classifier(1)
+    other = sequence_classifier(1).train()
     other.config.id2label = {index: f"other {index}" for index in other.config.id2label}
     with pytest.raises(ValueError, match="teacher: .*other 0"):
         runner(tmp_path / "out", spec=spec(teacher="elsewhere"), take_teacher=lambda: other).run()
-    assert not (tmp_path / "out" / "gen0").exists()
+    assert not {"gen0", "lineage.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert other.training and all(parameter.requires_grad for parameter in other.parameters())
     with pytest.raises(ValueError, match="take_teacher: got None and a spec with teacher 'elsewhere'"):
         runner(tmp_path / "out", spec=spec(teacher="elsewhere"))
 
