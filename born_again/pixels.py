@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from born_again.network_inputs import unwrapped
+
 _PIXELS = "pixel_values"
 _REVERSED = [2, 1, 0]
 # Below what rounding of statistics to six decimals does; processors compute in float32.
@@ -140,6 +142,7 @@ def preprocessing_of_network(network: nn.Module) -> Preprocessing | None:
     which is certain where it was read from a repository or a folder or was set by hand, and is timm's default for
     that architecture otherwise; another network in the preprocessor_config.json of the folder it was loaded from.
     """
+    network = unwrapped(network)
     config = getattr(network, "config", None)
     saved = getattr(config, "pretrained_cfg", None)
     if isinstance(saved, Mapping):
@@ -343,7 +346,7 @@ class TeacherPixels:
 
     def __call__(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The inputs with the teacher's own pixel values."""
-        if self._own is not None and self._own.size is not None:
+        if self._own is not None and self._own.size is not None and self._sized_as is None:
             self._look_at_size(inputs)
         return renormalized(inputs, self.change)
 
@@ -371,24 +374,30 @@ class TeacherPixels:
 
     def _look_at_size(self, inputs: Mapping[str, Any]) -> None:
         name = pixels_name(inputs)
-        if name is None or self._sized_as is not None:
+        if name is None:
             return
         self._sized_as = tuple(inputs[name].shape[-2:])
         if self._sized_as not in (self._own.size, *self._own.other_sizes):
             self._say(_size_message(name, inputs[name], self._own.size, "which it was not trained on"))
 
 
-def check_image_size(network: nn.Module, size: tuple[int, int]) -> None:
-    """Refuses a network that says it was trained on images of another size.
+def check_image_shape(network: nn.Module, channels: int, size: tuple[int, int]) -> None:
+    """Refuses a network that says it was trained on images of another size or number of channels.
 
     Args:
         network: an image classifier.
-        size: height and width of the images that it would be given.
+        channels: of the images that it would be given.
+        size: their height and width.
 
     Raises:
-        ValueError: with both sizes.
+        ValueError: with both sizes or numbers.
     """
     own = preprocessing_of_network(network)
+    if own is not None and len(own.mean) != channels:
+        raise ValueError(
+            f"teacher: takes images of {len(own.mean)} channels, its config has {own}, and those of the data have "
+            f"{channels}; expected as many, take a teacher trained on such images."
+        )
     if own is not None and own.is_certain and own.size is not None and size not in (own.size, *own.other_sizes):
         raise ValueError(
             f"teacher: was trained on images of {own.size[0]}x{own.size[1]} pixels ({own.source}), and those of the "

@@ -40,7 +40,7 @@ from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
 from born_again.model_card import image_classifier_card
 from born_again.models.image_classifier import check_architecture, load_image_classifier, save_image_classifier
-from born_again.pixels import check_image_size
+from born_again.pixels import check_image_shape
 
 
 @dataclass
@@ -176,8 +176,8 @@ def build_runner(
 
     def take_teacher() -> nn.Module:
         teacher = load_image_classifier(spec.teacher, spec.teacher_revision)
-        height, width = data.test.pixels.shape[1:3]
-        check_image_size(teacher, (height, width))
+        height, width, channels = data.test.pixels.shape[1:]
+        check_image_shape(teacher, channels, (height, width))
         return teacher
 
     return LineageRunner(

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
-from born_again import BornAgainTrainer, create_image_classifier, load_generation
+from born_again import BornAgainTrainer, LineageRunner, LineageSpec, create_image_classifier, load_generation
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
 from born_again.lineage.evaluation import evaluate_classifier
+from born_again.metrics import classification_metrics
 from born_again.models.image_classifier import save_image_classifier
 from born_again.pixels import (
     Preprocessing,
@@ -390,8 +391,43 @@ def test_a_classifier_is_measured_on_its_own_pixel_values():
     assert evaluate_classifier(network, images(OURS), collate_batch)["nll"] != pytest.approx(own["nll"], rel=1e-2)
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_runner_does_not_measure_a_teacher_on_pixel_values_of_others(tmp_path, splits):
+    """Without an `evaluate` it is the trainer that measures, on its own evaluation set."""
+
+    def run(folder, statistics):
+        def build_trainer(student, teacher, generation):
+            return trainer(
+                generation.checkpoint_dir,
+                student,
+                teacher,
+                eval_dataset={"validation": images(), "test": images()} if splits else images(),
+                changes={"seed": generation.seed, "objective": "ban", "batch_eval_metrics": True},
+                compute_metrics=classification_metrics(),
+            )
+
+        asked = LineageSpec(
+            name="tiny", model="m", dataset="d", generations=1, objective="ban", seed=1, teacher="elsewhere"
+        )
+        LineageRunner(
+            asked,
+            folder,
+            build_student=lambda generation: classifier(seed=2),
+            build_trainer=build_trainer,
+            load_teacher=load_generation,
+            save_student=save_image_classifier,
+            take_teacher=lambda: classifier(statistics),
+        ).run()
+
+    run(tmp_path / "same", OURS)
+    with pytest.raises(ValueError, match=r"teacher: its pixel values have mean \(0.2, .*measure it on mean \(0.49, "):
+        run(tmp_path / "other", THEIRS)
+    assert (tmp_path / "same" / "gen1").is_dir() and not (tmp_path / "other" / "gen0").exists()
+
+
 def test_a_network_says_its_statistics_and_its_hash_has_them():
     known = preprocessing_of_network(classifier(THEIRS))
     assert (known.mean, known.std, known.size, known.is_certain) == (*THEIRS, (32, 32), True)
+    assert preprocessing_of_network(nn.DataParallel(classifier(THEIRS))) == known
     assert preprocessing_of_network(nn.Linear(2, 2)) is None
     assert network_sha256(classifier(THEIRS)) != network_sha256(classifier(OURS))

@@ -80,13 +80,19 @@ def test_it_is_recorded_and_teaches_as_it_is(tmp_path, caplog):
         assert remeasure(out / generation)["splits"]["test"]["nll"]["recorded"] == record["metrics"]["test"]["nll"]
 
 
-def test_a_teacher_of_another_size_is_refused_before_anything_is_kept(tmp_path):
-    data = load_images("digits", max_train_samples=128)
-    network = create_image_classifier("test_wide_resnet_cifar", data.label_names, *THEIRS)
-    network.config.pretrained_cfg["input_size"] = [3, 64, 64]
+@pytest.mark.parametrize("what", ["size", "channels"])
+def test_a_teacher_of_other_images_is_refused_before_anything_is_kept(tmp_path, what):
+    labels = load_images("digits", max_train_samples=128).label_names
+    if what == "size":
+        network = create_image_classifier("test_wide_resnet_cifar", labels, *THEIRS)
+        network.config.pretrained_cfg["input_size"] = [3, 64, 64]
+        message = "teacher: was trained on images of 64x64 pixels .* data are 32x32"
+    else:
+        network = create_image_classifier("test_wide_resnet_cifar", labels, [0.5], [0.2], in_chans=1)
+        message = r"teacher: takes images of 1 channels, its config has mean \(0.5\).* those of the data have 3"
     save_image_classifier(network, tmp_path / "teacher")
     words = ["--generations", 1, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "teacher"]
-    with pytest.raises(ValueError, match="teacher: was trained on images of 64x64 pixels .* data are 32x32"):
+    with pytest.raises(ValueError, match=message):
         start(*words)
     assert not (tmp_path / "out" / "gen0").exists()
 
