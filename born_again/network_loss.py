@@ -92,10 +92,13 @@ def network_loss(
         told = labels.clamp_min(0) if derived else _telling_labels(logits, labels, inputs.get("attention_mask"))
         try:
             outputs = call(**inputs, **{name: told})
-        except Exception:
-            if name in parameters:
-                raise
-            return NetworkLoss()  # hands its arguments on to something that takes no labels
+        except Exception as error:
+            if name not in parameters:
+                return NetworkLoss()  # hands its arguments on to something that takes no labels
+            raise ValueError(
+                f"model: {kind} fails when it is given {name} ({error}), so what it does with them is not known; "
+                f"expected a loss from the batch that it gives logits for, or a forward without {name}."
+            ) from error
     loss, own_logits, auxiliary = _parts(outputs)
     if loss is None:
         return NetworkLoss()
