@@ -274,12 +274,12 @@ def preprocessing_of_training(dataset: Any, processor: Any, student: nn.Module) 
     """What pixel values a student is given: as the dataset says, or the processor, or the student's config.
 
     What a student says that was loaded from somewhere is not certain: the dataset may have been prepared for its
-    teacher.
+    teacher. The size is that which the student says.
     """
+    own = preprocessing_of_network(student)
     known = preprocessing_of_dataset(dataset) or preprocessing_of_processor(processor, "processing_class")
     if known is not None:
-        return known
-    own = preprocessing_of_network(student)
+        return known if own is None else replace(known, size=own.size)
     # What from_pretrained(None) and a configuration alone leave there.
     is_new = str(getattr(getattr(student, "config", None), "_name_or_path", "")) in ("", "None")
     if own is None or not own.is_certain:
@@ -318,6 +318,9 @@ class TeacherPixels:
         self._sized_as: tuple[int, int] | None = None
         if given is None or self._own is None:
             return
+        if given.size == self._own.size:
+            # Made alike, whatever that is: many have timm's default in their config and were trained on another.
+            self._sized_as = given.size
         try:
             change = Renormalization.between(given, self._own)
         except ValueError as error:

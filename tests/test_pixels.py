@@ -373,6 +373,15 @@ def test_a_size_that_a_teacher_takes_but_was_not_trained_on_is_warned_of_once(tm
     assert not [record for record in caplog.records if "not trained on" in record.getMessage()]
 
 
+def test_a_teacher_and_a_student_of_one_size_are_not_warned_of(tmp_path, caplog):
+    """A generation and the next: what their configs have may be timm's default."""
+    teacher, student = classifier(), classifier(seed=2)
+    for network in (teacher, student):
+        network.config.pretrained_cfg.update(input_size=[3, 224, 224])
+    trainer(tmp_path, student, teacher).train()
+    assert not [record for record in caplog.records if "not trained on" in record.getMessage()]
+
+
 def test_a_config_that_does_not_say_what_a_model_is_trained_on_is_warned_of(tmp_path, caplog):
     trained = trainer(tmp_path, classifier(THEIRS), None)
     trained.train()
