@@ -145,9 +145,13 @@ def input_dtype(network: nn.Module) -> torch.dtype | None:
     Returns:
         None for a network without floating parameters.
     """
-    floating = [parameter for parameter in network.parameters() if parameter.dtype in _DTYPES]
-    weight = next((parameter for parameter in floating if parameter.dim() > 1), next(iter(floating), None))
-    return None if weight is None else weight.dtype
+    first = None
+    for parameter in network.parameters():
+        if parameter.dtype in _DTYPES:
+            if parameter.dim() > 1:
+                return parameter.dtype
+            first = first or parameter.dtype
+    return first
 
 
 def cast_floating(inputs: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import CLASSES, Network, arguments, language_model, sentences
+from helpers import CLASSES, WORDS, Network, arguments, language_model, sentences
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -15,7 +15,8 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from born_again import BornAgainTrainer, create_image_classifier
+from born_again import BornAgainLMTrainer, BornAgainTrainer, create_image_classifier
+from born_again.data.streams import TokenStreams, collate_windows
 from born_again.network_inputs import NetworkInputs, cast_floating, input_dtype
 from born_again.teacher import FrozenTeacher
 
@@ -329,12 +330,42 @@ def test_a_column_with_the_students_name_reaches_a_teacher_of_transformers(tmp_p
 
 def test_text_networks_of_different_kinds(tmp_path):
     for student, teacher in ((Recurrent(), bert()), (distilbert(), Recurrent(3)), (Recurrent(), Recurrent(3))):
-        for trainer_class in (BornAgainTrainer,):
-            trainer = trainer_class(
-                student, arguments(tmp_path, max_steps=2), train_dataset=pairs(), eval_dataset=pairs(), teacher=teacher
+        args = arguments(tmp_path, max_steps=2)
+        trainer = BornAgainTrainer(student, args, train_dataset=pairs(), eval_dataset=pairs(), teacher=teacher)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_language_models_of_different_kinds_read_the_same_streams(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.embed, self.out = nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)
+
+        def forward(self, tokens):
+            return self.out(self.embed(tokens))
+
+    data = TokenStreams(torch.randint(WORDS, (4 * 7 * 6,), generator=torch.Generator().manual_seed(1)), 4, 7, before=0)
+    for student, teacher in (
+        (Plain(1), language_model(2).float()),
+        (language_model(1).float(), Plain(2)),
+        (Plain(1), [Plain(2), language_model(2).float()]),
+    ):
+        for cache in ("off", "memory"):
+            args = arguments(
+                tmp_path,
+                per_device_train_batch_size=4,
+                per_device_eval_batch_size=4,
+                remove_unused_columns=False,
+                teacher_cache=cache,
+                max_steps=9,
+            )
+            trainer = BornAgainLMTrainer(
+                student, args, train_dataset=data, data_collator=collate_windows, teacher=teacher
             )
             trainer.train()
-            trainer.evaluate()
+            assert trainer.evaluate(data)["eval_perplexity"] > 1
 
 
 def test_class_counts_of_timm_and_transformers_are_compared(tmp_path):
