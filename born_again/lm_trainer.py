@@ -72,8 +72,8 @@ class BornAgainLMTrainer(BornAgainTrainer):
     that a training resumed in the middle of an epoch has the weights of one that was not interrupted. Networks without
     a state read each window on its own, from streams or from any other dataset.
 
-    The labels of streams are the words to predict, position by position; those of other datasets are shifted as
-    transformers shifts them. The loss of a step is the mean over all of its tokens, with a teacher or without, on any
+    The labels of streams are the words to predict, position by position; those of other datasets are shifted where
+    the network shifts them. The loss of a step is the mean over all of its tokens, with a teacher or without, on any
     number of processes: each reads its own streams, which needs
     `accelerator_config={"split_batches": True}`, where per_device_train_batch_size counts the streams of all of them.
 

@@ -351,18 +351,21 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         Raises:
             ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost.
         """
+        student, sharded = self._bare_student(), self.is_fsdp_enabled or self.is_deepspeed_enabled
         inputs, labels = self._inputs_of_student(self._prepare_inputs(inputs)), self._prepare_input(labels)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        weight = next(student.parameters(), labels)
+        if weight.device != labels.device or (sharded and not self.accelerator._models):
+            return  # not prepared yet, as where the teacher is measured first: a later batch tells
         with self.accelerator.autocast():
             self._network_loss = network_loss(
-                self._bare_student(), inputs, labels, self.label_names[0], self.model_wrapped if sharded else None
+                student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None
             )
         if self._network_loss.shifts_labels is not None:
             self._shifts_labels = self._network_loss.shifts_labels
 
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """What the student would have added to its loss: a mixture of experts the balance of its router."""
-        weight = self._network_loss.auxiliary_weight
+        weight = 0.0 if self._network_loss is None else self._network_loss.auxiliary_weight
         return weight * outputs["aux_loss"] if weight else 0.0
 
     def _shift(self, labels: Tensor) -> Tensor:

@@ -337,3 +337,17 @@ def test_ligers_fused_loss_is_refused(tmp_path):
         BornAgainTrainer(llama(1), args, teacher=llama(2))
     with pytest.raises(ValueError, match="use_liger_kernel: got True in BornAgainLMTrainer"):
         BornAgainLMTrainer(llama(1), args)
+
+
+def test_a_student_that_is_not_where_the_batch_is_is_asked_later(tmp_path):
+    """As with bf16_full_eval, where Trainer moves it only when the training begins."""
+    data = data_of("next")
+    trainer = BornAgainTrainer(mixtral(1), arguments(tmp_path), train_dataset=data, teacher=mixtral(2))
+    batch, labels = batch_of()
+    student = trainer.model
+    trainer.model = mixtral(1).to("meta")
+    trainer._split_labels({**batch, "labels": labels})
+    assert trainer._network_loss is None and trainer._shifts_labels
+    trainer.model = student
+    trainer._split_labels({**batch, "labels": labels})
+    assert trainer._network_loss == NetworkLoss(True, 0.5)

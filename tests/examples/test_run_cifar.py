@@ -162,6 +162,7 @@ def load_script():
         (["--temperature", "0"], "temperature: got 0.0, expected a finite number above 0"),
         (["--generation", "1", "--num_epochs", "3"], "'--num_epochs' is no flag; did you mean '--num_train_epochs'"),
         (["--push_to_hub", "True"], "push_to_hub: got True without --hub_namespace"),
+        (["--loss_normalization", "trainer"], "loss_normalization: got 'trainer', expected 'step', since every gen"),
     ],
 )
 def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message):
