@@ -294,7 +294,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         with self._another_text(self.train_dataset):
             for batch in islice(self._in_order(), windows):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                rows, targets = self._items(self._ask_teacher(inputs), labels)
+                rows, targets = self._teacher_items(self._ask_teacher(inputs), labels)
                 losses, weights = objective_items("label", rows, None, targets)
                 sums += torch.stack([losses.double().sum(), weights.double().sum()])
         total, tokens = self._sum_over_processes(sums).tolist()

@@ -80,6 +80,8 @@ class ChunkedStep:
             frozen.prepare(few)
             if not ends_in_output_layer(frozen.modules[0], few, frozen):
                 return "the teacher's logits are not what its output layer makes of hidden states"
+            if self._columns is not None and output_layer(frozen.modules[0]).out_features < self._columns:
+                return "the student has more tokens than the teacher"
             if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
                 return "the answers that are kept of the teacher are logits"
         return None
@@ -123,7 +125,8 @@ class ChunkedStep:
     def _teacher_head(self, inputs: Mapping[str, Any], labels: Tensor, hidden: Tensor | None) -> Head:
         with _answering_hidden(self.teacher) as layer:
             hidden = self._ask_teacher(inputs) if hidden is None else hidden
-        return Head(self._items(hidden, labels)[0], layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias[: self._columns]
+        return Head(self._items(hidden, labels)[0], layer.weight[: self._columns], bias)
 
     def _bare_student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

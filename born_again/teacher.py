@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.utils._pytree import tree_map
 from born_again.inference_form import put_in_inference_form
 from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype, unwrapped
 from born_again.pixels import Preprocessing, TeacherPixels
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("autocast", "inference", "float32")
 # Of torch.compile: they answer in memory that the next call writes over.
@@ -48,6 +51,7 @@ class FrozenTeacher:
         self._given = _networks(teachers)
         self.modules = list(self._given)
         self.carries_state = [carries_state(module) for module in self.modules]
+        self._positions = [positions(module) for module in self.modules]
         self.inputs = [NetworkInputs(module, "teacher") for module in self.modules]
         self._pixels = [TeacherPixels() for _ in self.modules]
         self.precision = PRECISIONS[0]
@@ -185,11 +189,16 @@ class FrozenTeacher:
         with self._pixels[index].naming_sizes(inputs):
             return put_in_inference_form(network, arguments, self._dtype)
 
-    def check_against(self, student: nn.Module) -> None:
+    def check_against(self, student: nn.Module, tokens: int | None = None) -> None:
         """Refuses a teacher that cannot teach this student.
 
+        Args:
+            student: unwrapped.
+            tokens: how many a tokenizer knows that both read with, None where that is not known. Language models whose
+                vocabularies are larger, and of different sizes, are padded, and taught over what they have in common.
+
         Raises:
-            ValueError: the same object, shared parameters, another number of classes, other label names.
+            ValueError: the same object, shared parameters, another number of classes or tokens, other label names.
         """
         storages = {_storage(parameter) for parameter in student.parameters()} - {0}
         for module in self.modules:
@@ -203,7 +212,13 @@ class FrozenTeacher:
                     "teacher: shares parameters with the student, expected none in common, since training the student "
                     "would change what it is taught; load the teacher from its own folder."
                 )
-            _check_same_classes(module, student)
+            _check_same_classes(module, student, tokens)
+        counts = sorted({count for what, count in map(_classes, self.modules) if what == "tokens" and count})
+        if len(counts) > 1:
+            raise ValueError(
+                f"teacher: got networks with vocabularies of {' and '.join(map(str, counts))} tokens, expected one "
+                "size, since their probabilities are averaged: call resize_token_embeddings(len(tokenizer)) on each."
+            )
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """The logits of the teacher for one batch.
@@ -235,6 +250,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def answers_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         """As `read_on`, with the logits of each network for itself."""
+        self._check_length(inputs)
         with self.own_precision():
             outputs = [
                 self._output(called, index, inputs if state is None else {**inputs, "state": state})
@@ -244,6 +260,25 @@ class FrozenTeacher:
             output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
         ]
         return [logits_of(output) for output in outputs], after
+
+    def _check_length(self, inputs: Mapping[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            return
+        for index, (module, limit) in enumerate(zip(self.modules, self._positions, strict=True)):
+            if limit is None or ids.shape[-1] <= limit:
+                continue
+            text = (
+                f"teacher: {type(module).__name__} was made for texts of {limit} tokens "
+                f"(config.max_position_embeddings), and a batch has {ids.shape[-1]}"
+            )
+            if _has_position_table(module):
+                raise ValueError(
+                    f"{text}; expected no more: truncate the texts to {limit} tokens (truncation=True, "
+                    f"max_length={limit}; block_size or window {limit}), or take a teacher with more positions."
+                )
+            logger.warning(f"{text}: what it says of the tokens after them is not what it was trained for.")
+            self._positions[index] = None  # said once
 
     def own_precision(self) -> AbstractContextManager:
         """What the networks, and any layer of theirs, are to be called in."""
@@ -285,6 +320,37 @@ def carries_state(module: nn.Module) -> bool:
 def takes_state_unsaid(module: nn.Module) -> bool:
     """Whether a network's forward takes a `state` that is not carried, since the network does not say what it is."""
     return not carries_state(module) and "state" in forward_parameters(module)
+
+
+def vocabulary_size(module: nn.Module) -> int | None:
+    """How many tokens the logits of a language model of transformers are for; None for other networks."""
+    what, count = _classes(module)
+    return count if what == "tokens" else None
+
+
+def positions(module: nn.Module) -> int | None:
+    """How many tokens of a text a network of transformers was made for, as far as its config says."""
+    config = getattr(module, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    count = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(count, int) or count < 1:  # XLNet says -1
+        return None
+    table = next((part for part in _position_tables(module) if part.num_embeddings == count), None)
+    # RoBERTa counts from behind the padding.
+    return count if table is None or table.padding_idx is None else count - table.padding_idx - 1
+
+
+def _has_position_table(module: nn.Module) -> bool:
+    """Whether positions are looked up, so that there are none beyond the last; others, such as rotary ones, go on."""
+    return next(_position_tables(module), None) is not None
+
+
+def _position_tables(module: nn.Module) -> Iterator[nn.Embedding]:
+    for name, part in module.named_modules():
+        name = name.rpartition(".")[2]
+        if isinstance(part, nn.Embedding) and (name == "wpe" or "position" in name):
+            yield part
 
 
 def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
@@ -373,13 +439,16 @@ def _storage(parameter: nn.Parameter) -> int:
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
-def _check_same_classes(teacher: nn.Module, student: nn.Module) -> None:
+def _check_same_classes(teacher: nn.Module, student: nn.Module, tokens: int | None) -> None:
     (what, theirs), (our_kind, ours) = _classes(teacher), _classes(student)
     if theirs is not None and ours is not None and theirs != ours:
-        raise ValueError(
-            f"teacher: has {theirs} {what}, the student {ours}; expected the same number, since the student is taught "
-            "class by class. Build the student for the teacher's classes."
-        )
+        if what == our_kind == "tokens":
+            _check_padded(theirs, ours, tokens)
+        else:
+            raise ValueError(
+                f"teacher: has {theirs} {what}, the student {ours}; expected the same number, since the student is "
+                "taught class by class. Build the student for the teacher's classes."
+            )
     if what == our_kind == "labels":
         their_names, our_names = teacher.config.id2label or {}, student.config.id2label or {}
         for index in sorted(set(their_names) & set(our_names)):
@@ -390,6 +459,19 @@ def _check_same_classes(teacher: nn.Module, student: nn.Module) -> None:
                 )
 
 
+def _check_padded(theirs: int, ours: int, tokens: int | None) -> None:
+    if tokens is not None and tokens <= min(theirs, ours):
+        return
+    known = "of which that of the teacher is not known" if tokens is None else f"which has {tokens}"
+    raise ValueError(
+        f"teacher: has {theirs} tokens, the student {ours} (config.vocab_size); expected the same number, or that "
+        f"both only pad the vocabulary of one tokenizer, {known}, since the student is taught token by token. With "
+        "one tokenizer, give it to the trainer as processing_class and as teacher_processing_class, or call "
+        "resize_token_embeddings(len(tokenizer)) on the network that has more; else build the student for the "
+        "teacher's tokenizer."
+    )
+
+
 def _classes(module: nn.Module) -> tuple[str, int | None]:
     """What the last axis of the logits counts, and how far, as far as a network of transformers or timm tells."""
     config = getattr(module, "config", None)
@@ -397,7 +479,7 @@ def _classes(module: nn.Module) -> tuple[str, int | None]:
         count = getattr(module, "num_classes", None) if hasattr(module, "get_classifier") else None  # of timm
         return "classes", count if isinstance(count, int) else None
     if module.get_output_embeddings() is not None:
-        return "words", config.get_text_config().vocab_size
+        return "tokens", config.get_text_config().vocab_size
     return "labels", config.num_labels
 
 

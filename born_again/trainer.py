@@ -30,17 +30,28 @@ from born_again.pixels import preprocessing_of_training, wrong_config
 from born_again.schedule import multi_step_schedule
 from born_again.settings import check_settings, narrow_weights
 from born_again.step_loss import ChunkedStep
-from born_again.teacher import FrozenTeacher, logits_of
+from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
 from born_again.teacher_cache.cached_teacher import CachedTeacher
 from born_again.teacher_cache.choice import with_kept_answers
 from born_again.training_args import LOSS_NORMALIZATIONS, BornAgainTrainingArguments, check_choice
 from born_again.view_keys import emitting_view_keys, without_view_keys
-from born_again.vocabulary import check_same_words
+from born_again.vocabulary import (
+    check_padding,
+    check_same_tokenizer,
+    differences_to_know,
+    ignored_ends,
+    ignored_ends_warning,
+    padding_that_ends_texts,
+    token_count,
+    tokenizer_beside,
+    tokenizer_of,
+)
 
 logger = logging.getLogger(__name__)
 
 FIT_SAMPLES = 2048
 WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
+NO_PROBABILITY = -1e4  # as a logit of any dtype
 _TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,15 +110,15 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if hasattr(teacher_processing_class, "get_vocab") and hasattr(self.processing_class, "get_vocab"):
-            check_same_words(teacher_processing_class, self.processing_class)
         self.teacher: FrozenTeacher | CachedTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._teacher_processing_class = teacher_processing_class
+        self._columns: int | None = None  # of the student's logits, where the teacher's have another number
         self._terms: dict[str, Tensor] | None = None
         self._watching = True
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
+        self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
         self._owns_loss = False
         self._kept_columns: set[str] = set()
         self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
@@ -126,7 +137,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             )
         frozen = FrozenTeacher(teacher)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        frozen.check_against(student)
+        self._check_tokens(frozen, student)
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
         check_settings(self, student)
@@ -139,6 +150,32 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
         self.teacher = teacher
         self._own_the_loss(student)
+
+    def _check_tokens(self, frozen: FrozenTeacher, student: nn.Module) -> None:
+        """Refuses a teacher that would read other tokens in a batch than those that the student's tokenizer meant."""
+        tokenizer = tokenizer_of(self.processing_class)
+        given = tokenizer_of(self._teacher_processing_class)
+        counts, differences = [], []
+        for network in frozen.modules if tokenizer is not None else ():
+            theirs = tokenizer_beside(network) if given is None else given
+            if theirs is not None:
+                check_same_tokenizer(theirs, tokenizer)
+                counts.append(max(token_count(theirs), token_count(tokenizer)))
+                differences += differences_to_know(theirs, tokenizer)
+            check_padding(network, tokenizer)
+        # Without the teacher's tokenizer another number of tokens may be another vocabulary.
+        frozen.check_against(student, max(counts) if len(counts) == len(frozen.modules) else None)
+        for difference in dict.fromkeys(differences):
+            self._warn(difference)
+        theirs, ours = vocabulary_size(frozen.modules[0]), vocabulary_size(student)
+        if None not in (theirs, ours) and theirs != ours:
+            self._columns = ours
+            if theirs < ours and self.args.objective == "dkpp":
+                raise ValueError(
+                    f"objective: got 'dkpp' for a student of {ours} tokens and a teacher of {theirs}, expected the "
+                    "same number, since probabilities would be permuted to tokens that are none; call "
+                    "student.resize_token_embeddings(len(tokenizer))."
+                )
 
     def use_loss_normalization(self, how: str) -> None:
         """Sets, before a training without a teacher, what its loss is divided by; with a teacher it does nothing.
@@ -217,6 +254,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed in mid-epoch from the checkpoint of the last step: Trainer would do one more
         batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._end_of_texts is not None:
+            self._look_for_ignored_ends(batches)
         if self._owns_loss and batches and self._chunked is None:
             self._choose_form(batches[0])
         if self.teacher is None:
@@ -237,6 +276,16 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             # Seeded for each step and process, so that a resumed training draws what an uninterrupted one would have.
             self._permutations = torch.Generator(device).manual_seed(self._permutation_seed())
         return batches, total_weight
+
+    def _look_for_ignored_ends(self, batches: list) -> None:
+        """Warns once where padding hides the ends of texts; in the first steps alone, since looking waits."""
+        labels = (self.label_names or ["labels"])[0]
+        ends = max((ignored_ends(batch, labels, self._end_of_texts) for batch in batches), default=0)
+        self._steps_looked_at += 1
+        if ends:
+            self._warn(ignored_ends_warning(ends, self.data_collator.tokenizer.pad_token))
+        if ends or self._steps_looked_at == WATCH_EVERY:
+            self._end_of_texts = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if not self._owns_loss:
@@ -271,7 +320,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         outputs = self._ask_student(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
         if taught:
-            teacher_rows, _ = self._items(teacher_logits, labels)
+            teacher_rows, _ = self._teacher_items(teacher_logits, labels)
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
         else:
             losses, weights = objective_items("label", student_rows, None, targets)
@@ -290,6 +339,14 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             return total / at_least_tiny(weight)
         divisor = torch.as_tensor(step_weight, dtype=total.dtype, device=total.device)
         return total * self.accelerator.num_processes / at_least_tiny(divisor)
+
+    def _teacher_items(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_items`, of the teacher: over the student's tokens, where their vocabularies are padded differently."""
+        rows, targets = self._items(logits, labels)
+        if self._columns is None:
+            return rows, targets
+        missing = self._columns - rows.shape[-1]  # no text has these: the student learns that they never come
+        return F.pad(rows, (0, missing), value=NO_PROBABILITY) if missing > 0 else rows[:, : self._columns], targets
 
     def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if student_rows.shape != teacher_rows.shape:
@@ -317,7 +374,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if self._chunked:
             return self._chunked_confidence(inputs, labels)
         logits = self._ask_teacher(inputs)
-        return logits, item_weights("cwtm", *self._items(logits, labels)).sum()
+        return logits, item_weights("cwtm", *self._teacher_items(logits, labels)).sum()
 
     def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**self._inputs_of_student(inputs))
@@ -428,6 +485,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
         self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
+        self._end_of_texts, self._steps_looked_at = padding_that_ends_texts(self.data_collator), 0
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
             self._warn(warning)
@@ -462,7 +520,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         correct = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         for batch in self.get_eval_dataloader(dataset):
             inputs, labels = self._split_labels(self._prepare_inputs(batch))
-            rows, targets = self._items(self._ask_teacher(inputs), labels)
+            rows, targets = self._teacher_items(self._ask_teacher(inputs), labels)
             counted = targets != IGNORED
             correct += torch.stack([((rows.argmax(-1) == targets) & counted).sum(), counted.sum()])
         right, items = self._sum_over_processes(correct).tolist()

@@ -107,7 +107,7 @@ def test_networks_without_a_state_may_read_anything(tmp_path):
 def test_a_teacher_with_another_number_of_words_is_refused(tmp_path):
     other = lstm(2)
     other.resize_token_embeddings(19)
-    with pytest.raises(ValueError, match="teacher: has 19 words, the student 17"):
+    with pytest.raises(ValueError, match="teacher: has 19 tokens, the student 17"):
         trainer(tmp_path, lstm(1), other)
 
 
@@ -124,7 +124,7 @@ def test_a_teacher_with_other_words_is_refused(tmp_path):
     pair(word_tokenizer(words))
     with pytest.raises(ValueError, match="its tokenizer has 'word3' for id 3, the student's 'word2'.*one tokenizer"):
         pair(swapped)
-    with pytest.raises(ValueError, match="its tokenizer has 16 words, the student's 17"):
+    with pytest.raises(ValueError, match="its tokenizer has 16 tokens, the student's 17"):
         pair(word_tokenizer(words[:-1]))
 
 

@@ -44,7 +44,7 @@ def test_teacher_with_other_label_names(tmp_path):
 
 
 def test_teacher_with_another_vocabulary(tmp_path):
-    with pytest.raises(ValueError, match="teacher: has 29 words, the student 23"):
+    with pytest.raises(ValueError, match="teacher: has 29 tokens, the student 23"):
         build(language_model(1), language_model(2, words=29), tmp_path)
 
 

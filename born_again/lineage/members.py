@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
 from born_again.pixels import Preprocessing, Renormalization, preprocessing_of_network
 from born_again.teacher import carries_state
-from born_again.vocabulary import check_same_words
+from born_again.vocabulary import check_same_tokens
 
 ENSEMBLE_NAME = "ensemble.json"
 FORMAT = "born_again.ensemble"
@@ -122,7 +122,7 @@ def check_alike(first: Facts, other: Facts) -> None:
             )
         if first.tokenizer.is_file() and other.tokenizer.is_file():
             try:
-                check_same_words(_words(other.tokenizer), _words(first.tokenizer))
+                check_same_tokens(_words(other.tokenizer), _words(first.tokenizer))
             except ValueError as error:
                 raise LineageError(f"members: {us} and {them} do not mean the same words: {error}") from error
         return

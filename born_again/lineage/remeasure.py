@@ -24,7 +24,7 @@ from born_again.lineage.loading import load_generation
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.members import ENSEMBLE_NAME, read_ensemble
 from born_again.teacher import carries_state
-from born_again.vocabulary import check_same_words
+from born_again.vocabulary import check_same_tokens
 
 TOLERANCE = 1e-4
 _WEIGHTS_NAME = "model.safetensors"
@@ -346,7 +346,7 @@ def _measure_text(
     tokenizer = AutoTokenizer.from_pretrained(subject.tokenizer, revision=subject.revision, trust_remote_code=False)
     data = load_text(dataset, **options)
     try:
-        check_same_words(tokenizer, data.tokenizer)
+        check_same_tokens(tokenizer, data.tokenizer)
     except ValueError as error:
         raise ValueError(
             f"dataset: the words of {dataset!r} are not those that the network was trained on, expected the same in "
