@@ -38,8 +38,8 @@ from born_again.models.language_models import (
     is_recurrent,
     load_language_model,
 )
-from born_again.teacher import carries_state
-from born_again.vocabulary import check_same_words
+from born_again.teacher import carries_state, positions, vocabulary_size
+from born_again.vocabulary import check_same_tokenizer
 
 
 @dataclass
@@ -195,10 +195,24 @@ def build_runner(
             teacher_processing_class=None if teacher is None else AutoTokenizer.from_pretrained(parent),
         )
 
+    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+        # A teacher trained elsewhere need not read as its students do.
+        own = carries_state(model)
+        texts = measured if own == carries else texts_to_measure(data, own, window, eval_batch)
+        return {split: evaluate_language_model(model, text, training.device) for split, text in texts.items()}
+
     def take_teacher() -> nn.Module:
         tokenizer = AutoTokenizer.from_pretrained(spec.teacher, revision=spec.teacher_revision)
-        check_same_words(tokenizer, data.tokenizer)
-        return load_language_model(spec.teacher, spec.teacher_revision)
+        check_same_tokenizer(tokenizer, data.tokenizer)
+        network = load_language_model(spec.teacher, spec.teacher_revision)
+        if (limit := positions(network)) is not None and limit < window:
+            raise ValueError(
+                f"teacher: {spec.teacher!r} was made for texts of {limit} tokens, and the window is {window}; "
+                f"expected no more, since it reads what its students read: give --window {limit}, or another teacher."
+            )
+        if (vocabulary_size(network) or 0) > len(data.tokenizer):
+            network.resize_token_embeddings(len(data.tokenizer))  # without the padding that its students do not have
+        return network
 
     return LineageRunner(
         spec,
@@ -206,9 +220,7 @@ def build_runner(
         build_student=build_student,
         build_trainer=build_trainer,
         load_teacher=load_language_model,
-        evaluate=lambda model: {
-            split: evaluate_language_model(model, text, training.device) for split, text in measured.items()
-        },
+        evaluate=evaluate,
         write_card=language_model_card,
         data={**data.fingerprint, "coverage": data.coverage},
         keep_checkpoints=lineage.keep_checkpoints,

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from born_again.data.grammar import grammar_corpus, grammar_entropy, sample_grammar
 from born_again.data.text import load_text
 from born_again.lineage.machine import has_fast_bf16
 from born_again.lineage.manifest import LineageError
+from born_again.lineage.remeasure import remeasure
 from born_again.lineage.runner import Generation
 from born_again.models.language_configs import LstmLMConfig
 
@@ -315,6 +316,41 @@ def test_a_teacher_trained_elsewhere_with_other_words_is_refused_and_not_kept(li
     with pytest.raises(ValueError, match=f"its tokenizer has '{second}' for id 5, the student's '{first}'"):
         script.start([*TINY, "--generations", "1", "--output_dir", str(out), "--teacher", str(elsewhere)])
     assert not (out / "gen0").exists()
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A teacher trained elsewhere on the same text: an untrained GPT-2 with 16 positions and its tokenizer."""
+    data = load_text("grammar")
+
+    def make(name, size=0, positions=16):
+        tokens = len(data.tokenizer)
+        config = GPT2Config(vocab_size=tokens + size, n_positions=positions, n_embd=8, n_layer=1, n_head=2)
+        torch.manual_seed(1)
+        network = GPT2LMHeadModel(config)
+        network.save_pretrained(tmp_path / name)
+        data.tokenizer.save_pretrained(tmp_path / name)
+        return network, [*TINY, "--generations", "1", "--teacher", str(tmp_path / name)]
+
+    return make
+
+
+def test_a_teacher_with_fewer_positions_than_the_window_is_refused_by_both_numbers(elsewhere, script, tmp_path):
+    _, words = elsewhere("short", positions=9)
+    with pytest.raises(ValueError, match="was made for texts of 9 tokens, and the window is 10.*give --window 9"):
+        script.start([*words, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "gen0").exists()
+
+
+def test_a_teacher_whose_vocabulary_is_padded_teaches_without_its_padding(elsewhere, script, tmp_path):
+    network, words = elsewhere("padded", size=41)
+    script.start([*words, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")])
+    taken = load_file(tmp_path / "out" / "gen0" / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(taken, network.transformer.wte.weight[: len(load_text("grammar").tokenizer)])
+    teacher, student = records(tmp_path / "out")
+    assert teacher["status"] == student["status"] == "finished"
+    # It is measured as it teaches, on windows of 10 words, though its students read the whole text.
+    assert remeasure(tmp_path / "out" / "gen0", tolerance=1e-6)["agrees"]
 
 
 # ---- Recipes ----
