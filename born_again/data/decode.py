@@ -1,7 +1,8 @@
 """From a dataset of the `datasets` library to arrays: which splits, which columns, which labels, which pixels."""
 
 import difflib
-import io
+import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import LocalEntryNotFoundError
-from PIL import Image
 from tqdm.auto import tqdm
+
+from born_again.data.rgb import read_image
 
 SHORTCUTS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 EMBEDDED = "digits"
@@ -20,6 +22,12 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "valid", "val")
 _PROGRESS_FROM = 5_000
 _DECODE_CHUNK = 1_000
+
+
+def warn(message: str) -> None:
+    """Logs a warning about the data, on the first process only: each of them reads all of it."""
+    if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
+        logging.getLogger(__name__).warning(message)
 
 
 def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
@@ -270,7 +278,7 @@ def _read_column(rows: datasets.Dataset, column: str) -> list:
 def decode_images(
     name: str, split: str, dataset: datasets.Dataset, column: str, rows: np.ndarray | None, image_size: int
 ) -> np.ndarray:
-    """Decode the images of a split into one array.
+    """Decode the images of a split into one array, each as `born_again.data.rgb.to_rgb` brings it to RGB.
 
     The bytes are read undecoded and opened by Pillow here: the Image feature's own decoding costs several times more.
 
@@ -286,42 +294,39 @@ def decode_images(
         (n, image_size, image_size, 3) uint8, contiguous.
 
     Raises:
-        ValueError: if an image is missing or cannot be decoded.
+        ValueError: if an image is missing or cannot be decoded; names its row, and its file where it has one.
     """
+    feature = dataset.features[column]
     encoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if rows is not None:
         encoded = encoded.select(rows)
     pixels = np.empty((len(encoded), image_size, image_size, 3), dtype=np.uint8)
-    position = 0
+    transparent, wide, position = 0, 0, 0
     with tqdm(
         total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM or None
     ) as progress:
         for table in encoded.with_format("arrow").iter(batch_size=_DECODE_CHUNK):
             for item in table[column].to_pylist():
                 try:
-                    pixels[position] = _decode(item, image_size)
-                except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+                    pixels[position], is_transparent, is_wide = read_image(item, feature, image_size)
+                # Of a damaged file Pillow's plugins raise whatever its bytes lead to.
+                except Exception as error:
                     row = position if rows is None else int(rows[position])
+                    file = f" ({item['path']})" if item and item["path"] else ""
                     raise ValueError(
-                        f"dataset {name!r}: the image in split {split!r}, row {row}, cannot be decoded ({error}); "
-                        "expected an image file that Pillow reads: replace the file or remove the row"
+                        f"dataset {name!r}: the image in split {split!r}, row {row}{file}, cannot be decoded "
+                        f"({str(error) or type(error).__name__}); expected an image file that Pillow reads: replace "
+                        "the file or remove the row"
                     ) from error
+                transparent += is_transparent
+                wide += is_wide
                 position += 1
             progress.update(table.num_rows)
+    for count, what in ((transparent, "transparent, and blended with white"), (wide, "of more than 8 bits, scaled")):
+        if count:
+            warn(
+                f"dataset {name!r}: {count:,} of {len(pixels):,} images in split {split!r} are {what}; the pipelines "
+                "of transformers and timm do not do this: give them images brought to RGB by "
+                "born_again.data.rgb.to_rgb"
+            )
     return pixels
-
-
-def _decode(item: Mapping[str, bytes | str | None] | None, image_size: int) -> np.ndarray:
-    """One image as (image_size, image_size, 3) uint8; transparency is dropped, not blended."""
-    if item is None or (item["bytes"] is None and item["path"] is None):
-        raise ValueError("there is no image")
-    source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
-    with Image.open(source) as image:
-        if image.mode.startswith("I;16"):
-            # Pillow clips 16 bits to 8 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        return np.asarray(image)

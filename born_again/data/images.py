@@ -23,7 +23,9 @@ from born_again.data.decode import (
     open_dataset,
     read_labels,
     resolved_revision,
+    warn,
 )
+from born_again.data.mirroring import may_mirror
 
 _SMALLEST_IMAGE = 8
 _SUM_CHUNK = 4_096
@@ -66,7 +68,8 @@ class ImageData:
         std: standard deviation likewise (of the population); 1.0 for a channel that is constant, which then becomes 0.
         fingerprint: JSON-able: source, revision (the commit where the Hub gave one), image_column, label_column, rows
             by split, and the sha256 of shapes, pixels and labels of both splits.
-        flip: whether mirroring keeps the class: False for digits, True otherwise.
+        flip: whether mirroring keeps the class, as far as the name says: see `born_again.data.mirroring.may_mirror`.
+        interpolation: what brought an image of another size to this one, as timm calls it.
     """
 
     train: ImageSplit
@@ -76,10 +79,16 @@ class ImageData:
     std: tuple[float, float, float]
     fingerprint: dict
     flip: bool
+    interpolation: str = "bilinear"
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The dataset with both splits on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.train.pixels.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +108,9 @@ def load_images(
 ) -> ImageData:
     """Read an image classification dataset into memory.
 
-    Grey, palette and transparent images become RGB (transparency dropped); an image of another size is resized to the
-    square by Pillow's bilinear filter, whatever its proportions. The test split is the one called test, else
-    validation.
+    Images of any kind become RGB as `born_again.data.rgb.to_rgb` says (upright, transparency blended with white); an
+    image of another size is squashed to the square by Pillow's bilinear filter, whatever its proportions. The test
+    split is the one called test, else validation.
 
     Args:
         name: "digits" (1,797 real handwritten digits that scikit-learn carries; needs no network), "cifar10",
@@ -116,8 +125,8 @@ def load_images(
         max_eval_samples: likewise for the test split.
 
     Raises:
-        ValueError: if the name, a column, a split, a label, an image or a limit is not as expected; the message says
-            which.
+        ValueError: if the name, a column, a split, a label, an image or a limit is not as expected, a class of the
+            test split has no training row, or all training images are the same; the message says which.
         ConnectionError: if the Hub is needed and cannot be reached.
         ImportError: for "digits" without scikit-learn.
     """
@@ -138,6 +147,7 @@ def load_images(
                     f"{argument} is {value!r} with --dataset digits, which has no columns or revisions: drop it"
                 )
         splits, label_names = _read_digits(image_size, limits)
+        interpolation = "nearest" if image_size % 8 == 0 else "bilinear"
     else:
         dataset = open_dataset(name, revision)
         train, test = choose_splits(name, dataset)
@@ -146,12 +156,15 @@ def load_images(
         label_column = choose_label_column(name, dataset[train].features, label_column)
         revision = resolved_revision(dataset[train].info.download_checksums, revision)
         labels, label_names = read_labels(name, chosen, label_column)
+        _check_classes(name, labels[train], labels[test], label_names, test)
+        interpolation = "bilinear"
         splits = {}
         for role, split in (("train", train), ("test", test)):
             rows = _rows_to_keep(labels[split], limits[role])
             pixels = decode_images(name, split, chosen[split], image_column, rows, image_size)
             kept = labels[split] if rows is None else labels[split][rows]
             splits[role] = ImageSplit(torch.from_numpy(pixels), torch.from_numpy(kept))
+    _check_variation(name, splits["train"], label_names)
     mean, std = channel_statistics(splits["train"].pixels)
     fingerprint = {
         "source": SHORTCUTS.get(name, name),
@@ -161,7 +174,64 @@ def load_images(
         "rows": {role: len(split) for role, split in splits.items()},
         "sha256": _digest(splits["train"], splits["test"]),
     }
-    return ImageData(splits["train"], splits["test"], label_names, mean, std, fingerprint, flip=name != EMBEDDED)
+    return ImageData(
+        splits["train"], splits["test"], label_names, mean, std, fingerprint, may_mirror(name), interpolation
+    )
+
+
+def _check_classes(name: str, train: np.ndarray, test: np.ndarray, label_names: tuple[str, ...], split: str) -> None:
+    """Compares the classes that the rows of two whole splits have, (N,) int64 each, before any limit."""
+    trained, tested = set(train.tolist()), set(test.tolist())
+    if unknown := sorted(tested - trained):
+        raise ValueError(
+            f"dataset {name!r}: split {split!r} has {int(np.isin(test, unknown).sum()):,} rows of "
+            f"{_named(unknown, label_names)}, of which 'train' has none; it has "
+            f"{_named(sorted(trained), label_names)}. Expected training rows of every class that is tested: rename "
+            "what is the same class (capitals and spaces count), or take these rows out"
+        )
+    if missing := sorted(trained - tested):
+        warn(
+            f"dataset {name!r}: split {split!r} has no row of {_named(missing, label_names)}, which 'train' has; the "
+            "test accuracy says nothing of it"
+        )
+
+
+def _named(labels: list[int], label_names: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(label_names[label]) for label in labels[:5])
+    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+    return f"{'class' if len(labels) == 1 else 'classes'} {shown}{more}"
+
+
+def _check_variation(name: str, split: ImageSplit, label_names: tuple[str, ...]) -> None:
+    """Refuses training images that are all the same, and warns where those of a class or a channel are."""
+    first = split.pixels[0]
+    if len(split) > 1 and all(torch.equal(image, first) for image in split.pixels):
+        raise ValueError(
+            f"dataset {name!r}: all {len(split):,} training images are the same, as they are read; expected images "
+            "that differ. Look at some of them: where only the transparency differs (white ink), blend them with "
+            "another ground than white; where values are scaled wrongly, save them anew in 8 bits"
+        )
+    same = []
+    for label in range(len(label_names)):
+        rows = (split.labels == label).nonzero().flatten().tolist()
+        if len(rows) > 1 and all(torch.equal(split.pixels[row], split.pixels[rows[0]]) for row in rows):
+            same.append(label)
+    if same:
+        warn(
+            f"dataset {name!r}: all training images of {_named(same, label_names)} are the same, as they are read; "
+            "look at some of them, whether they are damaged or scaled wrongly"
+        )
+    # Pixel by pixel along the split: the whole would be a copy.
+    constant = [
+        channel
+        for index, channel in enumerate(("red", "green", "blue"))
+        if all(bool((part[..., index] == first[0, 0, index]).all()) for part in split.pixels.split(_SUM_CHUNK))
+    ]
+    if constant:
+        warn(
+            f"dataset {name!r}: the {' and '.join(constant)} channel is the same in every pixel of every training "
+            "image, and becomes 0; look at some images, whether they were saved wrongly"
+        )
 
 
 def stratified_order(labels: np.ndarray) -> np.ndarray:

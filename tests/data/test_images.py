@@ -121,15 +121,15 @@ def test_imagefolder_with_validation_split(tmp_path):
 
 def test_folder_of_save_to_disk(tmp_path):
     features = datasets.Features(PLAIN)
-    splits = {"train": rows_of(range(2), [0, 1]), "test": rows_of([2], [2])}
+    splits = {"train": rows_of(range(2), [0, 1]), "test": rows_of([2], [1])}
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows, features) for name, rows in splits.items()})
     saved.save_to_disk(str(tmp_path / "saved"))
     data = load_images(str(tmp_path / "saved"))
     assert np.array_equal(data.train.pixels[1].numpy(), random_array(1))
-    assert data.test.labels.tolist() == [2]
+    assert data.test.labels.tolist() == [1]
 
 
-def test_other_modes_become_rgb_and_other_sizes_are_resized(tmp_path):
+def test_other_modes_become_rgb_and_other_sizes_are_resized(tmp_path, caplog):
     rng = np.random.default_rng(0)
     grey = Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8))
     palette = Image.fromarray(random_array(1)).quantize(16)
@@ -144,9 +144,12 @@ def test_other_modes_become_rgb_and_other_sizes_are_resized(tmp_path):
     pixels = load_images(write_parquet(tmp_path / "modes", splits, PLAIN)).train.pixels.numpy()
     assert np.array_equal(pixels[0], np.asarray(grey)[..., None].repeat(3, axis=2))
     assert np.array_equal(pixels[1], np.asarray(palette.convert("RGB")))
-    assert np.array_equal(pixels[2], np.asarray(clear)[..., :3])
+    alpha = np.asarray(clear)[..., 3:] / 255
+    np.testing.assert_allclose(pixels[2], np.asarray(clear)[..., :3] * alpha + 255 * (1 - alpha), atol=1)
     assert np.array_equal(pixels[3], (np.asarray(deep) // 256).astype(np.uint8)[..., None].repeat(3, axis=2))
     assert np.array_equal(pixels[4], np.asarray(wide.resize((32, 32), Image.Resampling.BILINEAR)))
+    assert "1 of 5 images in split 'train' are transparent, and blended with white; the pipelines" in caplog.text
+    assert "1 of 5 images in split 'train' are of more than 8 bits, scaled; the pipelines of" in caplog.text
 
 
 def test_image_size(plain):
@@ -352,6 +355,102 @@ def test_corrupt_image_is_named(tmp_path, limit):
     folder = write_parquet(tmp_path / "corrupt", {"train": rows, "test": rows_of([1], [1])}, PLAIN)
     with pytest.raises(ValueError, match=f"image in split 'train', row {broken}, cannot be decoded.*replace the file"):
         load_images(folder, max_train_samples=limit)
+
+
+def write_folder(folder, splits: dict[str, dict[str, list]]):
+    """Images in SPLIT/CLASS/NUMBER.png."""
+    for split, classes in splits.items():
+        for name, images in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for number, image in enumerate(images):
+                image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+                image.save(folder / split / name / f"{number}.png")
+    return str(folder)
+
+
+def two_classes(first="cat", second="dog"):
+    return {first: [random_array(0), random_array(1)], second: [random_array(2), random_array(3)]}
+
+
+def test_corrupt_file_is_named_by_its_path(tmp_path):
+    folder = write_folder(tmp_path / "pets", {"train": two_classes(), "test": two_classes()})
+    path = tmp_path / "pets" / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"split 'train', row 3 \(.*/train/dog/1.png\), cannot be decoded"):
+        load_images(folder)
+
+
+def test_what_a_plugin_of_pillow_raises_names_the_image(plain, monkeypatch):
+    def broken(item, feature, size):
+        raise KeyError("an unknown tag")
+
+    monkeypatch.setattr(decode, "read_image", broken)
+    with pytest.raises(ValueError, match="split 'train', row 0, cannot be decoded .*an unknown tag"):
+        load_images(plain)
+
+
+def test_turned_photographs_of_a_folder_are_upright(tmp_path):
+    upright = np.zeros((32, 32, 3), dtype=np.uint8)
+    upright[:8] = 255  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 270 degrees counterclockwise
+    stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    folder = write_folder(tmp_path / "photos", {"train": two_classes(), "test": two_classes()})
+    stored.save(tmp_path / "photos" / "train" / "cat" / "0.png", exif=exif)
+    shown = datasets.load_dataset(folder, split="train")[0]["image"]
+    assert np.array_equal(load_images(folder).train.pixels[0].numpy(), upright)
+    assert np.array_equal(np.asarray(shown), upright)
+
+
+def test_a_class_that_is_tested_must_be_trained(tmp_path):
+    splits = {"train": two_classes("Cat"), "test": two_classes("cat")}
+    message = (
+        "split 'test' has 2 rows of class 'cat', of which 'train' has none; it has classes 'Cat', 'dog'. .*capitals"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_images(write_folder(tmp_path / "pets", splits))
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    rows = {"train": rows_of(range(4), [1, 2, 1, 2]), "test": rows_of(range(4), [0, 1, 5, 5])}
+    with pytest.raises(ValueError, match="split 'test' has 3 rows of classes '0', '5', .* it has classes '1', '2'"):
+        load_images(write_parquet(tmp_path / "shifted", rows, features))
+
+
+def test_a_class_that_is_not_tested_is_warned_of(tmp_path, caplog):
+    splits = {"train": rows_of(range(3), [0, 1, 2]), "test": rows_of(range(2), [0, 2])}
+    data = load_images(write_parquet(tmp_path / "untested", splits, PLAIN))
+    assert data.label_names == ("cat", "dog", "eel")
+    assert "split 'test' has no row of class 'dog', which 'train' has" in caplog.text
+
+
+def test_classes_are_compared_before_limits(tmp_path, caplog):
+    """Of a sample a rare class may be missing, which is no fault of the data."""
+    splits = {"train": rows_of(range(7), [0, 0, 0, 0, 1, 1, 2]), "test": rows_of(range(3), [0, 1, 2])}
+    folder = write_parquet(tmp_path / "rare", splits, PLAIN)
+    data = load_images(folder, max_train_samples=2)
+    assert 2 not in data.train.labels and 2 in data.test.labels
+    assert "has no row of" not in caplog.text
+
+
+def test_images_without_variation(tmp_path, caplog):
+    white = np.full((32, 32, 4), 255, dtype=np.uint8)
+    white[..., 3] = np.arange(32)
+    splits = {"train": {"cat": [white] * 2, "dog": [white] * 2}, "test": two_classes()}
+    with pytest.raises(ValueError, match="all 4 training images are the same.*blend them with another ground"):
+        load_images(write_folder(tmp_path / "blank", splits))
+    images = [random_array(seed) * np.uint8([1, 1, 0]) + np.uint8([0, 0, 7]) for seed in (0, 1, 2)]
+    splits = {"train": {"cat": images[:1] * 2, "dog": images[1:]}}
+    data = load_images(write_folder(tmp_path / "partly", {**splits, "test": two_classes()}))
+    assert "all training images of class 'cat' are the same" in caplog.text and "'dog'" not in caplog.text
+    assert "the blue channel is the same in every pixel of every training image" in caplog.text
+    assert data.std[2] == 1.0
+
+
+def test_warnings_are_of_the_first_process_only(plain, monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "1")
+    decode.warn("not said")
+    monkeypatch.setenv("RANK", "0")
+    decode.warn("said")
+    assert caplog.messages == ["said"]
 
 
 def test_missing_image_is_named(tmp_path):
