@@ -95,6 +95,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--dataset_revision", help="Branch, tag or commit of a Hub dataset.")
     for name in ("image_column", "label_column", "text_column"):
         parser.add_argument(f"--{name}", help="The lineage's, or found by its type.")
+    parser.add_argument("--image_size", type=int, metavar="N", help="The lineage's, or that of config.json.")
     parser.add_argument("--max_eval_samples", type=int, metavar="N", help="Measure on so many items only.")
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="Images at once, or streams of a text without a state."
@@ -227,7 +228,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     use_cores(None)  # as the runs are, so that sums are taken in the same order
     disable_progress_bar()
-    names = ("dataset_revision", "image_column", "label_column", "text_column", "max_eval_samples")
+    names = ("dataset_revision", "image_column", "label_column", "image_size", "text_column", "max_eval_samples")
     result = remeasure(
         arguments.path,
         revision=arguments.revision,

@@ -16,6 +16,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 0xFFFFFFFFFFFFFFFF
 
 
+def usual_padding(image_size: int) -> int:
+    """The padding for images of a size: an eighth of their side, the 4 pixels of 32; in pixels, at least 1."""
+    return max(1, image_size // 8)
+
+
 def count_views(flip: bool, padding: int = PADDING) -> int:
     """How many views a sample has: (2 * padding + 1) ** 2 windows, twice that with mirroring."""
     return (2 * padding + 1) ** 2 * (2 if flip else 1)
@@ -26,7 +31,7 @@ def identity_view(padding: int = PADDING) -> int:
     return padding * (2 * padding + 1) + padding
 
 
-IDENTITY_VIEW = identity_view()
+IDENTITY_VIEW = identity_view()  # at the usual padding of 32x32 images
 
 
 def scramble(words: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers.trainer_callback import TrainerCallback
 
-from born_again.data.augment import IDENTITY_VIEW, PADDING, count_views, draw_views, render_views
+from born_again.data.augment import PADDING, count_views, draw_views, identity_view, render_views
 from born_again.view_keys import VIEW_KEYS
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class ImageDataset(Dataset):
         augment: bool,
         flip: bool,
         seed: int,
+        padding: int = PADDING,
     ):
         """
         Args:
@@ -51,6 +52,7 @@ class ImageDataset(Dataset):
             augment: crop (and mirror) at random; False gives the image itself in every epoch.
             flip: whether mirroring is part of the augmentation.
             seed: of the views, any integer.
+            padding: of the random crops, in pixels; see `born_again.data.augment.usual_padding`.
 
         Raises:
             ValueError: if pixels and labels differ in number, or a standard deviation is not above 0.
@@ -69,6 +71,7 @@ class ImageDataset(Dataset):
         self.augment = augment
         self.flip = flip
         self.seed = seed
+        self.padding = padding
         self.emit_view_keys = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -93,18 +96,18 @@ class ImageDataset(Dataset):
     def views(self, samples: torch.Tensor) -> torch.Tensor:
         """Names of the views that `samples` (B,) int64 have in the current epoch: (B,) int64 on the CPU."""
         if not self.augment:
-            return torch.full(samples.shape, IDENTITY_VIEW, dtype=torch.int64)
-        return draw_views(self.seed, self.epoch, samples, self.flip, PADDING)
+            return torch.full(samples.shape, identity_view(self.padding), dtype=torch.int64)
+        return draw_views(self.seed, self.epoch, samples, self.flip, self.padding)
 
     @property
     def view_count(self) -> int:
         """How many different inputs there are: samples times views."""
-        return len(self) * count_views(self.flip, PADDING)
+        return len(self) * count_views(self.flip, self.padding)
 
     @cached_property
     def cache_fingerprint(self) -> str:
         """SHA-256, hexadecimal, of everything that decides what inputs a key stands for; seed and epoch do not."""
-        facts = f"{tuple(self.pixels.shape)} {self.mean} {self.std} {self.flip} {PADDING}"
+        facts = f"{tuple(self.pixels.shape)} {self.mean} {self.std} {self.flip} {self.padding}"
         digest = hashlib.sha256(facts.encode())
         digest.update(self.pixels.cpu().contiguous().numpy())
         return digest.hexdigest()
@@ -130,10 +133,10 @@ class ImageDataset(Dataset):
         # Views are drawn on the CPU and go to the device in one piece with their samples: nothing waits for it.
         chosen = torch.stack([samples, self.views(samples)])  # (2, B)
         there, views = chosen.to(self.pixels.device, non_blocking=True)
-        pixel_values = render_views(self.pixels, there, views, self.mean, self.std, PADDING)
+        pixel_values = render_views(self.pixels, there, views, self.mean, self.std, self.padding)
         batch = {"pixel_values": pixel_values, "labels": self.labels.index_select(0, there)}
         if self.emit_view_keys:
-            batch[VIEW_KEYS] = (chosen[0] * count_views(self.flip, PADDING) + chosen[1]).numpy()
+            batch[VIEW_KEYS] = (chosen[0] * count_views(self.flip, self.padding) + chosen[1]).numpy()
         return batch
 
 

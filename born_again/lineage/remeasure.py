@@ -30,10 +30,11 @@ TOLERANCE = 1e-4
 _WEIGHTS_NAME = "model.safetensors"
 _GENERATION = re.compile("gen(0|[1-9][0-9]{0,5})")
 _IMAGE_BATCH = 256
+_IMAGE_SIZE = 32
 _STREAMS = 8
 _WINDOW = 256
 # The arguments of the data, as the spec and the command line call them.
-_OF_IMAGES = {"image_column": str, "label_column": str}
+_OF_IMAGES = {"image_column": str, "label_column": str, "image_size": int}
 _OF_TEXT = {"text_column": str}
 _OF_BOTH = {"dataset_revision": str, "max_train_samples": int, "max_eval_samples": int}
 _KINDS = {**_OF_IMAGES, **_OF_TEXT, **_OF_BOTH, "window": int}
@@ -94,8 +95,8 @@ def remeasure(
             repository of a generation.
         revision: of the Hub repository.
         dataset: what to measure on; None takes the lineage's. Its other arguments hold for it, but for the revision.
-        data_args: dataset_revision, image_column, label_column, text_column, max_eval_samples, over the lineage's;
-            None stands for the lineage's.
+        data_args: dataset_revision, image_column, label_column, image_size, text_column, max_eval_samples, over the
+            lineage's; None stands for the lineage's. Where there is no lineage, image_size is that of config.json.
         batch_size: images at once (256), which changes nothing; or the streams of a language model without a state
             (those of the lineage), which changes what its first words see.
         device: where it is computed; None takes the accelerator where there is one.
@@ -154,6 +155,9 @@ def remeasure(
         result["note"] += f", and do not load ({error})"
         return result
     if getattr(model.config, "model_type", None) == "timm_wrapper":
+        if subject.manifest is None:
+            arguments, doubt = _preprocessing(model.config.pretrained_cfg or {}, arguments)
+            result |= {"data_args": arguments, "note": f"{result['note']}{doubt}"}
         measured, items, fingerprint = _measure_images(model, name, arguments, batch_size or _IMAGE_BATCH, place)
     else:
         measured, items, fingerprint = _measure_text(model, subject, name, arguments, batch_size, place)
@@ -307,6 +311,21 @@ def _loader_arguments(arguments: Mapping[str, Any], own: Iterable[str], others: 
 
 
 _Measured = tuple[dict[str, dict[str, float]], dict[str, int], Mapping[str, Any]]
+
+
+def _preprocessing(saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The arguments of the data with the image size of a config.json, and what else that asks for and is not done."""
+    sides = (saved.get("input_size") or [3, _IMAGE_SIZE, _IMAGE_SIZE])[1:]
+    is_ours = (saved.get("crop_mode"), saved.get("crop_pct")) == ("squash", 1.0) and sides[0] == sides[1]
+    doubt = ""
+    if not is_ours or saved.get("interpolation") not in ("bilinear", "nearest"):
+        doubt = (
+            f"; config.json asks for crop_mode {saved.get('crop_mode')}, crop_pct {saved.get('crop_pct')} and "
+            f"{saved.get('interpolation')} interpolation, and images are squashed by bilinear here"
+        )
+    # What was saved before a network's size was that of its training says another.
+    size = {"image_size": sides[0]} if is_ours and sides[0] != _IMAGE_SIZE else {}
+    return {**size, **arguments}, doubt
 
 
 def _measure_images(

@@ -9,6 +9,7 @@ in_chans other than 3 they leave the image at 3 channels, and the network refuse
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
@@ -19,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
-from timm.models import get_arch_name, get_model_input_config
+from timm.models import get_arch_name, get_model_input_config, get_pretrained_cfg
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from born_again.models.saved import check_index, check_settings, check_size, loading, read_settings
 
 __all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]
+
+# What timm's transforms, and through them transformers' processors, know.
+_CROP_MODES = ("squash", "center", "border")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # What the labels and the statistics decide, what would bring in other weights, and what is no property of the network.
 _RESERVED = (
@@ -43,7 +49,16 @@ _RESERVED = (
 
 
 def create_image_classifier(
-    name: str, labels: Sequence[str], mean: Sequence[float], std: Sequence[float], **model_args: Any
+    name: str,
+    labels: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    image_size: int | None = None,
+    interpolation: str = "bilinear",
+    crop_mode: str = "squash",
+    crop_pct: float = 1.0,
+    **model_args: Any,
 ) -> TimmWrapperForImageClassification:
     """Builds the transformers model around a timm network, with the initial weights that the network itself draws.
 
@@ -51,11 +66,20 @@ def create_image_classifier(
     deviation, whatever the network's own rule is. Here the weights are, bit for bit, those of
     `timm.create_model(name, num_classes=len(labels), **model_args)` at the same state of torch's random generator.
 
+    The configuration says how an image of any size becomes the network's input; timm's transforms, AutoImageProcessor
+    and pipelines do what it says. It has to be what is done in training: the defaults are what `load_images` does.
+
     Args:
         name: A timm architecture, such as "densenet90_60_cifar" or "resnet18".
         labels: Names of the classes, by index; two or more, all different.
         mean: Mean of each channel of the training images, in [0, 1].
         std: Standard deviation of each channel, above 0.
+        image_size: Side of the images trained on, in pixels; None for the size that the architecture is made for. It
+            becomes the `img_size` of networks that have one (ViT, Swin).
+        interpolation: What resizes an image: "nearest", "bilinear", "bicubic", "box", "hamming" or "lanczos".
+        crop_mode: "squash" resizes both sides, whatever the proportions; "center" resizes the shorter side and cuts
+            the middle out; "border" resizes the longer side and pads.
+        crop_pct: Of a resized image, the share of each side that is kept, above 0 to 1.
         **model_args: What the architecture takes besides, such as `proj_drop_rate=0.3`; kept in the configuration,
             so only what JSON can hold.
 
@@ -63,10 +87,20 @@ def create_image_classifier(
         The model, in training mode: pixel_values (batch, channels, height, width) of float to logits (batch, labels).
 
     Raises:
-        ValueError: If the architecture is unknown, a label, mean or std is not as described, or model_args holds
-            what is decided here (the number of classes, the weights).
+        ValueError: If the architecture is unknown, a label, mean, std or another argument is not as described, or
+            model_args holds what is decided here (the number of classes, the weights) or an img_size that is not
+            image_size.
     """
     check_architecture(name)
+    for argument, value, known in (
+        ("interpolation", interpolation, _INTERPOLATIONS),
+        ("crop_mode", crop_mode, _CROP_MODES),
+    ):
+        if value not in known:
+            raise ValueError(f"{argument}={value!r} is unknown to timm; give one of {', '.join(known)}.")
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} is a share of each side; give a number above 0, at most 1.")
+    model_args = _with_image_size(name, image_size, model_args)
     labels = _checked_labels(labels)
     reserved = sorted(set(model_args) & set(_RESERVED))
     if reserved:
@@ -81,7 +115,7 @@ def create_image_classifier(
 
     network = timm.create_model(name, num_classes=len(labels), **model_args)
     input_config = get_model_input_config(network)
-    channels = input_config["input_size"][0]
+    channels, *sides = input_config["input_size"]
     defaults = network.pretrained_cfg
     config = TimmWrapperConfig.from_dict(
         {
@@ -94,11 +128,14 @@ def create_image_classifier(
             "model_args": model_args,
             # Not the network's whole record: its source, tag and licence are those of weights that are not used here.
             "pretrained_cfg": {
-                "input_size": list(input_config["input_size"]),
+                "input_size": [
+                    channels,
+                    *(input_config["input_size"][1:] if image_size is None else [image_size] * 2),
+                ],
                 "fixed_input_size": input_config["fixed_input_size"],
-                "interpolation": defaults.get("interpolation", "bicubic"),
-                "crop_pct": 1.0,
-                "crop_mode": "center",
+                "interpolation": interpolation,
+                "crop_pct": float(crop_pct),
+                "crop_mode": crop_mode,
                 "mean": _checked_statistic("mean", mean, channels),
                 "std": _checked_statistic("std", std, channels),
                 "pool_size": defaults.get("pool_size"),
@@ -110,6 +147,70 @@ def create_image_classifier(
     # A model made through from_pretrained keeps the weights, and knows that its files carry no "timm_model." prefix.
     model = TimmWrapperForImageClassification.from_pretrained(None, config=config, state_dict=network.state_dict())
     return model.train()
+
+
+def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
+    """Whether an architecture reads square colour images of a size, found out before any are read.
+
+    Args:
+        name: A timm architecture.
+        image_size: Side of the images, in pixels.
+        **model_args: Of the network, as `create_image_classifier` takes them.
+
+    Raises:
+        ValueError: If it is unknown, or cannot be built for such images or cannot read one.
+    """
+    check_architecture(name)
+    model_args = _with_image_size(name, image_size, model_args)
+
+    def read_one() -> None:
+        network = timm.create_model(name, num_classes=2, **model_args).eval()
+        # Where the size is fixed, such a network leaves out what is beyond its last whole patch, without a word.
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and any(image_size % side for side in patch):
+            raise ValueError(f"it reads patches of {patch[0]} x {patch[1]}, so give a multiple")
+        network(torch.zeros(1, 3, image_size, image_size))
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # Without memory and arithmetic, hence at once; but not every network can.
+        with contextlib.suppress(Exception), torch.device("meta"):
+            read_one()
+            return
+        try:
+            read_one()
+        except TypeError as error:
+            raise ValueError(
+                f"model_args={model_args}: {name} does not take all of these ({error}); leave out what it does not "
+                "know (proj_drop_rate is --dropout, img_size is --image_size)."
+            ) from error
+        # What does not fit shows wherever it does not fit.
+        except Exception as error:
+            own = get_pretrained_cfg(name).input_size[-1]
+            raise ValueError(
+                f"image_size={image_size}: {name} cannot read images of {image_size} x {image_size} pixels "
+                f"({type(error).__name__}: {str(error)[:300]}); give --image_size {own}, for which it is made, or "
+                "another --model."
+            ) from error
+
+
+def _with_image_size(name: str, image_size: int | None, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network for images of a size: with img_size where its input is of one size only."""
+    if image_size is None:
+        return model_args
+    if type(image_size) is not int or image_size < 1:
+        raise ValueError(
+            f"image_size={image_size!r} is the side of the images in pixels; give a whole number above 0."
+        )
+    own = get_pretrained_cfg(name)
+    asked = model_args.get("img_size")
+    if asked not in (None, image_size, [image_size] * 2, (image_size, image_size)):
+        raise ValueError(
+            f"model_args={{'img_size': {asked!r}}} and image_size={image_size} differ; give the size of the images as "
+            "image_size alone."
+        )
+    if asked is None and own.fixed_input_size and tuple(own.input_size[1:]) != (image_size, image_size):
+        return {**model_args, "img_size": image_size}
+    return model_args
 
 
 def load_image_classifier(
