@@ -27,8 +27,11 @@ from born_again import (
     LineageSpec,
     create_image_classifier,
 )
+from born_again.data.augment import usual_padding
+from born_again.data.decode import EMBEDDED, warn
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageData, load_images
+from born_again.data.mirroring import doubt_of_mirroring, may_mirror
 from born_again.data.placement import fits_on_gpu
 from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
@@ -39,8 +42,10 @@ from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
 from born_again.model_card import image_classifier_card
-from born_again.models.image_classifier import check_architecture, load_image_classifier, save_image_classifier
+from born_again.models.image_classifier import check_image_size, load_image_classifier, save_image_classifier
 from born_again.pixels import check_image_shape
+
+IMAGE_SIZE = 32
 
 
 @dataclass
@@ -57,6 +62,10 @@ class LineageArguments(LineageFlags):
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
+    image_size: int = field(default=IMAGE_SIZE, metadata={"help": "Side that images are squashed to, in pixels."})
+    flip: bool = field(
+        default=True, metadata={"help": "Mirror images at random; False where the name says digits or letters."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
     images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images on the GPU, if there is one to fit."})
@@ -111,6 +120,7 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     # The batch is that of all processes together.
     values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
     model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
+    values["flip"] = may_mirror(dataset)
     if model.startswith("wide_resnet28_"):
         values["dropout"] = 0.3
     values["name"] = plain_name(f"{family(model)}-{Path(dataset).name}")
@@ -125,7 +135,13 @@ def family(model: str) -> str:
 
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
     """What decides the weights, out of all flags."""
-    data_args = ("dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples")
+    names = ("dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples")
+    data_args = {name: getattr(lineage, name) for name in names if getattr(lineage, name) is not None}
+    # Lineages from before these could be chosen have neither: all but digits were mirrored.
+    if lineage.image_size != IMAGE_SIZE:
+        data_args["image_size"] = lineage.image_size
+    if lineage.flip != (lineage.dataset != EMBEDDED):
+        data_args["flip"] = lineage.flip
     return LineageSpec(
         name=lineage.name,
         model=lineage.model,
@@ -134,11 +150,20 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         objective=training.objective,
         seed=training.seed,
         model_args={"proj_drop_rate": lineage.dropout} if lineage.dropout else {},
-        data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
+        data_args=data_args,
         training=training.decisive(),
         teacher=lineage.teacher,
         teacher_revision=lineage.teacher_revision,
     )
+
+
+def describe_input(lineage: LineageArguments) -> str:
+    """What becomes of an image in training, for the first lines of a run."""
+    size = lineage.image_size
+    mirrored = (
+        "mirrored at random (--no_flip turns this off)" if lineage.flip else "not mirrored (--flip turns this on)"
+    )
+    return f"Images are {size} x {size}, cropped at random from {usual_padding(size)} pixels of padding, {mirrored}"
 
 
 def build_runner(
@@ -158,7 +183,15 @@ def build_runner(
         }
 
     def build_student(generation: Generation) -> nn.Module:
-        return create_image_classifier(spec.model, data.label_names, data.mean, data.std, **spec.model_args)
+        return create_image_classifier(
+            spec.model,
+            data.label_names,
+            data.mean,
+            data.std,
+            image_size=data.image_size,
+            interpolation=data.interpolation,
+            **spec.model_args,
+        )
 
     def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
         return BornAgainTrainer(
@@ -167,7 +200,13 @@ def build_runner(
             teacher=teacher,
             data_collator=collate_batch,
             train_dataset=ImageDataset(
-                data.train, data.mean, data.std, augment=True, flip=data.flip, seed=generation.seed
+                data.train,
+                data.mean,
+                data.std,
+                augment=True,
+                flip=lineage.flip,
+                seed=generation.seed,
+                padding=usual_padding(data.image_size),
             ),
             eval_dataset=test,
             compute_metrics=classification_metrics(),
@@ -201,23 +240,29 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     hub_settings(lineage, training)  # refused before any work
     use_cores(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
-    check_architecture(lineage.model)
     spec = lineage_spec(lineage, training)
+    check_image_size(spec.model, lineage.image_size, **spec.model_args)
     data = load_images(
         lineage.dataset,
         image_column=lineage.image_column,
         label_column=lineage.label_column,
         revision=lineage.dataset_revision,
+        image_size=lineage.image_size,
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
+    if training.process_index == 0:
+        print(describe_input(lineage))
+    if lineage.flip and (doubt := doubt_of_mirroring(data.label_names)):
+        warn(f"--flip: images are mirrored at random, and {doubt}; --no_flip turns this off")
     if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
         data = data.to(training.device)
         training.dataloader_pin_memory = False  # which is for what is still in main memory
+    dropout = f" with dropout {lineage.dropout:g}" if lineage.dropout else ""
     return train(
         build_runner(spec, data, training, lineage),
         training,
-        f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
+        f"{spec.name}: {spec.model}{dropout} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
         f"{len(data.label_names)} classes)",
     )
 
