@@ -107,11 +107,11 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._say_whose_state_is_not_carried(student)
 
     def _say_whose_state_is_not_carried(self, student: nn.Module) -> None:
-        if not hasattr(self.train_dataset, "streams") or not self.is_world_process_zero():
+        if not hasattr(self.train_dataset, "streams"):
             return
         for module in (student, *(() if self.teacher is None else self.teacher.modules)):
             if takes_state_unsaid(module):
-                logger.warning(
+                self._warn(
                     f"{type(module).__name__} takes a `state`, and does not say by an attribute `carries_state` that "
                     "its output has the next one: it reads every window on its own. Where it returns the next state "
                     "as output.state, a tuple of tensors, give its class carries_state = True."

@@ -52,6 +52,7 @@ class FrozenTeacher:
         self.modules = list(self._given)
         self.carries_state = [carries_state(module) for module in self.modules]
         self._positions = [positions(module) for module in self.modules]
+        self.warn: Callable[[str], None] = logger.warning  # a trainer sets its own, of the first process alone
         self.inputs = [NetworkInputs(module, "teacher") for module in self.modules]
         self._pixels = [TeacherPixels() for _ in self.modules]
         self.precision = PRECISIONS[0]
@@ -277,7 +278,7 @@ class FrozenTeacher:
                     f"{text}; expected no more: truncate the texts to {limit} tokens (truncation=True, "
                     f"max_length={limit}; block_size or window {limit}), or take a teacher with more positions."
                 )
-            logger.warning(f"{text}: what it says of the tokens after them is not what it was trained for.")
+            self.warn(f"{text}: what it says of the tokens after them is not what it was trained for.")
             self._positions[index] = None  # said once
 
     def own_precision(self) -> AbstractContextManager:

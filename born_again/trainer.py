@@ -136,6 +136,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
                 "hold the objective."
             )
         frozen = FrozenTeacher(teacher)
+        frozen.warn = self._warn
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._check_tokens(frozen, student)
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)

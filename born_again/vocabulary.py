@@ -29,8 +29,7 @@ def tokenizer_beside(network: nn.Module) -> Any | None:
     name = getattr(getattr(network, "config", None), "_name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
-    holds = {part: any((Path(name) / file).is_file() for file in part) for part in (_TOKENIZER_FILES, _WEIGHTS)}
-    if not all(holds.values()):
+    if not has_tokenizer(name) or not _has_any(name, _WEIGHTS):
         return None
     from transformers import AutoTokenizer  # a second, which most trainings do without
 
@@ -39,6 +38,11 @@ def tokenizer_beside(network: nn.Module) -> Any | None:
     except Exception as error:  # a check that cannot be made must not stop a training; it raises many kinds
         logger.info(f"teacher: the tokenizer in {name} cannot be loaded to be compared with the student's ({error}).")
         return None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer's files; where it does not, transformers may give an empty tokenizer."""
+    return _has_any(folder, _TOKENIZER_FILES)
 
 
 def token_count(tokenizer: Any) -> int:
@@ -190,6 +194,10 @@ def ignored_ends_warning(ends: int, token: str) -> str:
 
 _REMEDY = "train teacher and student with one tokenizer, loaded from the teacher's folder."
 _VOUCH = "Where the teacher was trained with the student's tokenizer, give that as teacher_processing_class too."
+
+
+def _has_any(folder: str | Path, names: tuple[str, ...]) -> bool:
+    return any((Path(folder) / name).is_file() for name in names)
 
 
 def _by_id(tokenizer: Any) -> dict[int, str]:

@@ -39,7 +39,7 @@ from born_again.models.language_models import (
     load_language_model,
 )
 from born_again.teacher import carries_state, positions, vocabulary_size
-from born_again.vocabulary import check_same_tokenizer
+from born_again.vocabulary import check_same_tokenizer, has_tokenizer
 
 
 @dataclass
@@ -202,6 +202,11 @@ def build_runner(
         return {split: evaluate_language_model(model, text, training.device) for split, text in texts.items()}
 
     def take_teacher() -> nn.Module:
+        if Path(spec.teacher).is_dir() and not has_tokenizer(spec.teacher):  # transformers would make an empty one
+            raise ValueError(
+                f"teacher: {spec.teacher!r} has no tokenizer (tokenizer.json or tokenizer_config.json), expected the "
+                "one it was trained with, which is compared with the text's; save it there with save_pretrained."
+            )
         tokenizer = AutoTokenizer.from_pretrained(spec.teacher, revision=spec.teacher_revision)
         check_same_tokenizer(tokenizer, data.tokenizer)
         network = load_language_model(spec.teacher, spec.teacher_revision)

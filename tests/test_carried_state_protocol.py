@@ -87,6 +87,7 @@ def test_networks_say_whether_they_carry_a_state():
     carrying = [lstm(1), char_cnn, Adapter(lstm(1)), Own(), PublishedBefore(), Adapter(PublishedBefore())]
     for network in carrying:
         assert carries_state(network) and carries_state(torch.compile(network)), type(network)
+    assert lstm(1).carries_state is char_cnn.carries_state is True  # also in the copies of their code beside weights
     for network in (rwkv(1), language_model(1), Adapter(rwkv(1)), OwnUnsaid(), nn.Linear(1, 1)):
         assert not carries_state(network) and not carries_state(torch.compile(network)), type(network)
 

@@ -1,6 +1,7 @@
 """Teacher and student read one batch: with one tokenizer, of a length that both know, over the tokens of both."""
 
 import copy
+import json
 import logging
 
 import pytest
@@ -19,7 +20,9 @@ from transformers import (
 
 from born_again import BornAgainLMTrainer, BornAgainTrainer
 from born_again.data.streams import TokenStreams, collate_windows
+from born_again.data.text import word_tokenizer
 from born_again.teacher import FrozenTeacher, positions
+from born_again.vocabulary import check_same_tokenizer, differences_to_know
 
 LETTERS = "abcdefghijklmnopqr"
 TOKENS = ["<pad>", "<unk>", "<s>", "</s>", *LETTERS, "A"]  # WORDS of them
@@ -313,3 +316,15 @@ def test_ends_that_are_taught_are_not(tmp_path, caplog):
             batch = collator([dict(row) for row in data[:8]])
             assert batch["labels"].eq(3).sum() == 8
     assert "data_collator" not in caplog.text
+
+
+def test_word_tokenizers_of_lineages_begun_before_newlines_were_read_go_on():
+    new = word_tokenizer(["<eos>", "<unk>", "Ab", "c"])
+    content = json.loads(new.backend_tokenizer.to_str())
+    assert content["normalizer"] is not None
+    backend = Tokenizer.from_str(json.dumps({**content, "normalizer": None}))
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    old = PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **special)
+    assert old("c\nc")["input_ids"] != new("c\nc")["input_ids"]
+    check_same_tokenizer(old, new)
+    assert not list(differences_to_know(old, new))

@@ -342,6 +342,14 @@ def test_a_teacher_with_fewer_positions_than_the_window_is_refused_by_both_numbe
     assert not (tmp_path / "out" / "gen0").exists()
 
 
+def test_a_teacher_without_a_tokenizer_is_refused_as_such(elsewhere, script, tmp_path):
+    _, words = elsewhere("bare")
+    for path in (tmp_path / "bare").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="bare' has no tokenizer .*save it there with save_pretrained"):
+        script.start([*words, "--output_dir", str(tmp_path / "out")])
+
+
 def test_a_teacher_whose_vocabulary_is_padded_teaches_without_its_padding(elsewhere, script, tmp_path):
     network, words = elsewhere("padded", size=41)
     script.start([*words, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")])
