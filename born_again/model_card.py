@@ -292,6 +292,13 @@ def _counts(data: Mapping[str, Any]) -> dict[str, int]:
     return {split: count for split, count in held.items() if type(count) is int} if isinstance(held, dict) else {}
 
 
+def _share(data: Mapping[str, Any], split: str, name: str) -> float:
+    """A fraction of a split's tokens, see `born_again.data.coverage`; 0 where it is not known."""
+    for key in ("coverage", split, name):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data if isinstance(data, float) and 0 < data <= 1 else 0.0
+
+
 def _sizes(data: Mapping[str, Any], kind: Kind) -> str:
     counts = ", ".join(f"{plain(split)} {count:,}" for split, count in _counts(data).items())
     return f"; {kind.unit}: {counts}" if counts else ""
@@ -335,6 +342,12 @@ def _limits(
         sentences.append("The network is made for images of 32x32 pixels.")
     if kind is TEXT and type(data.get("vocabulary")) is int:
         sentences.append(f"It reads and writes the {data['vocabulary']:,} words of its vocabulary and no others.")
+        unknown = _share(data, "test", "unknown")
+        if unknown:
+            sentences.append(
+                f"Of the tokens of the test split {unknown:.2%} are not among them and were read as `<unk>`, which "
+                "makes perplexities lower than those of the text."
+            )
     return " ".join(sentences)
 
 

@@ -156,7 +156,17 @@ def test_calibration_and_limits_are_of_what_was_measured():
     text = language_model_card(manifest(kind="text"), 1)
     assert section(text, "Calibration") == "Not measured."
     assert "The test split has 82,430 words." in section(text, "Limits")
-    assert "the 10,000 words of its vocabulary" in section(text, "Limits")
+    assert "the 10,000 words of its vocabulary" in section(text, "Limits") and "<unk>" not in text
+    content = manifest(kind="text")
+    for share, said in (
+        (0.0421, "tokens of the test split 4.21% are not among them"),
+        (0.0, ""),
+        ("<b>", ""),
+        (7, ""),
+    ):
+        content["data"]["coverage"] = {"test": {"unknown": share}}
+        limits = section(language_model_card(content, 1), "Limits")
+        assert said in limits and ("<unk>" in limits) is bool(said)
 
 
 def test_what_a_manifest_need_not_hold_is_not_said():
