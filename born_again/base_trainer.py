@@ -49,6 +49,7 @@ class BaseTrainer(Trainer):
                 return super().evaluation_loop(*args, **kwargs)
         names = ("_is_accelerate_prepared", "_original_forward", "forward")
         before, wrapped = {name: state[name] for name in names if name in state}, self.model_wrapped
+        prepared = list(self.accelerator._models)  # by the user, for something else
         try:
             with explaining_errors(self):
                 return super().evaluation_loop(*args, **kwargs)
@@ -56,7 +57,7 @@ class BaseTrainer(Trainer):
             for name in names:
                 state.pop(name, None)
             state.update(before)
-            self.accelerator._models.clear()
+            self.accelerator._models[:] = prepared
             self.model_wrapped = wrapped  # else train() would take what was compiled here for a prepared student
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -264,7 +264,8 @@ def _block(
     losses, weights = student.new_zeros(len(student)), student.new_ones(len(student))
     if labels is not None:
         counted = labels != IGNORED
-        target = labels.where(counted, 0).unsqueeze(-1)  # (rows, 1): any class for those that do not count
+        # (rows, 1): any class for those that do not count, and for labels that are none, on which a device would fail.
+        target = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
         hard = -q_scale.log_of(student.gather(-1, target)).squeeze(-1)  # (rows,)
     if loss.permutation is not None or watch:
         top = first_largest(teacher)

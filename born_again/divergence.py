@@ -47,13 +47,18 @@ class DivergenceGuard:
             )
 
     def check_weights(self, model: nn.Module, step: int, steps: int) -> None:
-        """Looks at the weights, which an infinite gradient of a finite loss can have ruined.
+        """Looks at the trained weights, which an infinite gradient of a finite loss can have ruined.
+
+        Frozen ones may hold an infinity on purpose, such as a mask.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; names `step` of `steps`.
         """
-        finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()])
-        if not finite.all():
+        found: dict[torch.device, list[Tensor]] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.is_meta:
+                found.setdefault(parameter.device, []).append(parameter.isfinite().all())
+        if not all(torch.stack(finite).all() for finite in found.values()):
             raise FloatingPointError(
                 f"weights: not finite after step {step} of {steps}; training stops, and checkpoints saved before are "
                 "kept. " + _REMEDY

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from born_again.fit import sums_of_rows
 from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
 from born_again.teacher import carries_state, logits_of, takes_state_unsaid
 from born_again.trainer import BornAgainTrainer
@@ -144,10 +145,8 @@ class BornAgainLMTrainer(BornAgainTrainer):
         """Reads something else from its start, and afterwards goes on where the training was."""
         kept = self._carried, self._reads_streams
         self._carried, self._reads_streams = CarriedState(), hasattr(dataset, "streams")
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
         try:
-            # Making an iterator over a DataLoader draws a number, and the next dropout mask would be another.
-            with torch.random.fork_rng(devices):
+            with self._leaving_generators_alone():  # the next dropout mask would be another
                 yield
         finally:
             self._carried, self._reads_streams = kept
@@ -249,14 +248,12 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Trainer's, from the start of the text, with means over tokens instead of batches."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._another_text(dataloader.dataset):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        total, tokens = self._evaluated.tolist()
-        nll = total / max(tokens, 1)
-        own = {"loss": nll, "nll": nll, "perplexity": perplexity(nll), "tokens": int(tokens)}
+        nll = output.metrics.get(f"{metric_key_prefix}_loss", math.nan)
+        own = {"nll": nll, "perplexity": perplexity(nll), "tokens": self._evaluated_items}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
         return output
 
@@ -272,18 +269,27 @@ class BornAgainLMTrainer(BornAgainTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(self._ask_student(model, inputs))
             rows, targets = self._items(logits, labels)
+            self._labels.see(targets, rows.shape[-1])
             losses, weights = objective_items("label", rows, None, targets)
-        losses, weights = losses.view_as(labels), weights.view_as(labels)
-        sums = torch.stack([losses.double().sum(-1), weights.double().sum(-1)], -1)  # (batch, 2)
-        # Gathered as predictions are, so that rows repeated to fill the last batch of a process are left out.
-        self._evaluated += self.accelerator.gather_for_metrics(sums).sum(0)
+        self._count_evaluated(sums_of_rows(losses, weights, len(labels)))
         loss = losses.sum() / weights.sum().clamp_min(1)
-        return (loss, None, None) if prediction_loss_only else (loss, losses, self._shift(labels))
+        return (loss, None, None) if prediction_loss_only else (loss, losses.view_as(labels), self._shift(labels))
 
     # ---- The teacher's knowledge ----
 
-    def measure_teacher_fit(self, windows: int = FIT_WINDOWS) -> dict[str, float] | None:
+    def _samples_to_measure(self) -> int:
+        """A number above 0 where the perplexity of the teacher is measured."""
+        if self.teacher is None or self.args.teacher_accuracy_samples is not None:
+            return super()._samples_to_measure()
+        could_warn = self._student_carries and self.args.objective not in OBJECTIVES_WITH_LABELS
+        return FIT_WINDOWS if could_warn else 0
+
+    def measure_teacher_fit(self, samples: int = 0, windows: int = FIT_WINDOWS) -> dict[str, float] | None:
         """Perplexity of the teacher on the first windows of the training set, as they are shown to the student.
+
+        Args:
+            samples: not read, a text is measured by windows.
+            windows: how many batches are read.
 
         Returns:
             {"perplexity", "nll" (nats per token), "tokens"}, or None without a teacher.
@@ -294,9 +300,9 @@ class BornAgainLMTrainer(BornAgainTrainer):
         with self._another_text(self.train_dataset):
             for batch in islice(self._in_order(), windows):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                rows, targets = self._teacher_items(self._ask_teacher(inputs), labels)
-                losses, weights = objective_items("label", rows, None, targets)
-                sums += torch.stack([losses.double().sum(), weights.double().sum()])
+                for rows, targets in self._teacher_rows(inputs, labels):
+                    losses, weights = objective_items("label", rows, None, targets)
+                    sums += torch.stack([losses.double().sum(), weights.double().sum()])
         total, tokens = self._sum_over_processes(sums).tolist()
         nll = total / max(tokens, 1)
         return {"perplexity": perplexity(nll), "nll": nll, "tokens": int(tokens)}
@@ -304,8 +310,8 @@ class BornAgainLMTrainer(BornAgainTrainer):
     def _in_order(self) -> Iterator[Any]:
         """Batches of the training set, without touching the order in which training will read it."""
         if hasattr(self.train_dataset, "streams"):
-            return iter(self.get_train_dataloader())
-        return iter(super().get_eval_dataloader(self.train_dataset))
+            return iter(self.get_train_dataloader())  # each process its own streams
+        return iter(self._rows_in_order(self.train_dataset))
 
     def _warn_of_an_unfitted_teacher(self) -> None:
         if self.args.objective in OBJECTIVES_WITH_LABELS or not self._student_carries:

@@ -235,7 +235,7 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
         `importance_weight_norm`, `dark_knowledge_norm`, and `items`, how many were summed.
     """
     counted = labels != IGNORED  # (items,)
-    target = labels.where(counted, 0).unsqueeze(-1)  # (items, 1)
+    target = labels.clamp(0, student_logits.shape[-1] - 1).unsqueeze(-1)  # (items, 1)
     log_q = _widen(student_logits).log_softmax(-1)
     log_p = _widen(teacher_logits).log_softmax(-1)
     p = log_p.exp()

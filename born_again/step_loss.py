@@ -7,10 +7,11 @@ time (`born_again.chunked`). It needs a student and a teacher of which nothing b
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from born_again.chunked import Head, chunked_confidence, chunked_objective
@@ -76,9 +77,7 @@ class ChunkedStep:
                 return "the student's logits are not what its output layer makes of hidden states"
             if teacher is None:
                 return None
-            frozen = teacher.frozen if isinstance(teacher, CachedTeacher) else teacher
-            frozen.prepare(few)
-            if not ends_in_output_layer(frozen.modules[0], few, frozen):
+            if not self._teacher_ends_in_output_layer(few):
                 return "the teacher's logits are not what its output layer makes of hidden states"
             if self._columns is not None and output_layer(frozen.modules[0]).out_features < self._columns:
                 return "the student has more tokens than the teacher"
@@ -97,6 +96,7 @@ class ChunkedStep:
             outputs = self._ask_student(model, inputs)
             hidden = logits_of(outputs)
         rows, targets = self._items(hidden, labels)
+        self._labels.see(targets, layer.out_features)
         student = Head(rows, layer.weight, layer.bias)
         with self.accelerator.autocast():
             total, weight, terms = chunked_objective(
@@ -127,6 +127,41 @@ class ChunkedStep:
             hidden = self._ask_teacher(inputs) if hidden is None else hidden
         bias = None if layer.bias is None else layer.bias[: self._columns]
         return Head(self._items(hidden, labels)[0], layer.weight[: self._columns], bias)
+
+    def _teacher_rows(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The teacher's logits (items, classes) and targets (items,) of a batch, some items at a time where all of
+        its logits would be more than the chunked loss ever makes."""
+        layer = output_layer(self.teacher.modules[0])
+        are_few = layer is None or labels.numel() * layer.out_features < CHUNKED_FROM
+        if are_few or not self._hidden_serves(inputs, labels):
+            yield self._teacher_items(self._ask_teacher(inputs), labels)
+            return
+        with _answering_hidden(self.teacher) as layer:
+            hidden = self._ask_teacher(inputs)
+        rows = max(1, CHUNKED_FROM // (16 * layer.out_features))
+        for hidden_rows, targets in zip(*(part.split(rows) for part in self._items(hidden, labels)), strict=True):
+            with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().own_precision():
+                yield layer(hidden_rows), targets
+
+    def _hidden_serves(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+        teacher = self.teacher
+        if teacher.precision == "float32" or len(teacher.modules) > 1 or self.args.torch_compile:
+            return False
+        if self._columns is not None:
+            return False  # its vocabulary is padded otherwise than the student's
+        if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
+            return False
+        few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}
+        with self.accelerator.autocast():
+            return self._teacher_ends_in_output_layer(few)
+
+    def _teacher_ends_in_output_layer(self, few: Mapping[str, Any]) -> bool:
+        frozen = self._frozen_teacher()
+        frozen.prepare(few)
+        return ends_in_output_layer(frozen.modules[0], few, frozen)
+
+    def _frozen_teacher(self) -> FrozenTeacher:
+        return self.teacher.frozen if isinstance(self.teacher, CachedTeacher) else self.teacher
 
     def _bare_student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
-from born_again.fit import evenly_spaced, warn_of_an_unfitted_classifier
+from born_again.fit import evenly_spaced, everything_once, sums_of_rows, warn_of_an_unfitted_classifier
+from born_again.labels import LabelRange, class_numbers
 from born_again.network_inputs import NetworkInputs, unwrapped
 from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
 from born_again.objectives import (
     IGNORED,
+    OBJECTIVES_WITH_LABELS,
     at_least_tiny,
     item_weights,
     objective_items,
@@ -92,12 +97,14 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     Attributes:
         teacher: the `FrozenTeacher`, with `teacher_cache` a `CachedTeacher` around it; or None.
         teacher_fit: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training set, as
-            the student is shown it; measured when train() begins, None before and for datasets without a length.
+            the student is shown it; measured when train() begins (see `teacher_accuracy_samples`), None before and
+            for datasets without a length.
 
     Raises:
         TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network.
         ValueError: a teacher that cannot teach this student, or settings that have no meaning with a teacher.
-        FloatingPointError: from train(), when a loss is not finite.
+            From train() and evaluate(): labels that are no class numbers.
+        FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
     """
 
     _labels_where = "with loss_normalization 'step'"  # in refusals, where labels alone train
@@ -120,14 +127,30 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self._permutations: torch.Generator | None = None
         self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
         self._owns_loss = False
+        self._labels = LabelRange()
+        self._evaluated: Tensor | None = None  # sums of losses and of items, (2,), while an evaluation goes on
+        self._row_sums: Tensor | None = None  # of the batch that was evaluated last, (rows, 2)
         self._kept_columns: set[str] = set()
-        self._memory_format = torch.channels_last if getattr(self.args, "channels_last", False) else None
+        self.add_callback(_TrainBegin(self))
         if teacher is not None:
             self._take_teacher(teacher)
         else:
             self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
         if self._memory_format is not None:
             self.model.to(memory_format=self._memory_format)
+
+    @property
+    def _memory_format(self) -> torch.memory_format | None:
+        return torch.channels_last if getattr(self.args, "channels_last", False) else None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Trainer's; what is true of the student that is handed over is true of one that model_init makes."""
+        student = super().call_model_init(trial)
+        if getattr(self, "_owns_loss", False):  # not yet within Trainer.__init__
+            if self.teacher is not None:
+                self._frozen_teacher().check_against(student)
+            self._own_the_loss(student)
+        return student if self._memory_format is None else student.to(memory_format=self._memory_format)
 
     def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
         if not isinstance(self.args, BornAgainTrainingArguments):
@@ -244,7 +267,35 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         """Trainer's, which calls the student itself where there are no labels: with what is the student's."""
         if self._owns_loss and inputs.get(self.label_names[0]) is None:
             inputs = self._inputs_of_student(self._prepare_inputs(inputs))
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        step = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._evaluated is not None and self._row_sums is not None:
+            self._count_evaluated(self._row_sums)
+            self._row_sums = None
+        return step
+
+    def _count_evaluated(self, row_sums: Tensor) -> None:
+        # Gathered as predictions are, so that rows repeated to fill the last batch of a process are left out.
+        self._evaluated += self.accelerator.gather_for_metrics(row_sums).sum(0)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's; where the loss is computed here, it is the mean over all items and not over batches.
+
+        A batch none of whose labels counts then weighs nothing, and eval_loss does not depend on the batch size.
+        """
+        if not self._owns_loss:
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            self._labels.check()
+            total, items = self._evaluated.tolist()
+        finally:
+            self._evaluated = self._row_sums = None
+        self._evaluated_items = int(items)
+        name = f"{metric_key_prefix}_loss"
+        if name in output.metrics:
+            output.metrics[name] = total / items if items else math.nan
+        return output
 
     # ---- The loss of a step ----
 
@@ -320,6 +371,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             teacher_logits = self._ask_teacher(inputs)
         outputs = self._ask_student(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
+        self._labels.see(targets, student_rows.shape[-1])
         if taught:
             teacher_rows, _ = self._teacher_items(teacher_logits, labels)
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
@@ -328,6 +380,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         total, weight = (losses * weights).sum(), weights.sum()
         if model.training:
             total = total + weight * self._auxiliary_loss(outputs)
+        else:
+            self._row_sums = sums_of_rows(losses, weights, len(labels))
         loss = self._share(total, weight, num_items_in_batch)
         if not return_outputs:
             return loss
@@ -398,7 +452,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
                 "needs labels to tell which items count. Name the column with label_names, or keep it with "
                 "remove_unused_columns=False."
             )
-        inputs, labels = {key: value for key, value in inputs.items() if key != name}, inputs[name]
+        labels = class_numbers(inputs[name], name)
+        inputs = {key: value for key, value in inputs.items() if key != name}
         if self._network_loss is None:
             self._learn_what_labels_do(inputs, labels)
         return {**inputs, **decoder_inputs(self._bare_student(), inputs, labels)}, labels
@@ -470,14 +525,21 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     ) -> Tensor:
         """Trainer's, remembering on the device the first step whose loss is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._guard.see(loss, self.state.global_step + 1)
+        if self._stops_on_nonfinite:
+            self._guard.see(loss, self.state.global_step + 1)
         return loss
+
+    @property
+    def _stops_on_nonfinite(self) -> bool:
+        asked = getattr(self.args, "stop_on_nonfinite", None)
+        return self._owns_loss if asked is None else asked
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._labels.check()
             self._guard.check_loss(self.state.max_steps)
-        if self.control.should_save:
+        if self.control.should_save and self._stops_on_nonfinite:
             self._guard.check_weights(self.model, self.state.global_step, self.state.max_steps)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -485,7 +547,6 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after measuring how well the teacher knows what it is about to teach."""
-        self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
         self._end_of_texts, self._steps_looked_at = padding_that_ends_texts(self.data_collator), 0
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
@@ -499,17 +560,35 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             if isinstance(self.teacher, CachedTeacher):
                 stack.enter_context(emitting_view_keys(self.train_dataset))
                 stack.callback(self.teacher.close)
-            if self.teacher is not None:
-                self.teacher_fit = self.measure_teacher_fit()
+            samples = self._samples_to_measure()
+            if samples:
+                self.teacher_fit = self.measure_teacher_fit(samples)
                 self._warn_of_an_unfitted_teacher()
-            if isinstance(self.teacher, CachedTeacher):
-                self.teacher.take_hits()  # those of the training alone are logged
             output = super().train(*args, **kwargs)
-        self._guard.check_loss(self.state.max_steps)
+        self._labels.check()
+        if self._stops_on_nonfinite:
+            self._guard.check_loss(self.state.max_steps)
+            self._guard.check_weights(self.model, self.state.global_step, self.state.max_steps)
         return output
+
+    def begin_training(self) -> None:
+        """Forgets what is of an earlier training, or of one that auto_find_batch_size gave up."""
+        self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
+        self._labels = LabelRange(*(self.label_names or [])[:1])
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.take_hits()  # those of the training alone are logged
+
+    def _samples_to_measure(self) -> int:
+        if self.teacher is None:
+            return 0
+        if self.args.teacher_accuracy_samples is None:
+            return 0 if self.args.objective in OBJECTIVES_WITH_LABELS else FIT_SAMPLES
+        return self.args.teacher_accuracy_samples
 
     def measure_teacher_fit(self, samples: int = FIT_SAMPLES) -> dict[str, float] | None:
         """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
+
+        The random number generators are left as they were.
 
         Returns:
             {"accuracy": fraction of items whose argmax is the label, "samples": how many rows of the training set},
@@ -518,14 +597,32 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if self.teacher is None or not hasattr(self.train_dataset, "__len__"):
             return None
         dataset = evenly_spaced(self.train_dataset, samples)
-        correct = torch.zeros(2, dtype=torch.int64, device=self.args.device)
-        for batch in self.get_eval_dataloader(dataset):
-            inputs, labels = self._split_labels(self._prepare_inputs(batch))
-            rows, targets = self._teacher_items(self._ask_teacher(inputs), labels)
-            counted = targets != IGNORED
-            correct += torch.stack([((rows.argmax(-1) == targets) & counted).sum(), counted.sum()])
-        right, items = self._sum_over_processes(correct).tolist()
+        correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with self._leaving_generators_alone():
+            for batch in self._rows_in_order(dataset):
+                inputs, labels = self._split_labels(self._prepare_inputs(batch))
+                parts = [((rows.argmax(-1) == targets), targets != IGNORED)
+                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
+                right, counted = (torch.cat(part).double() for part in zip(*parts, strict=True))
+                sums = sums_of_rows(right, counted, len(labels))
+                correct += self.accelerator.gather_for_metrics(sums).sum(0)
+        right, items = correct.tolist()
         return {"accuracy": right / max(items, 1), "samples": len(dataset)}
+
+    def _rows_in_order(self, dataset: Dataset) -> DataLoader:
+        """Every row of a dataset, by a loader that serves nothing else.
+
+        Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent.
+        """
+        with everything_once(self.args):
+            return Trainer.get_test_dataloader(self, dataset)
+
+    @contextlib.contextmanager
+    def _leaving_generators_alone(self) -> Iterator[None]:
+        """Inside, what is drawn changes nothing outside: an iterator over a DataLoader draws a number."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
 
     def _warn_of_an_unfitted_teacher(self) -> None:
         if self.teacher_fit is not None and self.is_world_process_zero():
@@ -567,6 +664,14 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if getattr(self.args, "decay_all_parameters", False):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
+
+
+class _TrainBegin(TrainerCallback):
+    def __init__(self, trainer: BornAgainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.begin_training()
 
 
 def _as_tuple(outputs: Any) -> tuple:

@@ -21,7 +21,7 @@ LOSS_NORMALIZATIONS = ("trainer", "step")
 _INDECISIVE = frozenset(
     """
     output_dir do_train do_eval do_predict resume_from_checkpoint local_rank use_cpu
-    seed objective loss_normalization
+    seed objective loss_normalization stop_on_nonfinite teacher_accuracy_samples
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
@@ -45,7 +45,7 @@ class BornAgainTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the choices of a born-again generation.
 
     Every argument of transformers.TrainingArguments is there, with one other default: `logging_nan_inf_filter` is off,
-    since it hides a NaN loss and waits for the device at every step; the trainer stops on NaN instead.
+    since it hides a NaN loss and waits for the device at every step; see `stop_on_nonfinite`.
 
     Args:
         objective: what a student is taught by, unused without a teacher: "ban" (the teacher's distribution alone),
@@ -73,6 +73,14 @@ class BornAgainTrainingArguments(TrainingArguments):
             steps and eval_loss by the number of processes. "step" has the trainer compute it as for a student: the
             mean over all items of the step, whatever the accumulation and the number of processes, and an eval_loss
             that can be compared with a student's.
+        stop_on_nonfinite: stops a training whose loss, or one of whose trained weights, is NaN or infinite, with a
+            FloatingPointError; checked when the loss is logged, before a checkpoint and at the end. None stops where
+            the trainer computes the loss: with a teacher, in a lineage, and with loss_normalization "step". It does
+            not ask `logging_nan_inf_filter`, which only hides such losses in the log.
+        teacher_accuracy_samples: on how many rows of the training set, evenly spaced, the accuracy of the teacher is
+            measured before training, for a warning where it has not fitted them; 0 or more, 0 measures nothing. None
+            is 2,048 where a warning can come of it, that is for objectives without a label term, else 0.
+            BornAgainLMTrainer measures the perplexity on the first 60 batches instead, whatever the number above 0.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
@@ -109,6 +117,14 @@ class BornAgainTrainingArguments(TrainingArguments):
         default="trainer",
         metadata={"help": "Without a teacher: trainer (as transformers does) or step (as with one)."},
     )
+    stop_on_nonfinite: bool | None = field(
+        default=None,
+        metadata={"help": "Stop on a loss or weights that are not finite; with a teacher when not given."},
+    )
+    teacher_accuracy_samples: int | None = field(
+        default=None,
+        metadata={"help": "Training rows on which the teacher is measured before it teaches; 0 for none."},
+    )
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
     )
@@ -139,6 +155,10 @@ class BornAgainTrainingArguments(TrainingArguments):
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
         if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
             raise ValueError(f"label_weight: got {self.label_weight!r}, expected a finite number of 0 or more.")
+        if self.teacher_accuracy_samples is not None and self.teacher_accuracy_samples < 0:
+            raise ValueError(
+                f"teacher_accuracy_samples: got {self.teacher_accuracy_samples!r}, expected 0 (none) or more rows."
+            )
         self._check_that_the_objective_reads("temperature", ("ban", "ban+l"))
         self._check_that_the_objective_reads("label_weight", ("ban+l",))
         self._check_that_the_objective_reads("permutation", ("dkpp",))

@@ -328,7 +328,7 @@ def test_padded_sentences_are_shifted_as_transformers_shifts_them(tmp_path):
     data = sentences("next")
     ours = BornAgainLMTrainer(
         language_model(1),
-        arguments(tmp_path, objective="ban+l", per_device_eval_batch_size=4),
+        arguments(tmp_path, objective="ban+l", per_device_eval_batch_size=4, teacher_accuracy_samples=2048),
         teacher=language_model(2),
         train_dataset=data,
         eval_dataset=data,
@@ -348,7 +348,7 @@ def test_padded_sentences_are_shifted_as_transformers_shifts_them(tmp_path):
 
 
 def test_teacher_fit_is_its_perplexity_on_the_training_text(tmp_path):
-    ours = trainer(tmp_path, lstm(1), lstm(2))
+    ours = trainer(tmp_path, lstm(1), lstm(2), teacher_accuracy_samples=2048)
     twin = trainer(tmp_path, lstm(2), evaluated=streams())
     ours.train()
     assert ours.teacher_fit == pytest.approx(

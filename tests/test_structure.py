@@ -42,6 +42,7 @@ LAYERS = {
     "settings": 3,
     "base_trainer": 3,
     "fit": 3,
+    "labels": 3,
     "network_loss": 4,
     "output_layer": 4,
     "training_args": 4,
