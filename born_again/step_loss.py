@@ -79,7 +79,7 @@ class ChunkedStep:
                 return None
             if not self._teacher_ends_in_output_layer(few):
                 return "the teacher's logits are not what its output layer makes of hidden states"
-            if self._columns is not None and output_layer(frozen.modules[0]).out_features < self._columns:
+            if self._columns is not None and output_layer(teacher.modules[0]).out_features < self._columns:
                 return "the student has more tokens than the teacher"
             if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
                 return "the answers that are kept of the teacher are logits"
