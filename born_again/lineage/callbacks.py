@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from born_again.lineage.folders import sync_checkpoint
 from born_again.lineage.interruption import Interrupted, Interruption
+from born_again.lineage.processes import on_first_process
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -67,10 +68,9 @@ class KeepRecord(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        processes = PartialState()
-        processes.wait_for_everyone()  # each one has written its own part
-        if processes.is_main_process:
-            sync_checkpoint(self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        PartialState().wait_for_everyone()  # each one has written its own part
+        checkpoint = self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        on_first_process(lambda: sync_checkpoint(checkpoint))
         self.keep(seconds=self.seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
 
 

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import nn
 
 from born_again.lineage.ensemble import LineageEnsemble
 from born_again.lineage.evaluation import finite
 from born_again.lineage.manifest import Manifest
+from born_again.lineage.processes import on_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def measure_ensemble(
         metrics = {}
     else:
         metrics = {split: finite(values) for split, values in evaluate(ensemble).items()}
-        if PartialState().is_main_process:
-            ensemble.save_pretrained(folder / FOLDER, metrics)
+        on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics))
     record = {
         "members": list(members),
         "average": _AVERAGE,
