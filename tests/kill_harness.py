@@ -10,7 +10,8 @@ A start is killed in one of three ways. "event": the child counts what it does (
 and deleted; steps, batches of evaluation and other callbacks) and kills itself at a number drawn from those of the
 reference. "place": the same, at the n-th event of one category, so that the rare ones are met too. Both follow from
 the seed, and may leave the file that is being written empty or half written. "time": the parent kills after a random
-delay, which no seed repeats. After some kills a file of the newest checkpoint is cut, as a loss of power leaves it.
+delay, which no seed repeats. After some kills a file of the newest checkpoint is cut, as a loss of power leaves it:
+where no checkpoint is whole then, they are moved aside, which a kill alone must never lead to.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class Harness:
         """Trains one lineage with at most so many kills; what is wrong with it."""
         dice = random.Random(f"{seed} {recipe} {run}")
         folder = self.workdir / f"{recipe}.{run}"
-        killed = 0
+        killed, was_cut = 0, False
         while True:
             plan = draw(dice, reference, again=killed > 0) if killed < min(kills, MOST_KILLS) else Plan("last")
             torn = dice.random() < TORN, dice.random(), dice.random()
@@ -207,6 +208,7 @@ class Harness:
             killed += 1
             category, generation, what = (last or "start\t\tnothing yet").split("\t")
             cut = cut_newest(folder, *torn[1:]) if torn[0] else None
+            was_cut = was_cut or cut is not None
             half = plan.half and plan.mode != "time" and what.startswith(("open", "torch.save", "safetensors"))
             what += " (half)" * half
             self.table.append((recipe, str(run), generation, plan.mode, category, what, cut or ""))
@@ -215,7 +217,16 @@ class Harness:
                 print("  ".join(self.table[-1]), file=sys.stderr, flush=True)
         if status != 0:
             return [f"exit status {os.waitstatus_to_exitcode(status)} after {killed} kills:\n{tail(log_of(folder))}"]
+        if was_cut:
+            remove_what_was_moved_aside(folder / "checkpoints")
         return differences(reference.folder, folder)
+
+
+def remove_what_was_moved_aside(checkpoints: Path) -> None:
+    for path in checkpoints.glob("gen*.replaced-*"):
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):  # it holds something else, or is not there
+        checkpoints.rmdir()
 
 
 def draw(dice: random.Random, reference: Reference, again: bool) -> Plan:
@@ -231,7 +242,8 @@ def draw(dice: random.Random, reference: Reference, again: bool) -> Plan:
 
 def cut_newest(folder: Path, which: float, how: float) -> str | None:
     """Cuts a file of the newest checkpoint to its half or to nothing: the last one written, or any other."""
-    found = sorted(folder.glob("checkpoints/gen*/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    of_generations = (path for path in folder.glob("checkpoints/gen*/checkpoint-*") if not path.parent.suffix)
+    found = sorted(of_generations, key=lambda path: int(path.name.split("-")[1]))
     files = [path for path in found[-1].iterdir() if path.stat().st_size] if found else []
     if not files:
         return None

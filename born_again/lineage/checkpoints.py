@@ -23,6 +23,12 @@ _CARRIED = re.compile(r"carried_state_[0-9]{1,6}_of_([0-9]{1,6})\.safetensors")
 
 _STATE = "trainer_state.json"
 _WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+# What Trainer, our trainers and tokenizers leave in a checkpoint of whole files.
+_USUAL = re.compile(
+    r"(adapter_)?model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]{1,6})?\.pth"
+    r"|carried_state_[0-9]{1,6}_of_[0-9]{1,6}\.safetensors|training_args\.bin|spiece\.model|.*\.(json|jinja|txt|md|py)"
+)
 _INDEX = f"{_WEIGHTS}.index.json"
 # Everything that reading a file of the wrong bytes can end in.
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error)
@@ -43,8 +49,29 @@ def last_checkpoint(folder: Path) -> Path | None:
         flaw = checkpoint_flaw(checkpoint, step)
         if flaw is None:
             return checkpoint
-        logger.warning("%s was not written to its end (%s); one before it is looked for.", checkpoint, flaw)
+        logger.warning("%s cannot be gone on from (%s); one before it is looked for.", checkpoint, flaw)
     return None
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in the name of a checkpoint as Trainer writes it, None for any other name."""
+    found = _CHECKPOINT.fullmatch(path.name)
+    return None if found is None else int(found[1])
+
+
+def is_torn(checkpoint: Path) -> bool:
+    """Whether a kill can have left a checkpoint so, while it was written: without the file that Trainer writes last.
+
+    A folder in which anything is that Trainer does not write into it is never called torn.
+    """
+    return has_usual_files(checkpoint) and _file_flaw(checkpoint / _STATE) is not None
+
+
+def has_usual_files(checkpoint: Path) -> bool:
+    """Whether a folder holds only files that are called as those of a checkpoint are."""
+    return all(
+        path.is_file() and not path.is_symlink() and _USUAL.fullmatch(path.name) for path in checkpoint.iterdir()
+    )
 
 
 def checkpoint_flaw(checkpoint: Path, step: int) -> str | None:
@@ -98,7 +125,7 @@ def _needed(files: dict[str, Path]) -> Iterator[str]:
         shards = index.get("weight_map") if isinstance(index, dict) else None
         yield from sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else (_WEIGHTS,)
     else:
-        yield _WEIGHTS
+        yield _ADAPTER if _ADAPTER in files and _WEIGHTS not in files else _WEIGHTS
     yield from ("optimizer.pt", "scheduler.pt", _STATE)
     carried = {int(found[1]) for name in files if (found := _CARRIED.fullmatch(name))}
     # One process writes rng_state.pth, so that a number says that there are two or more.

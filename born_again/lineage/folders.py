@@ -58,10 +58,15 @@ def move_aside(folder: Path, why: str) -> None:
     """
     if not folder.exists():
         return
-    numbered = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
-    aside = next(path for path in numbered if not path.exists())
+    aside = free_name(folder)
     logger.warning("%s %s; it is kept as %s.", folder, why, aside.name)
     os.rename(folder, aside)
+
+
+def free_name(folder: Path) -> Path:
+    """The first of NAME.replaced-1, NAME.replaced-2 and so on that nothing has."""
+    numbered = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
+    return next(path for path in numbered if not os.path.lexists(path))
 
 
 def put_in_place(partial: Path, folder: Path, weights_sha256: str) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+from born_again.lineage.checkpoints import checkpoint_flaw, checkpoint_step, has_usual_files, is_torn
+from born_again.lineage.folders import free_name
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 
@@ -62,21 +66,50 @@ def tidy(manifest: Manifest) -> None:
             remove_leftovers(manifest)
 
 
-def remove_checkpoints_after(folder: Path, checkpoint: Path | None) -> None:
-    """Deletes the checkpoints that were begun after the one that a training goes on from.
+def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Collection[str]) -> None:
+    """Takes the checkpoints out of the way that stand after the one that a training goes on from.
 
-    They were not written to their end. Trainer takes the checkpoint of the highest step for the newest, and would
-    delete those that it writes on the way there.
+    Trainer takes the checkpoint of the highest step for the newest, and would delete those that it writes on the way
+    there. What a kill has left half-written is deleted, and what the training comes by again to the same weights: an
+    incomplete checkpoint after a whole one. All else is moved aside, as gen2.replaced-1/checkpoint-100, and warned
+    of: it may hold trained work, and why it cannot be gone on from may be one file with another name.
 
     Args:
         folder: of the generation's checkpoints.
         checkpoint: that the training goes on from, None where it begins.
+        recorded: names of the checkpoints that were once written to their end, as the manifest tells.
+
+    Raises:
+        OSError: something cannot be moved.
     """
-    last = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit() and int(step) > last and not path.is_symlink():
+    last = -1 if checkpoint is None else checkpoint_step(checkpoint)
+    aside = None
+    for path in sorted(folder.glob("checkpoint-*")):
+        number = path.name.rpartition("-")[2]
+        if not (number.isdigit() and int(number) > last and path.is_dir() and not path.is_symlink()):
+            continue
+        step = checkpoint_step(path)
+        if step is None:
+            why = "is called otherwise than Trainer calls a checkpoint"
+        elif checkpoint is None and not (path.name not in recorded and is_torn(path)):
+            why = f"cannot be gone on from ({checkpoint_flaw(path, step)})"
+        elif not has_usual_files(path):
+            why = "holds files that are none of a checkpoint's"
+        else:
             shutil.rmtree(path, ignore_errors=True)
+            continue
+        if aside is None:
+            aside = free_name(folder)
+            aside.mkdir()
+        os.rename(path, aside / path.name)
+        logger.warning("%s %s; it is kept as %s.", path, why, os.path.join(aside.name, path.name))
+    if aside is not None and checkpoint is None:
+        logger.warning(
+            "%s: no checkpoint is left to go on from, so that the training begins again at step 0. To use one of %s, "
+            "stop this run, mend the checkpoint and move it back.",
+            folder,
+            aside,
+        )
 
 
 def remove_what_served(output_dir: Path, index: int, keep_checkpoints: bool) -> None:

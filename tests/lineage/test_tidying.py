@@ -1,6 +1,7 @@
 """What of a killed run is deleted, and what never is."""
 
 import logging
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from lineage import manifests
 
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import Manifest
-from born_again.lineage.tidying import remove_checkpoints_after, remove_leftovers, remove_what_served, tidy
+from born_again.lineage.tidying import clear_checkpoints_after, remove_leftovers, remove_what_served, tidy
 
 
 def manifest(folder, *records):
@@ -112,9 +113,66 @@ def test_a_finished_lineage_is_left_alone_while_another_run_holds_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("last", "kept"), [("checkpoint-4", ["checkpoint-2", "checkpoint-4"]), (None, [])])
-def test_checkpoints_that_were_begun_after_the_one_in_use_are_deleted(tmp_path, last, kept):
-    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-x"):
-        (tmp_path / name / "inner").mkdir(parents=True)
-    remove_checkpoints_after(tmp_path, last and tmp_path / last)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "checkpoint-x"]
+def checkpoint(folder, step, *, without=(), more=()):
+    """A checkpoint of small files, as far as clearing looks into them."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    names = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "config.json")
+    for name in {*names, "trainer_state.json", *more} - {*without}:
+        (path / name).write_text("{}")
+    return path
+
+
+def test_what_a_kill_left_half_written_is_deleted(tmp_path, caplog):
+    folder = tmp_path / "gen1"
+    checkpoint(folder, 2, without=("trainer_state.json",))
+    (checkpoint(folder, 4) / "trainer_state.json").write_text('{"global_')
+    clear_checkpoints_after(folder, None, [])
+    assert list(tmp_path.rglob("*")) == [folder] and caplog.text == ""
+
+
+def test_after_a_whole_checkpoint_incomplete_ones_are_deleted(tmp_path, caplog):
+    """The training comes by their steps again, to the same weights."""
+    folder = tmp_path / "gen1"
+    names = [checkpoint(folder, step).name for step in (2, 4)]
+    checkpoint(folder, 10, without=("optimizer.pt",))
+    checkpoint(folder, 12, without=("trainer_state.json",))
+    (folder / "checkpoint-x").mkdir()
+    clear_checkpoints_after(folder, folder / "checkpoint-4", ["checkpoint-10"])
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "checkpoint-x"]
+    assert list(tmp_path.iterdir()) == [folder] and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "recorded"),
+    [
+        ({"without": ("optimizer.pt",)}, False),
+        ({"without": ("trainer_state.json",)}, True),
+        ({"without": ("optimizer.pt",), "more": ("optimizer.bak",)}, False),
+        ({"without": ("trainer_state.json",), "more": ("state.old",)}, False),
+    ],
+)
+def test_what_may_hold_trained_work_is_moved_aside(tmp_path, caplog, wrong, recorded):
+    folder = tmp_path / "gen1"
+    before = sorted(path.name for path in checkpoint(folder, 8, **wrong).iterdir())
+    (tmp_path / "gen1.replaced-1").mkdir()
+    clear_checkpoints_after(folder, None, ["checkpoint-8"] if recorded else [])
+    kept = tmp_path / "gen1.replaced-2" / "checkpoint-8"
+    assert sorted(path.name for path in kept.iterdir()) == before and list(folder.iterdir()) == []
+    assert "checkpoint-8 cannot be gone on from (" in caplog.text and "begins again at step 0" in caplog.text
+    assert f"it is kept as {os.path.join('gen1.replaced-2', 'checkpoint-8')}" in caplog.text
+
+
+def test_another_layout_is_moved_aside_after_a_whole_checkpoint_too(tmp_path, caplog):
+    folder = tmp_path / "gen1"
+    whole = checkpoint(folder, 4)
+    (folder / "checkpoint-8" / "optimizer_0").mkdir(parents=True)  # as a sharded engine writes it
+    checkpoint(folder, "0010")
+    (folder / "checkpoint-12").symlink_to(whole)
+    clear_checkpoints_after(folder, whole, [])
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "gen1.replaced-1").iterdir()) == [
+        "checkpoint-0010",
+        "checkpoint-8",
+    ]
+    assert "holds files that are none of a checkpoint's" in caplog.text and "step 0" not in caplog.text
