@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
+from born_again.environment import PRECISIONS, launcher_chooses_precision
 from born_again.hub import HubError
-from born_again.lineage.machine import how_it_computes
-from born_again.lineage.manifest import LineageError
+from born_again.lineage.computation import check_arguments
+from born_again.lineage.machine import how_it_computes, precision_problem, precision_words
+from born_again.lineage.manifest import LineageError, Manifest
+from born_again.lineage.processes import on_first_process
 from born_again.lineage.publication import HubSettings
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec
@@ -54,6 +56,7 @@ class LineageFlags:
         default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
     )
     smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
+    given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: flags that the user chose
 
 
 def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:
@@ -88,29 +91,76 @@ def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> H
     )
 
 
-def publishing(
-    spec: LineageSpec, flags: LineageFlags, training: BornAgainTrainingArguments
-) -> BackgroundPublisher | None:
-    """The publisher of a lineage, None without --push_to_hub; brings back first what was published of it.
+def go_on(flags: LineageFlags, training: BornAgainTrainingArguments) -> LineageSpec | None:
+    """Brings a published lineage back, and takes from the one in output_dir what the user did not choose.
+
+    To be called before the spec is made. What the user leaves open goes on as the lineage was begun: its name, and the
+    mixed precision, which a recipe chooses by the machine. A precision that was given, by a flag or by the launcher,
+    stays, and the runner refuses it where it is another.
+
+    Args:
+        flags: `name` may change.
+        training: its mixed precision may change, which is printed.
+
+    Returns:
+        The spec that the lineage was begun with; None where there is none yet.
 
     Raises:
-        ValueError: see `hub_settings`.
+        ValueError: see `hub_settings` and `check_arguments`; or the lineage was begun in a precision that this machine
+            has not.
         HubError: the Hub cannot be asked what there is; not with --hub_defer.
         LineageError: what is published under the lineage's name is none.
     """
+    check_arguments(training)
     settings = hub_settings(flags, training)
-    if settings is None:
+    if settings is not None and flags.from_generation is None:
+        on_first_process(lambda: _restore(flags, training, settings))
+    try:
+        spec = Manifest.read(Path(training.output_dir)).spec
+    except (FileNotFoundError, LineageError):  # the runner says what is wrong with it
         return None
-    processes = PartialState()
-    if processes.is_main_process and flags.from_generation is None:
-        try:
-            restore_lineage(spec.name, settings, training.output_dir, training.hub_token)
-        except HubError as error:
-            if not flags.hub_defer:
-                raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
-            logging.getLogger(__name__).warning("%s It begins anew.", error)
-    processes.wait_for_everyone()
-    return BackgroundPublisher(settings, training.hub_token, flags.hub_defer)
+    if "name" not in flags.given:
+        flags.name = spec.name
+    if {"bf16", "fp16"}.isdisjoint(flags.given) and not launcher_chooses_precision():
+        _take_precision(spec, training)
+    return spec
+
+
+def _take_precision(spec: LineageSpec, training: BornAgainTrainingArguments) -> None:
+    begun = next((name for name in PRECISIONS if spec.training.get(name)), spec.training.get("mixed_precision", "no"))
+    if begun == training.mixed_precision:
+        return
+    problem = precision_problem(begun, training.device)
+    if problem is not None:
+        raise ValueError(
+            f"{begun}: the lineage in {training.output_dir} was begun in {precision_words(begun)}, {problem}; go on "
+            "with it where it can be computed, or give another output_dir."
+        )
+    if training.process_index == 0:
+        print(
+            f"Goes on in {precision_words(begun)}, as the lineage in {training.output_dir} was begun; by itself this "
+            f"machine would compute in {precision_words(training.mixed_precision)}."
+        )
+    training.use_precision(begun)
+
+
+def _restore(flags: LineageFlags, training: BornAgainTrainingArguments, settings: HubSettings) -> None:
+    try:
+        restore_lineage(flags.name, settings, training.output_dir, training.hub_token)
+    except HubError as error:
+        if not flags.hub_defer:
+            raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
+        logging.getLogger(__name__).warning("%s It begins anew.", error)
+
+
+def publishing(flags: LineageFlags, training: BornAgainTrainingArguments) -> BackgroundPublisher | None:
+    """The publisher of a lineage, None without --push_to_hub.
+
+    Raises:
+        ValueError: see `hub_settings`.
+    """
+    settings = hub_settings(flags, training)
+    return None if settings is None else BackgroundPublisher(settings, training.hub_token, flags.hub_defer)
 
 
 def of_generation(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from born_again.environment import compiler_of
 from born_again.objectives import OBJECTIVES, PERMUTATIONS
 from born_again.teacher import PRECISIONS
 
@@ -145,6 +147,7 @@ class BornAgainTrainingArguments(TrainingArguments):
                 "lr_plateau_factor=0.5."
             )
         super().__post_init__()
+        self._take_accumulation()
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("permutation", self.permutation, PERMUTATIONS)
         check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
@@ -169,6 +172,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     def decisive(self) -> dict[str, Any]:
         """The arguments that decide the weights and are not at their defaults, for the record of an experiment.
 
+        Mixed precision and compilation are those that accelerate will compute in, which an argument, its launcher or
+        the environment may have chosen.
+
         Returns:
             JSON-able values by name, `world_size` (number of processes) among them when it is not 1; without the seed,
             the objective and the normalisation of the loss, which an experiment states for itself.
@@ -181,7 +187,39 @@ class BornAgainTrainingArguments(TrainingArguments):
             for name, value in self.to_dict().items()
             if name not in indecisive and value != defaults.get(name)
         }
+        chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
+        if self.mixed_precision in ("bf16", "fp16"):
+            chosen[self.mixed_precision] = True
+        elif self.mixed_precision != "no":
+            chosen["mixed_precision"] = self.mixed_precision
+        compiler = compiler_of(self)
+        if compiler is not None:
+            chosen |= {"torch_compile": True, "torch_compile_backend": self.torch_compile_backend or compiler[0]}
+            if self.torch_compile_mode is not None or compiler[1] != "default":
+                chosen["torch_compile_mode"] = compiler[1]
         return chosen if self.world_size == 1 else {**chosen, "world_size": self.world_size}
+
+    def use_precision(self, precision: str) -> None:
+        """Computes in another mixed precision than these arguments were made with; before a trainer is made of them.
+
+        Args:
+            precision: "no", "bf16" or "fp16".
+        """
+        self.bf16, self.fp16, self.mixed_precision = precision == "bf16", precision == "fp16", precision
+
+    def _take_accumulation(self) -> None:
+        """Moves accelerator_config's num_steps to where everything else reads it.
+
+        Trainer does so when it is made, and leaves 1 in the configuration: the next trainer of the same arguments
+        would accumulate nothing.
+        """
+        kwargs = self.accelerator_config.gradient_accumulation_kwargs
+        if kwargs is not None and "num_steps" in kwargs and self.gradient_accumulation_steps == 1:
+            left = {name: value for name, value in kwargs.items() if name != "num_steps"}
+            self.accelerator_config = dataclasses.replace(
+                self.accelerator_config, gradient_accumulation_kwargs=left or None
+            )
+            self.gradient_accumulation_steps = kwargs["num_steps"]
 
     def _check_that_the_objective_reads(self, name: str, readers: tuple[str, ...]) -> None:
         default = type(self).__dataclass_fields__[name].default

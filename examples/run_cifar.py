@@ -33,7 +33,8 @@ from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_b
 from born_again.data.images import ImageData, load_images
 from born_again.data.mirroring import doubt_of_mirroring, may_mirror
 from born_again.data.placement import fits_on_gpu
-from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
+from born_again.environment import take_from_launcher
+from born_again.launch import LineageFlags, go_on, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, use_cores
@@ -112,6 +113,7 @@ HOUSEKEEPING = {
 def recipe(asked: Namespace) -> dict[str, Any]:
     """The values that suit what was asked, under those that were asked."""
     values = {**PAPER, **HOUSEKEEPING, "bf16": has_fast_bf16() and not asked.fp16}
+    values |= take_from_launcher(asked.given, asked)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
     if asked.smoke:
         values |= SMOKE
@@ -234,7 +236,7 @@ def build_runner(
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
-        publisher=publishing(spec, lineage, training),
+        publisher=publishing(lineage, training),
     )
 
 
@@ -242,6 +244,9 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     hub_settings(lineage, training)  # refused before any work
     use_cores(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
+    begun = go_on(lineage, training)
+    if begun is not None and "flip" not in lineage.given:  # which the name of the data has chosen
+        lineage.flip = begun.data_args.get("flip", begun.dataset != EMBEDDED)
     spec = lineage_spec(lineage, training)
     check_image_size(spec.model, lineage.image_size, **spec.model_args)
     data = load_images(

@@ -24,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
-from born_again.launch import LineageFlags, hub_settings, launch, of_generation, publishing, train
+from born_again.environment import take_from_launcher
+from born_again.launch import LineageFlags, go_on, hub_settings, launch, of_generation, publishing, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, use_cores
@@ -132,6 +133,7 @@ def recipe(asked: Namespace) -> dict[str, Any]:
     model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
     own = RECIPES[model] if model in RECIPES else LSTM if is_recurrent(model) else TRANSFORMER
     values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not asked.fp16}
+    values |= take_from_launcher(asked.given, asked)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
     # Streams in which validation is read: fewer where the training has fewer.
     values["per_device_eval_batch_size"] = min(8, asked.per_device_train_batch_size)
@@ -233,7 +235,7 @@ def build_runner(
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
-        publisher=publishing(spec, lineage, training),
+        publisher=publishing(lineage, training),
     )
 
 
@@ -252,6 +254,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     use_cores(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_language_model(lineage.model, lineage.window)
+    go_on(lineage, training)
     spec = lineage_spec(lineage, training)
     data = load_text(
         lineage.dataset,

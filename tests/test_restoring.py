@@ -13,7 +13,7 @@ from lineage_folders import WORDS, inputs, lineage, network
 
 from born_again import LineageEnsemble, load_generation
 from born_again.hub import Hub, HubError
-from born_again.launch import publishing
+from born_again.launch import go_on, publishing
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.publication import HubSettings
@@ -222,13 +222,13 @@ def test_a_hub_that_cannot_be_asked(logged_in_hub, tmp_path, caplog, defer):
         script.recipe,
         [*words, "--hub_defer", str(defer)],
     )
-    spec = script.lineage_spec(lineage_flags, training)
     if defer:
-        assert publishing(spec, lineage_flags, training).defer
+        go_on(lineage_flags, training)
+        assert publishing(lineage_flags, training).defer
         assert "cannot be reached" in caplog.text and "It begins anew." in caplog.text
     else:
         with pytest.raises(HubError, match="cannot be brought back: http://.* cannot be reached .*Try again later"):
-            publishing(spec, lineage_flags, training)
+            go_on(lineage_flags, training)
     assert not (tmp_path / "out").exists()
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "inference_form": 0,
     "view_keys": 0,
     "network_inputs": 0,
+    "environment": 0,
     "blockwise": 1,
     "card_facts": 1,
     "pixels": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,10 @@ def parse_arguments(
     Of a value given twice the first of these wins.
 
     Args:
-        dataclass_types: what is filled; their fields are the flags.
-        recipe: from what was asked so far (every field, as a namespace) to the values that suit it.
+        dataclass_types: what is filled; their fields are the flags. One with a field `given` that is no flag (init is
+            False) is told there which flags the command line and the config file have.
+        recipe: from what was asked so far (every field, as a namespace, and `given`, the names of those that were) to
+            the values that suit it.
         command_line: the words after the program's name; None reads sys.argv.
         description: shown by --help.
 
@@ -49,8 +52,27 @@ def parse_arguments(
         raise ValueError(
             f"command line: {unknown[0]!r} is no flag{_near(unknown[0].lstrip('-').split('=')[0], known, '--')}"
         )
+    asked.given = frozenset(config) | _on(parser, command_line)
     parser.set_defaults(**{**recipe(asked), **config})
-    return parser.parse_args_into_dataclasses(command_line, look_for_args_file=False)[: len(dataclass_types)]
+    filled = parser.parse_args_into_dataclasses(command_line, look_for_args_file=False)[: len(dataclass_types)]
+    for instance in filled:
+        if any(entry.name == "given" and not entry.init for entry in dataclasses.fields(instance)):
+            instance.given = asked.given
+    return filled
+
+
+def _on(parser: argparse.ArgumentParser, command_line: list[str] | None) -> frozenset[str]:
+    """The flags that are on the command line, whatever their values."""
+    defaults = {action: action.default for action in parser._actions}
+    set_defaults, parser._defaults = parser._defaults, {}
+    try:
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        return frozenset(vars(parser.parse_known_args(command_line)[0]))
+    finally:
+        parser._defaults = set_defaults
+        for action, default in defaults.items():
+            action.default = default
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
 
 from born_again.curve import draw_curve
 from born_again.lineage.callbacks import KeepRecord, SaveAfterEvaluation, StopAndSave, checkpoint_names
+from born_again.lineage.computation import (
+    check_arguments,
+    check_computation,
+    computation_of,
+    computation_warning,
+)
 from born_again.lineage.disk import disk_message, disk_problem
 from born_again.lineage.ensembles import measure_ensemble, missing_ensembles
 from born_again.lineage.evaluation import by_split, finite
@@ -29,16 +34,18 @@ from born_again.lineage.machine import (
     leaving_old_objects_alone,
     peak_memory_mib,
     release_memory,
+    reset_peak_memory,
     versions,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.processes import on_first_process
 from born_again.lineage.publication import CURVE_NAME, unpublished
 from born_again.lineage.restart import check_restart, start_again
-from born_again.lineage.spec import EXTERNAL, LineageSpec
+from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.lineage.tidying import (
     CHECKPOINTS_NAME,
+    clear_checkpoints_after,
     is_leftover,
-    remove_checkpoints_after,
     remove_leftovers,
     remove_what_served,
     tidy,
@@ -181,12 +188,11 @@ class LineageRunner:
         with self._lock(), self._interruption, leaving_old_objects_alone():
             self.manifest = self._open()  # another run may have gone on in between
             self._processes.wait_for_everyone()
-            if self._processes.is_main_process:
-                remove_leftovers(self.manifest)
+            on_first_process(lambda: remove_leftovers(self.manifest))
             try:
                 self._start_again()
                 if self.publisher is not None:
-                    self._on_main(lambda: self.publisher.start(self.manifest))
+                    on_first_process(lambda: self.publisher.start(self.manifest))
                 self._run()
                 if self.publisher is not None and self._processes.is_main_process:
                     self.unpublished = self.publisher.finish(stop=lambda: self._interruption.signum)
@@ -207,9 +213,7 @@ class LineageRunner:
     def _start_again(self) -> None:
         if self.from_generation is None:
             return
-        if self._processes.is_main_process:
-            start_again(self.manifest, self.from_generation)
-        self._processes.wait_for_everyone()
+        on_first_process(lambda: start_again(self.manifest, self.from_generation))
         self.manifest, self.from_generation = self._open(), None
 
     def _run(self) -> None:
@@ -235,20 +239,8 @@ class LineageRunner:
     def _lock(self) -> Iterator[None]:
         """Holds the folder."""
         with contextlib.ExitStack() as held:
-            self._on_main(lambda: held.enter_context(FolderLock(self.output_dir)))
+            on_first_process(lambda: held.enter_context(FolderLock(self.output_dir)))
             yield
-
-    def _on_main(self, step: Callable[[], Any]) -> None:
-        """Takes a step on the first process; where it is refused, every process raises and none waits."""
-        refusal: list[RuntimeError | None] = [None]
-        if self._processes.is_main_process:
-            try:
-                step()
-            except RuntimeError as error:
-                refusal = [error]
-        broadcast_object_list(refusal)
-        if refusal[0] is not None:
-            raise refusal[0]
 
     def _how_to_go_on(self) -> str:
         return f"what is trained is saved in {self.output_dir}; the same command goes on from there."
@@ -272,15 +264,13 @@ class LineageRunner:
         folder, data = self.output_dir, self.data
         if (folder / MANIFEST_NAME).exists():
             manifest = Manifest.read(folder)
-            differences = self.spec.differences(manifest.spec)
+            differences = self.spec.differences(manifest.spec, self._of_no_matter(manifest))
             if differences:
                 raise LineageError(
                     f"output_dir: {folder} holds a lineage of another experiment ({'; '.join(differences)}); give the "
                     "same arguments to go on with it, or another output_dir."
                 )
-            known, data = _compared(manifest.content["data"]), _compared(data)
-            if known != data:
-                changed = sorted(key for key in {*data, *known} if data.get(key) != known.get(key))
+            if changed := data_differences(data, manifest.content["data"]):
                 raise LineageError(
                     f"output_dir: the data is not what the lineage in {folder} was trained on (other "
                     f"{', '.join(changed)}); give the same data, or another output_dir."
@@ -296,6 +286,19 @@ class LineageRunner:
         self._processes.wait_for_everyone()  # before the first process makes the folder that the others still look at
         return manifest
 
+    def _of_no_matter(self, manifest: Manifest) -> set[str]:
+        """Fields of the spec that may differ where the same data, or the same teacher, is found in another place."""
+        ignored: set[str] = set()
+        known = manifest.content["data"].get("sha256")
+        if known is not None and known == self.data.get("sha256"):
+            ignored |= DATA_SOURCE
+        first = manifest.record(0)
+        if self.spec.teacher is not None and first is not None and first["objective"] == EXTERNAL:
+            weights = Path(self.spec.teacher) / WEIGHTS_NAME
+            if weights.is_file() and file_sha256(weights) == first["weights_sha256"]:
+                ignored |= {"teacher", "teacher_revision"}
+        return ignored
+
     def _train(self, index: int) -> None:
         generation = Generation(
             index=index,
@@ -304,22 +307,24 @@ class LineageRunner:
             parent=index - 1 if index else None,
             checkpoint_dir=self.output_dir / CHECKPOINTS_NAME / f"gen{index}",
         )
+        has_own_peak = reset_peak_memory()
         set_seed(generation.seed)
         if generation.objective == EXTERNAL:
             logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
-            self._begin(generation)
             trainer = self.build_trainer(taken, None, generation)
             if self.evaluate is None:
                 check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
+            self._begin(generation, {})
             trainer.use_loss_normalization("step")  # its evaluation then counts as those of its students
-            self._finish(generation, trainer)
+            self._finish(generation, trainer, has_own_peak)
             return
-        self._begin(generation)
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self.build_trainer(student, teacher, generation)
+        self._check_trainer(index, trainer)
+        self._begin(generation, {"computation": computation_of(trainer)})
         record = self.manifest.record(index)
         if generation.parent is None:
             self._normalize_loss(trainer, record)
@@ -329,9 +334,9 @@ class LineageRunner:
         trainer.add_callback(StopAndSave(self._interruption, self._how_to_go_on()))
         checkpoint = last_checkpoint(generation.checkpoint_dir)
         self._processes.wait_for_everyone()
-        if self._processes.is_main_process:
-            remove_checkpoints_after(generation.checkpoint_dir, checkpoint)
-        self._processes.wait_for_everyone()
+        on_first_process(
+            lambda: clear_checkpoints_after(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
+        )
         logger.info(
             "Generation %d of %s: %s with seed %d%s.",
             index,
@@ -345,7 +350,7 @@ class LineageRunner:
         except FloatingPointError as error:
             raise FloatingPointError(f"generation {index} of {self.spec.name}: {error}") from error
         self.manifest.update(index, seconds=keeper.seconds)
-        self._finish(generation, trainer)
+        self._finish(generation, trainer, has_own_peak)
         # The next generation must not find this one's optimizer and activations in memory.
         release_memory(trainer)
         del trainer, student, teacher, keeper
@@ -368,7 +373,22 @@ class LineageRunner:
                 self.spec.name,
             )
 
-    def _begin(self, generation: Generation) -> None:
+    def _check_trainer(self, index: int, trainer: BornAgainTrainer) -> None:
+        """Before a generation begins or goes on: what would lose its work, or compute it otherwise than before."""
+        check_arguments(trainer.args)
+        here, begun = computation_of(trainer), self.manifest.record(index)
+        if begun is not None:
+            check_computation(here, index, begun)
+        differing = computation_warning(here, self.manifest.generations[: index + 1])
+        if differing is not None and self._processes.is_main_process:
+            logger.warning(
+                "Generation %d of %s is computed otherwise than what came before it: %s.",
+                index,
+                self.spec.name,
+                differing,
+            )
+
+    def _begin(self, generation: Generation, facts: Mapping[str, Any]) -> None:
         if self.manifest.record(generation.index) is None:
             self.manifest.update(
                 generation.index,
@@ -383,6 +403,7 @@ class LineageRunner:
                 versions=versions(),
                 hardware=hardware(),
                 hub=None,
+                **facts,
             )
             if generation.objective == EXTERNAL:
                 source = {"path_or_repo": self.spec.teacher, "revision": self.spec.teacher_revision}
@@ -391,17 +412,19 @@ class LineageRunner:
                 self.manifest.update(generation.index, loss_normalization="step")
         self._save_manifest()
 
-    def _finish(self, generation: Generation, trainer: BornAgainTrainer) -> None:
+    def _finish(self, generation: Generation, trainer: BornAgainTrainer, has_own_peak: bool) -> None:
         """Weights first, then their measurement, then the record: a crash in between repeats only what came after."""
         partial = self.output_dir / f".gen{generation.index}.partial"
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        if self._processes.is_main_process:
+
+        def write() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             self.save_student(model, partial)
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(partial)
-        self._processes.wait_for_everyone()
+
+        on_first_process(write)
         if self.evaluate is None:
             metrics = by_split(trainer.evaluate())
         else:
@@ -414,41 +437,35 @@ class LineageRunner:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],
-            "peak_memory_mib": peak_memory_mib(),
+            "peak_memory_mib": peak_memory_mib() if has_own_peak else None,
         }
         self._processes.wait_for_everyone()  # every process has read the weights where they are
-        folder = self.folder(generation.index)
-        if self._processes.is_main_process:
+
+        def finish() -> None:
             if self.write_card is not None:
                 drawn = draw_curve(trainer.state.log_history, partial / CURVE_NAME)
                 content = self.manifest.content_with(generation.index, **facts)
                 card = self.write_card(content, generation.index, curve=CURVE_NAME if drawn else None)
                 (partial / "README.md").write_text(card, "utf-8")
-            put_in_place(partial, folder, facts["weights_sha256"])
+            put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
+
+        on_first_process(finish)
         self.manifest.update(generation.index, **facts)  # only now: a record that says so has its folder
         self._save_manifest()
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
-        if self._processes.is_main_process:
-            remove_what_served(self.output_dir, generation.index, self.keep_checkpoints)
-        self._processes.wait_for_everyone()
+        on_first_process(lambda: remove_what_served(self.output_dir, generation.index, self.keep_checkpoints))
 
     def _keep(self, index: int, **fields: Any) -> None:
         self.manifest.update(index, **fields)
-        if self._processes.is_main_process:
-            self.manifest.save()
+        self._save_manifest()
 
     def _save_manifest(self) -> None:
-        if self._processes.is_main_process:
-            self.manifest.save()
-        self._processes.wait_for_everyone()
-
-
-def _compared(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a fingerprint tells data apart; the rest is recorded for people, and was not always there."""
-    return {name: value for name, value in data.items() if name != "coverage"}
+        on_first_process(self.manifest.save)
 
 
 def _may_stay(path: Path) -> bool:
-    """What a run leaves in a new folder that is killed before its first manifest is written."""
+    """What a run leaves in a new folder that is killed or refused before its first manifest is written."""
+    if path.name == CHECKPOINTS_NAME and path.is_dir() and not path.is_symlink():
+        return all(inner.is_dir() and not inner.is_symlink() for inner in path.rglob("*"))  # made with the trainer
     return path.name == LOCK_NAME or is_leftover(path)

@@ -284,6 +284,10 @@ _OPTIONAL: dict[str, _Rule] = {
         "a list of texts",
     ),
     "source": (_is_object, "an object"),
+    "computation": (
+        lambda value: _is_object(value) and _is_name(value.get("mixed_precision")),
+        "an object with mixed_precision, a text",
+    ),
     "peak_memory_mib": (lambda value: value is None or _whole(value, 0), "a whole number of 0 or more, or null"),
 }
 

@@ -7,13 +7,27 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 # May change without making another lineage: more generations go on from those there are.
 _GROWS = ("generations",)
 OBJECTIVE_OF_THE_TEACHER = "label"
+# Where data is found and how it is read: of no matter where the same data came of it. The first of a spec, the second
+# of a fingerprint.
+DATA_SOURCE = frozenset(
+    {"dataset"}
+    | {
+        f"data_args.{name}"
+        for name in (
+            "dataset_revision image_column label_column text_column max_train_samples max_eval_samples".split()
+        )
+    }
+)
+_FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_column", "text_column"})
+# Recorded for people, and was not always there.
+_TOLD = frozenset({"coverage"})
 # Of a teacher that was trained elsewhere: how is not known.
 EXTERNAL = "external"
 # Folders and repositories are called after a lineage, so that a name is never a path.
@@ -125,13 +139,18 @@ class LineageSpec:
         """Of everything that decides the weights; the number of generations is left out."""
         return spec_sha256(self.to_dict())
 
-    def differences(self, other: LineageSpec) -> list[str]:
-        """Where two specs are not the same experiment, one readable line a field: "seed: 43 here, 42 there"."""
+    def differences(self, other: LineageSpec, ignored: Collection[str] = ()) -> list[str]:
+        """Where two specs are not the same experiment, one readable line a field: "seed: 43 here, 42 there".
+
+        Args:
+            other: spec "there".
+            ignored: fields that may differ, such as those of `DATA_SOURCE` where the data is known to be the same.
+        """
         here, there = dict(_flat(self.to_dict())), dict(_flat(other.to_dict()))
         return [
             f"{name}: {here.get(name, 'default')!r} here, {there.get(name, 'default')!r} there"
             for name in sorted({*here, *there})
-            if name not in _GROWS and here.get(name, _flat) != there.get(name, _flat)
+            if name not in (*_GROWS, *ignored) and here.get(name, _flat) != there.get(name, _flat)
         ]
 
 
@@ -139,6 +158,22 @@ def spec_sha256(values: Mapping[str, Any]) -> str:
     """The hash of a spec from its JSON values, as `LineageSpec.to_dict` gives them."""
     kept = {name: value for name, value in values.items() if name not in _GROWS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def data_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """In what two fingerprints of data are not of the same data: names of their fields.
+
+    Where both have a "sha256" and it is the same, so is the data, from wherever it was read; of what else they say,
+    that is compared which both know. "coverage" is never compared.
+
+    Args:
+        here: JSON-able, as `load_images` and `load_text` give it, or a user's own.
+        there: likewise.
+    """
+    names = {*here, *there} - _TOLD
+    if here.get("sha256") is not None and here.get("sha256") == there.get("sha256"):
+        names = names & {*here} & {*there} - _FINGERPRINT_SOURCE
+    return sorted(name for name in names if here.get(name) != there.get(name))
 
 
 def plain_name(text: str) -> str:
