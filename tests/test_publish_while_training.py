@@ -18,7 +18,7 @@ from published import check_published, check_state, hidden, weights
 from born_again import BornAgainTrainingArguments
 from born_again.data.images import load_images
 from born_again.hub import HubError
-from born_again.launch import train
+from born_again.launch import go_on, train
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.publication import unpublished
 from born_again.publishing import publish_lineage
@@ -53,6 +53,7 @@ def run(script):
         lineage, training = parse_arguments(
             (script.LineageArguments, BornAgainTrainingArguments), script.recipe, command
         )
+        go_on(lineage, training)
         runner = script.build_runner(script.lineage_spec(lineage, training), data, training, lineage)
         return runner, train(runner, training, "tiny")
 
