@@ -24,10 +24,16 @@ _PROGRESS_FROM = 5_000
 _DECODE_CHUNK = 1_000
 
 
-def warn(message: str) -> None:
-    """Logs a warning about the data, on the first process only: each of them reads all of it."""
+def warn(message: str, level: int = logging.WARNING) -> None:
+    """Logs what a user should know of the data, on the first process only: each of them reads all of it."""
     if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
-        logging.getLogger(__name__).warning(message)
+        logging.getLogger(__name__).log(level, message)
+
+
+def _tell_choice(name: str, what: str, chosen: str, among: list[str], flag: str) -> str:
+    if len(among) > 1:
+        warn(f"dataset {name!r}: {what} {chosen!r} is taken, of {among}; {flag} takes another", logging.INFO)
+    return chosen
 
 
 def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
@@ -133,6 +139,8 @@ def choose_splits(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[st
             raise ValueError(
                 f"dataset {name!r}: split {split!r} is empty; expected at least one row: put images in it"
             )
+    if test != TEST_SPLITS[0]:
+        warn(f"dataset {name!r}: there is no split 'test', so {test!r} is what is tested on", logging.INFO)
     return "train", test
 
 
@@ -159,7 +167,7 @@ def choose_image_column(name: str, features: datasets.Features, asked: str | Non
     candidates = images if len(images) == 1 else preferred
     if len(candidates) != 1:
         raise ValueError(f"dataset {name!r} has several image columns, {images}; choose one with --image_column")
-    return candidates[0]
+    return _tell_choice(name, "image column", candidates[0], images, "--image_column")
 
 
 def choose_label_column(name: str, features: datasets.Features, asked: str | None) -> str:
@@ -180,12 +188,10 @@ def choose_label_column(name: str, features: datasets.Features, asked: str | Non
             )
         return asked
     classes = [column for column in usable if isinstance(features[column], datasets.ClassLabel)]
-    if len(classes) == 1:
-        return classes[0]
     candidates = classes or usable
-    preferred = [column for column in LABEL_COLUMNS if column in candidates]
+    preferred = classes if len(classes) == 1 else [column for column in LABEL_COLUMNS if column in candidates]
     if preferred:
-        return preferred[0]
+        return _tell_choice(name, "label column", preferred[0], candidates, "--label_column")
     if classes:
         raise ValueError(f"dataset {name!r} has several label columns, {classes}; choose one with --label_column")
     raise ValueError(

@@ -164,6 +164,11 @@ def load_images(
             pixels = decode_images(name, split, chosen[split], image_column, rows, image_size)
             kept = labels[split] if rows is None else labels[split][rows]
             splits[role] = ImageSplit(torch.from_numpy(pixels), torch.from_numpy(kept))
+            if role == "train" and (left_out := sorted(set(labels[split].tolist()) - set(kept.tolist()))):
+                warn(
+                    f"dataset {name!r}: --max_train_samples {max_train_samples} leaves no training image of "
+                    f"{_named(left_out, label_names)}, of which there may be test images"
+                )
     _check_variation(name, splits["train"], label_names)
     mean, std = channel_statistics(splits["train"].pixels)
     fingerprint = {

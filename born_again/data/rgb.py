@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 
 # Pillow's modes of one channel of more than 8 bits.
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_BITS_PER_SAMPLE = 258
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -132,4 +133,6 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
                 "have no agreed range; scale all images by one range, and save them in 8 or 16 bits"
             )
         return values.astype(np.uint8)
-    return (values >> 8).astype(np.uint8)
+    # Pillow leaves the 12 bits of a TIFF file as they are.
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
+    return (values >> (bits - 8)).astype(np.uint8)

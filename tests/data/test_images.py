@@ -104,7 +104,8 @@ def test_statistics_over_several_chunks_and_of_a_constant_channel():
     assert (mean[1], std[1]) == (0.2, 1.0)
 
 
-def test_imagefolder_with_validation_split(tmp_path):
+def test_imagefolder_with_validation_split(tmp_path, caplog):
+    caplog.set_level("INFO")
     for split, classes in {"train": {"owl": 3, "bee": 2}, "validation": {"owl": 1, "bee": 1}}.items():
         for name, count in classes.items():
             folder = tmp_path / "birds" / split / name
@@ -113,6 +114,7 @@ def test_imagefolder_with_validation_split(tmp_path):
                 Image.fromarray(random_array(number)).save(folder / f"{number}.png")
     data = load_images(str(tmp_path / "birds"))
     assert data.label_names == ("bee", "owl")
+    assert "there is no split 'test', so 'validation' is what is tested on" in caplog.text
     assert sorted(data.train.labels.tolist()) == [0, 0, 1, 1, 1]
     assert data.fingerprint["rows"] == {"train": 5, "test": 2}
     owl = data.train.pixels[data.train.labels == 1][0]
@@ -158,7 +160,8 @@ def test_image_size(plain):
     assert np.array_equal(data.train.pixels[0].numpy(), np.asarray(expected))
 
 
-def test_columns_of_cifar100_and_by_flag(tmp_path):
+def test_columns_of_cifar100_and_by_flag(tmp_path, caplog):
+    caplog.set_level("INFO")
     rows = {
         "img": [encoded(random_array(seed)) for seed in range(4)],
         "fine_label": [0, 1, 2, 0],
@@ -174,6 +177,10 @@ def test_columns_of_cifar100_and_by_flag(tmp_path):
     coarse = load_images(folder, label_column="coarse_label", image_column="img")
     assert coarse.label_names == ("warm", "cold")
     assert coarse.train.labels.tolist() == [0, 1, 1, 0]
+    (said,) = [message for message in caplog.messages if "label column" in message]  # not where it was asked for
+    assert (
+        "label column 'fine_label' is taken, of ['fine_label', 'coarse_label']; --label_column takes another" in said
+    )
 
 
 def test_labels_of_strings_and_integers(tmp_path):
@@ -429,6 +436,7 @@ def test_classes_are_compared_before_limits(tmp_path, caplog):
     data = load_images(folder, max_train_samples=2)
     assert 2 not in data.train.labels and 2 in data.test.labels
     assert "has no row of" not in caplog.text
+    assert "--max_train_samples 2 leaves no training image of class 'eel', of which there may be" in caplog.text
 
 
 def test_images_without_variation(tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Any image file to RGB: what a person is shown, and what `datasets` and browsers show."""
 
 import io
+import struct
 
 import datasets
 import numpy as np
@@ -113,6 +114,20 @@ def test_16_bits_are_scaled_by_their_range(kind):
         image = read_image(stored(Image.fromarray(values), kind), PLAIN, SIZE)
         assert image.is_wide
         np.testing.assert_allclose(image.pixels, (values / 257)[..., None].repeat(3, 2), atol=1)
+
+
+def test_12_bits_of_a_tiff_are_scaled_by_their_range():
+    """Written by hand, since Pillow reads but does not write it: two pixels in three bytes, the high bits first."""
+    values = DEEP >> 4
+    first, second = values[:, ::2], values[:, 1::2]
+    strip = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8).tobytes()
+    tags = {256: SIZE, 257: SIZE, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: SIZE, 279: len(strip)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + strip
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), values)
+    pixels = read_image({"bytes": file, "path": None}, PLAIN, SIZE).pixels
+    np.testing.assert_allclose(pixels[..., 0], values / 4095 * 255, atol=1)
 
 
 def encoded(values: np.ndarray) -> dict:
