@@ -338,7 +338,13 @@ def _limits(
             sentences.append(f"No more than {setting(limit)} {kind.unit} were taken {purpose}.")
     if is_external(manifest["generations"][0]):
         sentences.append("What generation 0 was trained on is not known here, nor whether the test split was in it.")
-    if kind is IMAGES and kind.own.fullmatch(spec["model"]) and not is_external(record):
+    if kind is IMAGES and "image_column" in data and not is_external(record):  # read by load_images
+        size = setting((spec.get("data_args") or {}).get("image_size", 32))
+        sentences.append(
+            f"It was trained on images of {size}x{size} pixels, to which others were squashed whatever their "
+            "proportions; on images read in another way it is less accurate."
+        )
+    elif kind is IMAGES and kind.own.fullmatch(spec["model"]) and not is_external(record):
         sentences.append("The network is made for images of 32x32 pixels.")
     if kind is TEXT and type(data.get("vocabulary")) is int:
         sentences.append(f"It reads and writes the {data['vocabulary']:,} words of its vocabulary and no others.")

@@ -153,6 +153,9 @@ def test_calibration_and_limits_are_of_what_was_measured():
     assert "32x32 pixels" in limits and "With one seed" in limits
     other = section(image_classifier_card(manifest(model="resnet18", data={}), 1), "Limits")
     assert "32x32" not in other and "test split" not in other
+    read = {"data_args": {"image_size": 64}, "data": {"image_column": "image"}}
+    larger = section(image_classifier_card(manifest(model="resnet18", **read), 1), "Limits")
+    assert "trained on images of 64x64 pixels, to which others were squashed" in larger
     text = language_model_card(manifest(kind="text"), 1)
     assert section(text, "Calibration") == "Not measured."
     assert "The test split has 82,430 words." in section(text, "Limits")
