@@ -161,13 +161,18 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
     )
 
 
-def describe_input(lineage: LineageArguments) -> str:
-    """What becomes of an image in training, for the first lines of a run."""
+def describe_input(lineage: LineageArguments, training: BornAgainTrainingArguments) -> str:
+    """What becomes of an image in training and how long that is, for the first lines of a run."""
     size = lineage.image_size
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    length = f"{training.num_train_epochs:g} epochs" if training.max_steps < 0 else f"{training.max_steps:,} steps"
     mirrored = (
         "mirrored at random (--no_flip turns this off)" if lineage.flip else "not mirrored (--flip turns this on)"
     )
-    return f"Images are {size} x {size}, cropped at random from {usual_padding(size)} pixels of padding, {mirrored}"
+    return (
+        f"Images are {size} x {size}, cropped at random from {usual_padding(size)} pixels of padding, {mirrored}; "
+        f"{length} in batches of {batch}"
+    )
 
 
 def build_runner(
@@ -259,7 +264,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         max_eval_samples=lineage.max_eval_samples,
     )
     if training.process_index == 0:
-        print(describe_input(lineage))
+        print(describe_input(lineage, training))
     if lineage.flip and (doubt := doubt_of_mirroring(data.label_names)):
         warn(f"--flip: images are mirrored at random, and {doubt}; --no_flip turns this off")
     if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
