@@ -16,6 +16,7 @@ from born_again.cli import main
 from born_again.data.text import load_text
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.remeasure import texts_to_measure
+from born_again.lineage.spec import spec_sha256
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--num_train_epochs", "1", "--threads", "1", "--disable_tqdm", "True", "--logging_steps", "999", "--smoke"]
@@ -233,6 +234,18 @@ def test_other_data_is_measured_and_not_compared(run, images):
     status, said, _ = run("evaluate", images / "gen1", "--max_eval_samples", "40")
     assert status == 0 and "(40 in test, max_train_samples 64, max_eval_samples 40)" in said
     assert said.splitlines()[-1] == "not compared: the record is of other data"
+
+
+def test_data_that_has_moved_is_asked_for_and_compared_by_its_hash(run, images):
+    content = json.loads((images / "lineage.json").read_text())
+    content["spec"]["dataset"] = content["data"]["source"] = "/home/someone/digits"
+    content["spec_sha256"] = spec_sha256(content["spec"])
+    (images / "lineage.json").write_text(json.dumps(content))
+    status, _, error = run("evaluate", images / "gen1")
+    assert status == 2 and "measured on '/home/someone/digits', which is not on this machine" in error
+    assert "give --dataset" in error
+    status, result, _ = run("evaluate", images / "gen1", "--dataset", "digits", "--json")
+    assert (status, result["agrees"], result["compared"]) == (0, True, True)
 
 
 def test_data_that_is_not_the_networks_is_refused(run, images, text_lineages, tmp_path):

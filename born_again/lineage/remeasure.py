@@ -294,7 +294,18 @@ def _data(subject: _Subject, dataset: str | None, asked: Mapping[str, Any]) -> t
             )
     if dataset not in (None, spec.dataset):
         known.pop("dataset_revision", None)
+    if dataset is None and _is_gone(spec.dataset):
+        raise ValueError(
+            f"dataset: got none, and the lineage was measured on {spec.dataset!r}, which is not on this machine, "
+            "expected the place where the same data is here; give --dataset. What is compared is its sha256."
+        )
     return dataset or spec.dataset, {**known, **given}
+
+
+def _is_gone(dataset: str) -> bool:
+    """Whether a data set is certainly a path, and not there; "owner/name" may be of the Hub."""
+    is_path = dataset.startswith((".", "~")) or os.path.isabs(dataset) or dataset.count("/") > 1
+    return is_path and not os.path.exists(os.path.expanduser(dataset))
 
 
 def _loader_arguments(arguments: Mapping[str, Any], own: Iterable[str], others: Iterable[str]) -> dict[str, Any]:

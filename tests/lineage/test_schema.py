@@ -103,6 +103,8 @@ def test_a_missing_field_is_named(tmp_path, field):
         ("parameters", -1, "expected a whole number of 0 or more, got -1"),
         ("steps", 1.5, "expected a whole number of 0 or more"),
         ("loss_normalization", "mean", "expected 'trainer' or 'step', got 'mean'"),
+        ("computation", "bf16", "expected an object with mixed_precision, a text, got 'bf16'"),
+        ("computation", {"processes": 1}, "expected an object with mixed_precision, a text"),
         ("peak_memory_mib", -1, "expected a whole number of 0 or more, or null"),
     ],
 )
