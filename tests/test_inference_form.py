@@ -1,6 +1,7 @@
 """A folded network says what the network says."""
 
 import logging
+from functools import partial
 
 import pytest
 import timm
@@ -194,7 +195,7 @@ def test_a_norm_that_goes_on_learning_is_left_alone():
         {"padding": 1, "padding_mode": "reflect", "bias": False},
         {"padding": "same", "padding_mode": "circular"},
         {"norm": BatchNormAct2d},
-        {"norm": lambda channels: nn.BatchNorm2d(channels, affine=False)},
+        {"norm": partial(nn.BatchNorm2d, affine=False)},
     ],
     ids=str,
 )
