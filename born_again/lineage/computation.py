@@ -99,14 +99,20 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuses arguments whose checkpoints a generation could not go on from, or that are not what is computed.
 
     Raises:
-        ValueError: save_only_model, an engine that shards weights, or fp16 where accelerate does not compute it; names
-            the argument.
+        ValueError: save_only_model, workers that outlive an epoch, an engine that shards weights, or fp16 where
+            accelerate does not compute it; names the argument.
     """
     if args.save_only_model:
         raise ValueError(
             "save_only_model: got True, expected False in a lineage: its checkpoints would hold no optimizer, and a "
             "generation that is interrupted could not go on from them; leave it out. --save_total_limit bounds what "
             "checkpoints take, and they are deleted when their generation is finished."
+        )
+    if args.dataloader_persistent_workers and args.dataloader_num_workers:
+        raise ValueError(
+            "dataloader_persistent_workers: got True, expected False in a lineage: workers that outlive an epoch go on "
+            "with their random numbers, which a training resumed in the middle of an epoch would draw anew, and its "
+            "weights would be others; leave it out, workers are started once an epoch."
         )
     engine = sharding_engine(args)
     if engine is not None:

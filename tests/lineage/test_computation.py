@@ -163,6 +163,11 @@ def test_a_flag_wins_over_the_launcher_and_is_what_accelerate_does(
     ("environment", "changes", "message"),
     [
         ({}, {"save_only_model": True}, "save_only_model: got True, expected False in a lineage.*leave it out"),
+        (
+            {},
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "dataloader_persistent_workers: got True, expected False in a lineage",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate launch: got FSDP, which shards"),
         ({}, {"fp16": True}, "fp16: got True, .* on a CPU, where accelerate computes it in float32"),
     ],
