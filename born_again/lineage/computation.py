@@ -110,8 +110,8 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.dataloader_persistent_workers and args.dataloader_num_workers:
         raise ValueError(
-            "dataloader_persistent_workers: got True, expected False in a lineage: workers that outlive an epoch go on "
-            "with their random numbers, which a training resumed in the middle of an epoch would draw anew, and its "
+            "dataloader_persistent_workers: got True, expected False in a lineage: workers that outlive an epoch keep "
+            "their random numbers, which a training resumed in the middle of an epoch would draw anew, and its "
             "weights would be others; leave it out, workers are started once an epoch."
         )
     engine = sharding_engine(args)
