@@ -141,14 +141,12 @@ class ChunkedStep:
         rows = max(1, CHUNKED_FROM // (16 * layer.out_features))
         for hidden_rows, targets in zip(*(part.split(rows) for part in self._items(hidden, labels)), strict=True):
             with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().own_precision():
-                yield layer(hidden_rows), targets
+                yield self._over_student_classes(layer(hidden_rows)), targets
 
     def _hidden_serves(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
         teacher = self.teacher
         if teacher.precision == "float32" or len(teacher.modules) > 1 or self.args.torch_compile:
             return False
-        if self._columns is not None:
-            return False  # its vocabulary is padded otherwise than the student's
         if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
             return False
         few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}

@@ -396,12 +396,16 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         return total * self.accelerator.num_processes / at_least_tiny(divisor)
 
     def _teacher_items(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_items`, of the teacher: over the student's tokens, where their vocabularies are padded differently."""
+        """As `_items`, of the teacher, over the student's classes."""
         rows, targets = self._items(logits, labels)
+        return self._over_student_classes(rows), targets
+
+    def _over_student_classes(self, rows: Tensor) -> Tensor:
+        """A teacher's logits (items, classes) for the student's tokens, where their vocabularies are padded apart."""
         if self._columns is None:
-            return rows, targets
+            return rows
         missing = self._columns - rows.shape[-1]  # no text has these: the student learns that they never come
-        return F.pad(rows, (0, missing), value=NO_PROBABILITY) if missing > 0 else rows[:, : self._columns], targets
+        return F.pad(rows, (0, missing), value=NO_PROBABILITY) if missing > 0 else rows[:, : self._columns]
 
     def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if student_rows.shape != teacher_rows.shape:
