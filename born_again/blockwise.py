@@ -243,6 +243,15 @@ class _Room:
         return rows if rows.dtype == self._dtype else self.like(name, rows).copy_(rows)
 
 
+def some_class(labels: Tensor, counted: Tensor, classes: int) -> Tensor:
+    """Labels, and any class for those that do not count.
+
+    On a device other than a CPU also for labels that are no class, whose kernels would end the process on them; there
+    `born_again.labels` reports them.
+    """
+    return labels.where(counted, 0) if labels.device.type == "cpu" else labels.clamp(0, classes - 1)
+
+
 def _block(
     loss: ItemLoss,
     student: Tensor,
@@ -264,8 +273,7 @@ def _block(
     losses, weights = student.new_zeros(len(student)), student.new_ones(len(student))
     if labels is not None:
         counted = labels != IGNORED
-        # (rows, 1): any class for those that do not count, and for labels that are none, on which a device would fail.
-        target = labels.clamp(0, student.shape[-1] - 1).unsqueeze(-1)
+        target = some_class(labels, counted, student.shape[-1]).unsqueeze(-1)  # (rows, 1)
         hard = -q_scale.log_of(student.gather(-1, target)).squeeze(-1)  # (rows,)
     if loss.permutation is not None or watch:
         top = first_largest(teacher)

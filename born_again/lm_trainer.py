@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.fit import sums_of_rows
-from born_again.objectives import OBJECTIVES_WITH_LABELS, objective_items
+from born_again.objectives import objective_items
 from born_again.teacher import carries_state, logits_of, takes_state_unsaid
 from born_again.trainer import BornAgainTrainer
 
@@ -277,18 +277,13 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     # ---- The teacher's knowledge ----
 
-    def _samples_to_measure(self) -> int:
-        """A number above 0 where the perplexity of the teacher is measured."""
-        if self.teacher is None or self.args.teacher_accuracy_samples is not None:
-            return super()._samples_to_measure()
-        could_warn = self._student_carries and self.args.objective not in OBJECTIVES_WITH_LABELS
-        return FIT_WINDOWS if could_warn else 0
+    def _may_warn_of_teacher(self) -> bool:
+        return self._student_carries and super()._may_warn_of_teacher()
 
-    def measure_teacher_fit(self, samples: int = 0, windows: int = FIT_WINDOWS) -> dict[str, float] | None:
+    def measure_teacher_fit(self, windows: int = FIT_WINDOWS) -> dict[str, float] | None:
         """Perplexity of the teacher on the first windows of the training set, as they are shown to the student.
 
         Args:
-            samples: not read, a text is measured by windows.
             windows: how many batches are read.
 
         Returns:
@@ -314,9 +309,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         return iter(self._rows_in_order(self.train_dataset))
 
     def _warn_of_an_unfitted_teacher(self) -> None:
-        if self.args.objective in OBJECTIVES_WITH_LABELS or not self._student_carries:
-            return
-        if self.is_world_process_zero():
+        if self._may_warn_of_teacher() and self.is_world_process_zero():
             logger.warning(
                 f"objective {self.args.objective!r} has no label term; for recurrent language models only 'ban+l' "
                 "worked in the paper. The teacher's perplexity on the training text is "

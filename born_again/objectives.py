@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from born_again.blockwise import IGNORED, ItemLoss, largest_probabilities, weighed_items
+from born_again.blockwise import IGNORED, ItemLoss, largest_probabilities, some_class, weighed_items
 from born_again.permuting import PERMUTATIONS
 from born_again.permuting import permute_all_but_largest as permute_all_but_largest
 
@@ -235,7 +235,7 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
         `importance_weight_norm`, `dark_knowledge_norm`, and `items`, how many were summed.
     """
     counted = labels != IGNORED  # (items,)
-    target = labels.clamp(0, student_logits.shape[-1] - 1).unsqueeze(-1)  # (items, 1)
+    target = some_class(labels, counted, student_logits.shape[-1]).unsqueeze(-1)  # (items, 1)
     log_q = _widen(student_logits).log_softmax(-1)
     log_p = _widen(teacher_logits).log_softmax(-1)
     p = log_p.exp()

@@ -99,6 +99,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         teacher_fit: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training set, as
             the student is shown it; measured when train() begins (see `teacher_accuracy_samples`), None before and
             for datasets without a length.
+        in_lineage: whether the training is of a lineage, which records the above; set by who runs it, before train().
 
     Raises:
         TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network.
@@ -107,6 +108,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
     """
 
+    in_lineage = False
     _labels_where = "with loss_normalization 'step'"  # in refusals, where labels alone train
 
     def __init__(
@@ -536,7 +538,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
     @property
     def _stops_on_nonfinite(self) -> bool:
         asked = getattr(self.args, "stop_on_nonfinite", None)
-        return self._owns_loss if asked is None else asked
+        return self._owns_loss or self.in_lineage if asked is None else asked
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
@@ -564,9 +566,8 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
             if isinstance(self.teacher, CachedTeacher):
                 stack.enter_context(emitting_view_keys(self.train_dataset))
                 stack.callback(self.teacher.close)
-            samples = self._samples_to_measure()
-            if samples:
-                self.teacher_fit = self.measure_teacher_fit(samples)
+            if self._samples_to_measure():
+                self.teacher_fit = self.measure_teacher_fit()
                 self._warn_of_an_unfitted_teacher()
             output = super().train(*args, **kwargs)
         self._labels.check()
@@ -586,13 +587,19 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         if self.teacher is None:
             return 0
         if self.args.teacher_accuracy_samples is None:
-            return 0 if self.args.objective in OBJECTIVES_WITH_LABELS else FIT_SAMPLES
+            return FIT_SAMPLES if self.in_lineage or self._may_warn_of_teacher() else 0
         return self.args.teacher_accuracy_samples
 
-    def measure_teacher_fit(self, samples: int = FIT_SAMPLES) -> dict[str, float] | None:
+    def _may_warn_of_teacher(self) -> bool:
+        return self.args.objective not in OBJECTIVES_WITH_LABELS
+
+    def measure_teacher_fit(self, samples: int | None = None) -> dict[str, float] | None:
         """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
 
         The random number generators are left as they were.
+
+        Args:
+            samples: how many; None is `teacher_accuracy_samples`, 2,048 where that is not given.
 
         Returns:
             {"accuracy": fraction of items whose argmax is the label, "samples": how many rows of the training set},
@@ -600,7 +607,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         """
         if self.teacher is None or not hasattr(self.train_dataset, "__len__"):
             return None
-        dataset = evenly_spaced(self.train_dataset, samples)
+        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or FIT_SAMPLES)
         correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._leaving_generators_alone():
             for batch in self._rows_in_order(dataset):

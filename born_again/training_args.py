@@ -81,7 +81,8 @@ class BornAgainTrainingArguments(TrainingArguments):
             not ask `logging_nan_inf_filter`, which only hides such losses in the log.
         teacher_accuracy_samples: on how many rows of the training set, evenly spaced, the accuracy of the teacher is
             measured before training, for a warning where it has not fitted them; 0 or more, 0 measures nothing. None
-            is 2,048 where a warning can come of it, that is for objectives without a label term, else 0.
+            is 2,048 in a lineage, which records it, and where a warning can come of it, that is for objectives without
+            a label term; else 0.
             BornAgainLMTrainer measures the perplexity on the first 60 batches instead, whatever the number above 0.
         lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.

@@ -98,8 +98,6 @@ HOUSEKEEPING = {
     "channels_last": True,
     "teacher_precision": "inference",
     "loss_normalization": "step",
-    "stop_on_nonfinite": True,
-    "teacher_accuracy_samples": 2048,  # lineage.json and the cards state it, whatever the objective
     "per_device_eval_batch_size": 256,
     "batch_eval_metrics": True,
     "save_strategy": "epoch",

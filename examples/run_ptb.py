@@ -112,8 +112,6 @@ HOUSEKEEPING = {
     "objective": "ban+l",
     "teacher_precision": "inference",
     "loss_normalization": "step",
-    "stop_on_nonfinite": True,
-    "teacher_accuracy_samples": 2048,  # lineage.json and the cards state it, whatever the objective
     "accelerator_config": {"split_batches": True},  # each process reads its own streams
     "eval_strategy": "epoch",
     "save_strategy": "epoch",

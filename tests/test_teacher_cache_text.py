@@ -35,6 +35,7 @@ def counted(monkeypatch):
 
 def trained(folder, cache, student=lstm, teachers=(2,), **changes):
     checkpoint = changes.pop("checkpoint", None)
+    changes.setdefault("teacher_accuracy_samples", 2048)
     trainer = text_trainer(folder, student(1), [student(seed, 6) for seed in teachers], teacher_cache=cache, **changes)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer

@@ -313,7 +313,7 @@ class LineageRunner:
             logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
-            trainer = self.build_trainer(taken, None, generation)
+            trainer = self._trainer(taken, None, generation)
             if self.evaluate is None:
                 check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
             self._begin(generation, {})
@@ -322,7 +322,7 @@ class LineageRunner:
             return
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
-        trainer = self.build_trainer(student, teacher, generation)
+        trainer = self._trainer(student, teacher, generation)
         self._check_trainer(index, trainer)
         self._begin(generation, {"computation": computation_of(trainer)})
         record = self.manifest.record(index)
@@ -355,6 +355,11 @@ class LineageRunner:
         release_memory(trainer)
         del trainer, student, teacher, keeper
         collect_memory()
+
+    def _trainer(self, student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
+        trainer = self.build_trainer(student, teacher, generation)
+        trainer.in_lineage = True
+        return trainer
 
     def _normalize_loss(self, trainer: BornAgainTrainer, record: Mapping[str, Any]) -> None:
         """Has generation 0 compute its loss as its students do, unless an earlier version has begun it otherwise."""
