@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from born_again.blockwise import IGNORED, ItemLoss, largest_probabilities, some_class, weighed_items
+from born_again.blockwise import IGNORED, ItemLoss, largest_probabilities, weighed_items
 from born_again.permuting import PERMUTATIONS
 from born_again.permuting import permute_all_but_largest as permute_all_but_largest
 
@@ -27,7 +27,7 @@ def hard_label_loss(student_logits: Tensor, labels: Tensor, reduction: str = "me
 
     Args:
         student_logits: (items, classes), any float dtype.
-        labels: (items,), int64, `IGNORED` (-100) for items that do not count.
+        labels: (items,), any integer dtype, `IGNORED` (-100) for items that do not count.
         reduction: "mean" over the items that count, "sum", or "none".
 
     Returns:
@@ -35,10 +35,10 @@ def hard_label_loss(student_logits: Tensor, labels: Tensor, reduction: str = "me
 
     Raises:
         ValueError: shapes that do not fit, no items, no classes, labels out of range, NaN logits.
-        TypeError: logits that are no floats, labels that are not int64.
+        TypeError: logits that are no floats, labels that are.
     """
     _check_logits("student_logits", student_logits)
-    _check_labels(labels, student_logits)
+    labels = _checked_labels(labels, student_logits)
     return _reduce(*objective_items("label", student_logits, None, labels), reduction)
 
 
@@ -81,7 +81,7 @@ def confidence_weighted_loss(
     Args:
         student_logits: (items, classes), any float dtype.
         teacher_logits: (items, classes), any float dtype; no gradient reaches it.
-        labels: (items,), int64, `IGNORED` (-100) for items that do not count.
+        labels: (items,), any integer dtype, `IGNORED` (-100) for items that do not count.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -89,10 +89,10 @@ def confidence_weighted_loss(
 
     Raises:
         ValueError: shapes that do not fit, no items, no classes, labels out of range, NaN logits.
-        TypeError: logits that are no floats, labels that are not int64.
+        TypeError: logits that are no floats, labels that are.
     """
     _check_pair(student_logits, teacher_logits)
-    _check_labels(labels, student_logits)
+    labels = _checked_labels(labels, student_logits)
     return _reduce(*objective_items("cwtm", student_logits, teacher_logits, labels), reduction)
 
 
@@ -227,15 +227,20 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
     Args:
         student_logits: (items, classes).
         teacher_logits: (items, classes).
-        labels: (items,), int64, `IGNORED` for items that do not count.
+        labels: (items,), any integer dtype, `IGNORED` for items that do not count.
 
     Returns:
         Scalars on the device of the logits: `ce_loss` (cross-entropy with the labels, nats), `kd_loss` (KL(p || q),
         nats), `teacher_agreement` (items whose argmax is the teacher's), `teacher_entropy` (nats),
         `importance_weight_norm`, `dark_knowledge_norm`, and `items`, how many were summed.
+
+    Raises:
+        ValueError: shapes that do not fit, labels out of range.
+        TypeError: labels that are floats.
     """
+    labels = _checked_labels(labels, student_logits)
     counted = labels != IGNORED  # (items,)
-    target = some_class(labels, counted, student_logits.shape[-1]).unsqueeze(-1)  # (items, 1)
+    target = labels.where(counted, 0).unsqueeze(-1)  # (items, 1)
     log_q = _widen(student_logits).log_softmax(-1)
     log_p = _widen(teacher_logits).log_softmax(-1)
     p = log_p.exp()
@@ -300,17 +305,23 @@ def _check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
     _check_logits("teacher_logits", teacher_logits)
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
+def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels as int64."""
     items, classes = logits.shape
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(
+            f"labels: got {labels.dtype}, expected class numbers of an integer dtype; use labels.long() for class "
+            "numbers that are stored as floats. Soft labels, as mixup and CutMix make them, have no loss here."
+        )
     if labels.shape != (items,):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({items},), one for each row of logits.")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: got {labels.dtype}, expected torch.int64 class numbers; use labels.long().")
+    labels = labels.long()
     outside = (labels != IGNORED) & ((labels < 0) | (labels >= classes))
     if outside.any():
         raise ValueError(
             f"labels: got {labels[outside][0].item()}, expected 0 to {classes - 1}, or {IGNORED} to ignore an item."
         )
+    return labels
 
 
 def _check_temperature(temperature: float) -> None:

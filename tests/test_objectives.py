@@ -315,8 +315,12 @@ def test_bad_input_is_answered_with_a_sentence(logits):
         confidence_weighted_loss(student, teacher, labels[:3])
     with pytest.raises(ValueError, match="labels: got 5, expected 0 to 4"):
         hard_label_loss(student, labels + 1)
-    with pytest.raises(TypeError, match="labels: got torch.int32, expected torch.int64"):
-        hard_label_loss(student, labels.int())
+    with pytest.raises(ValueError, match="labels: got -1, expected 0 to 4, or -100"):
+        distillation_terms(student, teacher, torch.full_like(labels, -1))
+    with pytest.raises(TypeError, match="labels: got torch.float32, expected class numbers .* labels.long"):
+        confidence_weighted_loss(student, teacher, labels.float())
+    with pytest.raises(TypeError, match="labels: got torch.float32, expected class numbers .* mixup"):
+        hard_label_loss(student, student.softmax(-1).float())
     with pytest.raises(TypeError, match="student_logits: got torch.int64, expected floating point"):
         hard_label_loss(labels.unsqueeze(1), labels)
     with pytest.raises(ValueError, match="temperature: got 0.0, expected a finite number above 0"):
