@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from born_again.allocator import keep_freed_memory
+from born_again.metrics import BatchMetrics
 
 _NO_LSTM = "LSTM forward propagation primitive"  # oneDNN's words for a dtype that it has no LSTM in
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -37,12 +40,30 @@ class BaseTrainer(Trainer):
     """Trainer with the same results, faster at each step, and safe to evaluate before it trains."""
 
     _parameter_count: int | None = None
+    _datasets_of_loaders: Mapping[str, Any] = MappingProxyType({})  # by the names that Trainer keeps loaders under
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, without letting an evaluation before training mark the student as prepared.
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Trainer's; where workers are persistent it would give its first loader for any dataset it is handed."""
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if self._datasets_of_loaders.get(name) is not dataset:
+            getattr(self, "_eval_dataloaders", {}).pop(name, None)
+            self._datasets_of_loaders = {**self._datasets_of_loaders, name: dataset}
+        return super().get_eval_dataloader(eval_dataset)
 
-        Accelerate would take the mark for its own and leave the student without DistributedDataParallel in train().
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which leaves nothing behind for the training.
+
+        An evaluation before training would mark the student as prepared: accelerate would take the mark for its own
+        and leave the student without DistributedDataParallel in train(). One of the training set within an epoch would
+        tell the dataset that its first epoch begins; and one that broke off would be counted in the next.
         """
+        if isinstance(self.compute_metrics, BatchMetrics):
+            self.compute_metrics.reset()
+        if self.is_in_train and getattr(dataloader, "dataset", None) is self.train_dataset:
+            dataloader.set_epoch = lambda epoch: None
+        args = (dataloader, *args)
         state = self.model.__dict__
         if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             with explaining_errors(self):

@@ -3,20 +3,98 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from transformers import Trainer, TrainingArguments
 
-from born_again.objectives import OBJECTIVES_WITH_LABELS
+from born_again.objectives import IGNORED, OBJECTIVES_WITH_LABELS
 
 logger = logging.getLogger(__name__)
 
 FITTED = 0.98
+FIT_SAMPLES = 2048
+
+
+class TeacherAccuracy:
+    """What BornAgainTrainer needs to measure its teacher on the training set; a part of it, in a file of its own."""
+
+    def _samples_to_measure(self) -> int:
+        if self.teacher is None:
+            return 0
+        if self.args.teacher_accuracy_samples is None:
+            return FIT_SAMPLES if self.in_lineage or self._may_warn_of_teacher() else 0
+        return self.args.teacher_accuracy_samples
+
+    def _may_warn_of_teacher(self) -> bool:
+        return self.args.objective not in OBJECTIVES_WITH_LABELS
+
+    def measure_teacher_fit(self, samples: int | None = None) -> dict[str, float] | None:
+        """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
+
+        The random number generators are left as they were.
+
+        Args:
+            samples: how many; None is `teacher_accuracy_samples`, 2,048 where that is not given.
+
+        Returns:
+            {"accuracy": fraction of items whose argmax is the label, "samples": how many rows of the training set},
+            or None for a training set without a length.
+        """
+        if self.teacher is None or not can_be_indexed(self.train_dataset):
+            return None
+        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or FIT_SAMPLES)
+        correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with self._leaving_generators_alone():
+            for batch in self._rows_in_order(dataset):
+                inputs, labels = self._split_labels(self._prepare_inputs(batch))
+                parts = [((rows.argmax(-1) == targets), targets != IGNORED)
+                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
+                right, counted = (torch.cat(part).double() for part in zip(*parts, strict=True))
+                sums = sums_of_rows(right, counted, len(labels))
+                correct += self.accelerator.gather_for_metrics(sums).sum(0)
+        right, items = correct.tolist()
+        return {"accuracy": right / max(items, 1), "samples": len(dataset)}
+
+    def _rows_in_order(self, dataset: Dataset) -> DataLoader:
+        """Every row of a dataset, by a loader that serves nothing else.
+
+        Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent.
+        """
+        with everything_once(self.args):
+            return Trainer.get_test_dataloader(self, dataset)
+
+    @contextmanager
+    def _leaving_generators_alone(self) -> Iterator[None]:
+        """Inside, what is drawn changes nothing outside: an iterator over a DataLoader draws a number, datasets more.
+
+        Of torch, and of numpy and Python, from which the pipelines of others draw.
+        """
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        python, arrays = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+    def _warn_of_an_unfitted_teacher(self) -> None:
+        if self.teacher_fit is not None and self.is_world_process_zero():
+            warn_of_an_unfitted_classifier(self.teacher_fit["accuracy"], self.args.objective)
+
+
+def can_be_indexed(dataset: Any) -> bool:
+    """Whether a training set can be read without taking its rows from the training: not a stream, even one that says
+    how long it is."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset | datasets.Dataset:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from born_again.fit import sums_of_rows
+from born_again.fit import can_be_indexed, sums_of_rows
 from born_again.objectives import objective_items
 from born_again.teacher import carries_state, logits_of, takes_state_unsaid
 from born_again.trainer import BornAgainTrainer
@@ -287,18 +287,20 @@ class BornAgainLMTrainer(BornAgainTrainer):
             windows: how many batches are read.
 
         Returns:
-            {"perplexity", "nll" (nats per token), "tokens"}, or None without a teacher.
+            {"perplexity", "nll" (nats per token), "tokens"}, or None without a teacher and for a training set without
+            a length.
         """
-        if self.teacher is None:
+        if self.teacher is None or not can_be_indexed(self.train_dataset):
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._another_text(self.train_dataset):
             for batch in islice(self._in_order(), windows):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                for rows, targets in self._teacher_rows(inputs, labels):
-                    losses, weights = objective_items("label", rows, None, targets)
-                    sums += torch.stack([losses.double().sum(), weights.double().sum()])
-        total, tokens = self._sum_over_processes(sums).tolist()
+                parts = [objective_items("label", rows, None, targets)
+                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
+                losses, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+                sums += self.accelerator.gather_for_metrics(sums_of_rows(losses, weights, len(labels))).sum(0)
+        total, tokens = sums.tolist()
         nll = total / max(tokens, 1)
         return {"perplexity": perplexity(nll), "nll": nll, "tokens": int(tokens)}
 
@@ -309,7 +311,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         return iter(self._rows_in_order(self.train_dataset))
 
     def _warn_of_an_unfitted_teacher(self) -> None:
-        if self._may_warn_of_teacher() and self.is_world_process_zero():
+        if self.teacher_fit is not None and self._may_warn_of_teacher() and self.is_world_process_zero():
             logger.warning(
                 f"objective {self.args.objective!r} has no label term; for recurrent language models only 'ban+l' "
                 "worked in the paper. The teacher's perplexity on the training text is "

@@ -13,19 +13,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
-from born_again.fit import evenly_spaced, everything_once, sums_of_rows, warn_of_an_unfitted_classifier
+from born_again.fit import TeacherAccuracy, sums_of_rows
 from born_again.labels import LabelRange, class_numbers
 from born_again.network_inputs import NetworkInputs, unwrapped
 from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
 from born_again.objectives import (
     IGNORED,
-    OBJECTIVES_WITH_LABELS,
     at_least_tiny,
     item_weights,
     objective_items,
@@ -54,14 +52,13 @@ from born_again.vocabulary import (
 
 logger = logging.getLogger(__name__)
 
-FIT_SAMPLES = 2048
 WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
 NO_PROBABILITY = -1e4  # as a logit of any dtype
 _TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(ChunkedStep, BaseTrainer):
+class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
@@ -129,7 +126,7 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self._permutations: torch.Generator | None = None
         self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
         self._owns_loss = False
-        self._labels = LabelRange()
+        self._labels = LabelRange(*(self.label_names or [])[:1])
         self._evaluated: Tensor | None = None  # sums of losses and of items, (2,), while an evaluation goes on
         self._row_sums: Tensor | None = None  # of the batch that was evaluated last, (rows, 2)
         self._kept_columns: set[str] = set()
@@ -582,62 +579,6 @@ class BornAgainTrainer(ChunkedStep, BaseTrainer):
         self._labels = LabelRange(*(self.label_names or [])[:1])
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.take_hits()  # those of the training alone are logged
-
-    def _samples_to_measure(self) -> int:
-        if self.teacher is None:
-            return 0
-        if self.args.teacher_accuracy_samples is None:
-            return FIT_SAMPLES if self.in_lineage or self._may_warn_of_teacher() else 0
-        return self.args.teacher_accuracy_samples
-
-    def _may_warn_of_teacher(self) -> bool:
-        return self.args.objective not in OBJECTIVES_WITH_LABELS
-
-    def measure_teacher_fit(self, samples: int | None = None) -> dict[str, float] | None:
-        """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
-
-        The random number generators are left as they were.
-
-        Args:
-            samples: how many; None is `teacher_accuracy_samples`, 2,048 where that is not given.
-
-        Returns:
-            {"accuracy": fraction of items whose argmax is the label, "samples": how many rows of the training set},
-            or None for a training set without a length.
-        """
-        if self.teacher is None or not hasattr(self.train_dataset, "__len__"):
-            return None
-        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or FIT_SAMPLES)
-        correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with self._leaving_generators_alone():
-            for batch in self._rows_in_order(dataset):
-                inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                parts = [((rows.argmax(-1) == targets), targets != IGNORED)
-                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
-                right, counted = (torch.cat(part).double() for part in zip(*parts, strict=True))
-                sums = sums_of_rows(right, counted, len(labels))
-                correct += self.accelerator.gather_for_metrics(sums).sum(0)
-        right, items = correct.tolist()
-        return {"accuracy": right / max(items, 1), "samples": len(dataset)}
-
-    def _rows_in_order(self, dataset: Dataset) -> DataLoader:
-        """Every row of a dataset, by a loader that serves nothing else.
-
-        Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent.
-        """
-        with everything_once(self.args):
-            return Trainer.get_test_dataloader(self, dataset)
-
-    @contextlib.contextmanager
-    def _leaving_generators_alone(self) -> Iterator[None]:
-        """Inside, what is drawn changes nothing outside: an iterator over a DataLoader draws a number."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            yield
-
-    def _warn_of_an_unfitted_teacher(self) -> None:
-        if self.teacher_fit is not None and self.is_world_process_zero():
-            warn_of_an_unfitted_classifier(self.teacher_fit["accuracy"], self.args.objective)
 
     def _prepare_input(self, data: Any) -> Any:
         data = super()._prepare_input(data)

@@ -1,7 +1,9 @@
 """Where a stock training survives and measures right, BornAgainTrainer does: loaders, losses of evaluation, labels."""
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,11 @@ from helpers import CLASSES, Network, arguments, language_model, llama, sentence
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from born_again import BornAgainLMTrainer, BornAgainTrainer, step_loss
+from born_again.metrics import classification_metrics
 
 
 class LabelledNetwork(Network):
@@ -47,6 +51,126 @@ def test_evaluations_after_the_teacher_was_measured_read_the_evaluation_set(tmp_
         row_losses += F.cross_entropy(logits.logits[0, :-1], targets, reduction="sum", ignore_index=-100).item()
         items += int((targets != -100).sum())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(row_losses / items, rel=1e-10)
+
+
+def test_persistent_workers_read_the_dataset_that_is_asked_for(tmp_path):
+    """Trainer keeps one loader under "eval", and gives it for any dataset that is handed to evaluate()."""
+    found = []
+    for settings in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        args = arguments(tmp_path, **settings)
+        trainer = BornAgainTrainer(LabelledNetwork(1), args, eval_dataset=vectors(13))
+        results = [trainer.evaluate(data) for data in (None, vectors(20), None, {"eval": vectors(5), "b": vectors(9)})]
+        kept = trainer.get_eval_dataloader()
+        assert (trainer.get_eval_dataloader() is kept) == bool(settings)
+        trainer.eval_dataset = {"eval": vectors(6), "b": vectors(7)}
+        results.append(trainer.evaluate())
+        found.append([{name: value for name, value in row.items() if name.endswith("loss")} for row in results])
+    assert found[0] == found[1]
+
+
+class Drawing(Dataset):
+    """Rows that depend on every generator that a data pipeline draws from."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        noise = torch.rand(()) + random.random() + np.random.rand()
+        row = vectors(24)[index]
+        return {**row, "x": row["x"] + noise}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_measuring_the_teacher_draws_no_number_of_the_training(tmp_path, workers):
+    weights = []
+    for samples in (0, 20):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        args = arguments(tmp_path, teacher_accuracy_samples=samples, dataloader_num_workers=workers)
+        trainer = BornAgainTrainer(Network(1, dropout=0.3), args, train_dataset=Drawing(), teacher=Network(2))
+        trainer.train()
+        assert (trainer.teacher_fit is not None) == (samples > 0)
+        weights.append(trainer.model.out.weight.detach())
+    assert torch.equal(*weights)
+
+
+class Stream(IterableDataset):
+    """Rows that can be read once."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+class StreamOfKnownLength(Stream):
+    def __len__(self):
+        return 16
+
+
+@pytest.mark.parametrize("stream", [Stream, StreamOfKnownLength])
+@pytest.mark.parametrize("kind", [BornAgainTrainer, BornAgainLMTrainer])
+def test_a_stream_is_left_to_the_training(tmp_path, kind, stream):
+    args = arguments(tmp_path, max_steps=2)
+    data = stream(sentences("next", 16))
+    trainer = kind(language_model(1), args, train_dataset=data, teacher=language_model(2))
+    trainer.in_lineage = True
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.teacher_fit is None
+
+
+class Epochs(Dataset):
+    """Rows that are others in every epoch, which is where the loader says that it is."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        row = vectors(24)[index]
+        return {**row, "x": row["x"] + self.epoch}
+
+
+@pytest.mark.parametrize("kind", [Trainer, BornAgainTrainer])
+def test_an_evaluation_of_the_training_set_does_not_move_its_epoch(tmp_path, kind):
+    weights = []
+    for changes in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        data = Epochs()
+        args = arguments(tmp_path, max_steps=9, **changes)
+        trainer = kind(LabelledNetwork(1), args, train_dataset=data, eval_dataset={"train": data})
+        trainer.train()
+        weights.append(trainer.model.out.weight.detach())
+    assert torch.equal(*weights) == (kind is BornAgainTrainer)
+
+
+class Breaking(list):
+    """A dataset that fails at its last row, once."""
+
+    def __getitem__(self, index):
+        if index == len(self) - 1 and not vars(self).get("failed"):
+            self.failed = True
+            raise OSError("unreadable")
+        return super().__getitem__(index)
+
+
+def test_metrics_of_an_evaluation_that_broke_off_are_forgotten(tmp_path):
+    data = vectors(20)
+    args = arguments(tmp_path, batch_eval_metrics=True)
+    found = []
+    for rows in (data, Breaking(data)):
+        trainer = BornAgainTrainer(
+            LabelledNetwork(1), args, eval_dataset=rows, compute_metrics=classification_metrics()
+        )
+        if isinstance(rows, Breaking):
+            with pytest.raises(OSError, match="unreadable"):
+                trainer.evaluate()
+        found.append(trainer.evaluate())
+    for name in ("eval_accuracy", "eval_nll", "eval_ece", "eval_loss"):
+        assert found[0][name] == found[1][name]
 
 
 @pytest.mark.parametrize("rows", [3, 19])
@@ -170,6 +294,15 @@ def test_an_evaluation_set_without_any_label_has_no_loss(tmp_path):
 
 
 # ---- Labels ----
+
+
+def test_labels_of_an_evaluation_are_named_by_their_column(tmp_path):
+    data = [{"x": row["x"], "target": row["labels"] + 2} for row in vectors()]
+    args = arguments(tmp_path, label_names=["target"])
+    trainer = BornAgainTrainer(Network(1), args, eval_dataset=data, teacher=Network(2))
+    for ask in (trainer.evaluate, lambda: trainer.predict(data)):
+        with pytest.raises(ValueError, match="target: got [45] in a batch, expected class numbers 0 to 3"):
+            ask()
 
 
 def relabelled(make, rows: int = 24):
