@@ -31,8 +31,16 @@ def test_two_processes_of_four_are_one_of_eight(runs, objective, evaluate_first)
         assert seen["wrapped"], "training ran without DistributedDataParallel"
         torch.testing.assert_close(seen["gradient"], expected["gradient"], rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(seen["weights"], expected["weights"], rtol=1e-10, atol=1e-13)
-        for name in ("eval_loss", "logged", "fit", *(["eval_loss_before"] if evaluate_first else [])):
+        names = ("eval_loss", "logged", "fit", "ragged_loss", "ragged_fit")
+        for name in (*names, *(["eval_loss_before"] if evaluate_first else [])):
             torch.testing.assert_close(seen[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_sentence_is_counted_twice(runs):
+    (one,), two = runs[1], runs[2]
+    for rank in two:
+        for name, expected in one["sentences"].items():
+            torch.testing.assert_close(rank["sentences"][name], expected, rtol=1e-10, atol=0)
 
 
 def test_evaluating_first_changes_no_training(runs):

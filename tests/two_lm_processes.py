@@ -59,6 +59,7 @@ def trained(folder: Path, objective: str, accumulate: int, resume: bool = False)
         train_dataset=streams(3),
         eval_dataset=streams(4),
     )
+    trainer.in_lineage = True  # which has the teacher measured whatever the objective
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
     after = trainer.evaluate()

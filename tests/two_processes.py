@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import Network, arguments, vectors
+from helpers import Network, arguments, language_model, sentences, vectors
 from processes import leave
 
-from born_again import BornAgainTrainer
+from born_again import BornAgainLMTrainer, BornAgainTrainer
 from born_again.objectives import OBJECTIVES
 
 CASES = ("label", *OBJECTIVES)  # the labels without a teacher
@@ -34,6 +34,7 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     data = vectors(24, ignored=(3, 4, 11, 17))
     teacher = Network(2) if taught else None
     trainer = BornAgainTrainer(Network(1), args, train_dataset=data, eval_dataset=data, teacher=teacher)
+    trainer.in_lineage = True  # which has the teacher measured whatever the objective
     seen: dict[str, torch.Tensor] = {}
     if evaluate_first:
         seen["eval_loss_before"] = torch.tensor(trainer.evaluate()["eval_loss"])
@@ -50,10 +51,32 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     seen["weights"] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     seen["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
     seen["fit"] = torch.tensor(trainer.teacher_fit["accuracy"] if taught else 0.0)
+    # 21 rows: two processes read some of them twice to fill the last batch.
+    trainer.train_dataset, ragged = data[:21], trainer.predict(data[:21])
+    seen["ragged_loss"] = torch.tensor(ragged.metrics["test_loss"])
+    seen["ragged_fit"] = torch.tensor(trainer.measure_teacher_fit()["accuracy"] if taught else 0.0)
     names = ["loss", *(["kd_loss", "teacher_agreement"] if taught else [])]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     seen["logged"] = torch.tensor([[entry[name] for name in names] for entry in logged])
     return seen
+
+
+def of_sentences(folder: Path) -> dict[str, torch.Tensor]:
+    """What a language model and its teacher are measured at on 21 sentences of their own lengths."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = arguments(
+        folder,
+        per_device_train_batch_size=8 // processes,
+        per_device_eval_batch_size=8 // processes,
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+    )
+    data = sentences("next", 21)
+    trainer = BornAgainLMTrainer(language_model(1), args, train_dataset=data, teacher=language_model(2))
+    fit, metrics = trainer.measure_teacher_fit(), trainer.evaluate(data)
+    return {
+        "fit": torch.tensor([fit["nll"], fit["tokens"]], dtype=torch.float64),
+        "eval": torch.tensor([metrics["eval_nll"], metrics["eval_tokens"]], dtype=torch.float64),
+    }
 
 
 def main(folder: Path) -> None:
@@ -62,7 +85,7 @@ def main(folder: Path) -> None:
         for objective in CASES
         for evaluate_first in (False, True)
     }
-    leave(results, folder)
+    leave({**results, "sentences": of_sentences(folder)}, folder)
 
 
 if __name__ == "__main__":
