@@ -68,7 +68,7 @@ class TeacherAccuracy:
 
         Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent.
         """
-        with everything_once(self.args):
+        with changed(self.args, dataloader_drop_last=False, dataloader_persistent_workers=False):
             return Trainer.get_test_dataloader(self, dataset)
 
     @contextmanager
@@ -114,12 +114,11 @@ def evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset 
 
 
 @contextmanager
-def everything_once(args: TrainingArguments) -> Iterator[None]:
-    """Inside, a Trainer's loaders drop no row, and their workers end with them."""
-    names = ("dataloader_drop_last", "dataloader_persistent_workers")
-    before = {name: getattr(args, name) for name in names}
-    for name in names:
-        setattr(args, name, False)
+def changed(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Inside, these arguments have other values."""
+    before = {name: getattr(args, name) for name in values}
+    for name, value in values.items():
+        setattr(args, name, value)
     try:
         yield
     finally:

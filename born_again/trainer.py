@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
-from born_again.fit import TeacherAccuracy, sums_of_rows
+from born_again.fit import TeacherAccuracy, changed, sums_of_rows
 from born_again.labels import LabelRange, class_numbers
 from born_again.network_inputs import NetworkInputs, unwrapped
 from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
@@ -296,6 +297,19 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
             output.metrics[name] = total / items if items else math.nan
         return output
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Trainer's; where the loss is computed here dataloader_drop_last is of the training alone."""
+        with self._dropping_nothing():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        with self._dropping_nothing():
+            return super().get_test_dataloader(test_dataset)
+
+    def _dropping_nothing(self) -> contextlib.AbstractContextManager[None]:
+        return changed(self.args, dataloader_drop_last=False) if self._owns_loss else contextlib.nullcontext()
+
     # ---- The loss of a step ----
 
     def get_batch_samples(
@@ -451,8 +465,8 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         name = self.label_names[0]
         if inputs.get(name) is None:
             raise ValueError(
-                f"labels: a batch has only the keys {', '.join(inputs)}, expected {name!r} among them; a teacher "
-                "needs labels to tell which items count. Name the column with label_names, or keep it with "
+                f"labels: a batch has only the keys {', '.join(inputs)}, expected {name!r} among them, which "
+                "tells which items count. Name the column with label_names, or keep it with "
                 "remove_unused_columns=False."
             )
         labels = class_numbers(inputs[name], name)

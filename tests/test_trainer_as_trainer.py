@@ -284,6 +284,18 @@ def test_eval_loss_of_tokens_is_their_mean_and_no_mean_of_batches(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [BornAgainTrainer, BornAgainLMTrainer])
+def test_dataloader_drop_last_drops_nothing_of_an_evaluation(tmp_path, kind):
+    found = []
+    for drops in (False, True):
+        args = arguments(tmp_path, dataloader_drop_last=drops)
+        trainer = kind(language_model(1), args, eval_dataset=sentences("next", 11), teacher=language_model(2))
+        predicted = trainer.predict(sentences("next", 3))
+        assert len(predicted.predictions) == 3 and args.dataloader_drop_last == drops
+        found.append((trainer.evaluate()["eval_loss"], predicted.metrics["test_loss"]))
+    assert found[0] == found[1]
+
+
 def test_an_evaluation_set_without_any_label_has_no_loss(tmp_path):
     data = vectors(6, ignored=range(6))
     trainer = BornAgainTrainer(
@@ -303,6 +315,14 @@ def test_labels_of_an_evaluation_are_named_by_their_column(tmp_path):
     for ask in (trainer.evaluate, lambda: trainer.predict(data)):
         with pytest.raises(ValueError, match="target: got [45] in a batch, expected class numbers 0 to 3"):
             ask()
+
+
+@pytest.mark.parametrize("kind", [BornAgainTrainer, BornAgainLMTrainer])
+def test_a_batch_without_labels_is_named(tmp_path, kind):
+    data = [{name: value for name, value in row.items() if name != "labels"} for row in sentences("next")]
+    args = arguments(tmp_path, loss_normalization="step")
+    with pytest.raises(ValueError, match="only the keys input_ids, .* expected 'labels' .* items count. Name"):
+        kind(language_model(1), args, train_dataset=data).train()
 
 
 def relabelled(make, rows: int = 24):
