@@ -148,7 +148,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         student = super().call_model_init(trial)
         if getattr(self, "_owns_loss", False):  # not yet within Trainer.__init__
             if self.teacher is not None:
-                self._frozen_teacher().check_against(student)
+                self._check_tokens(self._frozen_teacher(), student)
             self._own_the_loss(student)
         return student if self._memory_format is None else student.to(memory_format=self._memory_format)
 
@@ -280,13 +280,15 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's; where the loss is computed here, it is the mean over all items and not over batches.
 
-        A batch none of whose labels counts then weighs nothing, and eval_loss does not depend on the batch size.
+        A batch none of whose labels counts then weighs nothing, and eval_loss does not depend on the batch size. What
+        is drawn is drawn again by the training, whose weights do not depend on when it is evaluated.
         """
         if not self._owns_loss:
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with self._leaving_generators_alone():
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             self._labels.check()
             total, items = self._evaluated.tolist()
         finally:

@@ -305,6 +305,23 @@ def test_an_evaluation_set_without_any_label_has_no_loss(tmp_path):
     assert loss != loss
 
 
+@pytest.mark.parametrize("teaches", [True, False])
+def test_weights_do_not_depend_on_when_they_are_evaluated(tmp_path, teaches):
+    found = []
+    for changes in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        student = Network(1, dropout=0.5)
+        trainer = BornAgainTrainer(
+            student,
+            arguments(tmp_path, loss_normalization="step", **changes),
+            train_dataset=vectors(),
+            eval_dataset=vectors(8),
+            teacher=Network(2) if teaches else None,
+        )
+        trainer.train()
+        found.append(student.out.weight.detach())
+    assert torch.equal(*found)
+
+
 # ---- Labels ----
 
 

@@ -70,9 +70,9 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
     """Takes the checkpoints out of the way that stand after the one that a training goes on from.
 
     Trainer takes the checkpoint of the highest step for the newest, and would delete those that it writes on the way
-    there. What a kill has left half-written is deleted, and what the training comes by again to the same weights: an
-    incomplete checkpoint after a whole one. All else is moved aside, as gen2.replaced-1/checkpoint-100, and warned
-    of: it may hold trained work, and why it cannot be gone on from may be one file with another name.
+    there. What a kill has left half-written is deleted. All else is moved aside, as gen2.replaced-1/checkpoint-100, and
+    warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is a
+    checkpoint in a folder of another name, which Trainer does not find.
 
     Args:
         folder: of the generation's checkpoints.
@@ -84,20 +84,23 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
     """
     last = -1 if checkpoint is None else checkpoint_step(checkpoint)
     aside = None
-    for path in sorted(folder.glob("checkpoint-*")):
-        number = path.name.rpartition("-")[2]
-        if not (number.isdigit() and int(number) > last and path.is_dir() and not path.is_symlink()):
+    for path in sorted(folder.glob("*")):
+        if not path.is_dir() or path.is_symlink():
             continue
         step = checkpoint_step(path)
         if step is None:
+            if not (path / "trainer_state.json").exists() and not any(path.glob("*.safetensors")):
+                continue
             why = "is called otherwise than Trainer calls a checkpoint"
-        elif checkpoint is None and not (path.name not in recorded and is_torn(path)):
-            why = f"cannot be gone on from ({checkpoint_flaw(path, step)})"
+        elif step <= last:
+            continue
+        elif path.name not in recorded and is_torn(path):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
         elif not has_usual_files(path):
             why = "holds files that are none of a checkpoint's"
         else:
-            shutil.rmtree(path, ignore_errors=True)
-            continue
+            why = f"cannot be gone on from ({checkpoint_flaw(path, step)})"
         if aside is None:
             aside = free_name(folder)
             aside.mkdir()

@@ -131,8 +131,7 @@ def test_what_a_kill_left_half_written_is_deleted(tmp_path, caplog):
     assert list(tmp_path.rglob("*")) == [folder] and caplog.text == ""
 
 
-def test_after_a_whole_checkpoint_incomplete_ones_are_deleted(tmp_path, caplog):
-    """The training comes by their steps again, to the same weights."""
+def test_after_a_whole_checkpoint_only_what_a_kill_left_half_written_is_deleted(tmp_path, caplog):
     folder = tmp_path / "gen1"
     names = [checkpoint(folder, step).name for step in (2, 4)]
     checkpoint(folder, 10, without=("optimizer.pt",))
@@ -140,7 +139,23 @@ def test_after_a_whole_checkpoint_incomplete_ones_are_deleted(tmp_path, caplog):
     (folder / "checkpoint-x").mkdir()
     clear_checkpoints_after(folder, folder / "checkpoint-4", ["checkpoint-10"])
     assert sorted(path.name for path in folder.iterdir()) == [*names, "checkpoint-x"]
-    assert list(tmp_path.iterdir()) == [folder] and caplog.text == ""
+    aside = tmp_path / "gen1.replaced-1"
+    assert [path.name for path in aside.iterdir()] == ["checkpoint-10"]
+    assert "checkpoint-10 cannot be gone on from" in caplog.text and "step 0" not in caplog.text
+
+
+def test_checkpoints_in_folders_of_other_names_are_moved_aside(tmp_path, caplog):
+    """Trainer does not find them, and they would go with their generation's folder."""
+    folder = tmp_path / "gen1"
+    checkpoint(folder, 5).rename(folder / "ckpt_5")
+    checkpoint(folder, 10).rename(folder / "checkpoint-10.good")
+    (folder / "runs").mkdir()
+    clear_checkpoints_after(folder, None, ["checkpoint-5", "checkpoint-10"])
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    aside = tmp_path / "gen1.replaced-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-10.good", "ckpt_5"]
+    assert "is called otherwise than Trainer calls a checkpoint" in caplog.text
+    assert "begins again at step 0" in caplog.text
 
 
 @pytest.mark.parametrize(
