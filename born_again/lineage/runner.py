@@ -83,10 +83,10 @@ class LineageRunner:
     """Trains a teacher and its students, each taught by the one before, into one folder.
 
     Every process of a distributed launch runs the same loop; the first one writes. Processes on CPUs must know that
-    they are several when the runner is made: make the training arguments, with use_cpu=True, before it. A generation that is finished and
-    whose weights still hash to the manifest is skipped, an interrupted one goes on from its last whole checkpoint.
-    Initial weights depend on the generation's seed alone: set_seed, then `build_student`. A generation is loaded from
-    its folder to teach and to be measured, so that what is measured is what a user loads.
+    they are several when the runner is made: make the training arguments, with use_cpu=True, before it. A generation
+    that is finished and whose weights still hash to the manifest is skipped, an interrupted one goes on from its last
+    whole checkpoint. Initial weights depend on the generation's seed alone: set_seed, then `build_student`. A
+    generation is loaded from its folder to teach and to be measured, so that what is measured is what a user loads.
 
     One run at a time holds the folder. SIGTERM and SIGINT let it finish the step, write a checkpoint and leave; the
     same command then gives the weights of a run that nothing interrupted.

@@ -70,8 +70,8 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
     """Takes the checkpoints out of the way that stand after the one that a training goes on from.
 
     Trainer takes the checkpoint of the highest step for the newest, and would delete those that it writes on the way
-    there. What a kill has left half-written is deleted. All else is moved aside, as gen2.replaced-1/checkpoint-100, and
-    warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is a
+    there. What a kill has left half-written is deleted. All else is moved aside, as gen2.replaced-1/checkpoint-100,
+    and warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is a
     checkpoint in a folder of another name, which Trainer does not find.
 
     Args:
@@ -97,7 +97,7 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
         elif path.name not in recorded and is_torn(path):
             shutil.rmtree(path, ignore_errors=True)
             continue
-        elif not has_usual_files(path):
+        elif checkpoint is not None and not has_usual_files(path):
             why = "holds files that are none of a checkpoint's"
         else:
             why = f"cannot be gone on from ({checkpoint_flaw(path, step)})"
