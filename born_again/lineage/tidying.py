@@ -71,8 +71,8 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
 
     Trainer takes the checkpoint of the highest step for the newest, and would delete those that it writes on the way
     there. What a kill has left half-written is deleted. All else is moved aside, as gen2.replaced-1/checkpoint-100,
-    and warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is a
-    checkpoint in a folder of another name, which Trainer does not find.
+    and warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is
+    a checkpoint in a folder of another name, which Trainer does not find.
 
     Args:
         folder: of the generation's checkpoints.
