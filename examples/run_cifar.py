@@ -224,6 +224,14 @@ def build_runner(
         teacher = load_image_classifier(spec.teacher, spec.teacher_revision)
         height, width, channels = data.test.pixels.shape[1:]
         check_image_shape(teacher, channels, (height, width))
+        asked = tuple(teacher.config.pretrained_cfg.get(name) for name in ("crop_mode", "crop_pct", "interpolation"))
+        if asked != ("squash", 1.0, data.interpolation):
+            warn(
+                f"teacher: {spec.teacher} says that it was trained on images with crop_mode {asked[0]}, crop_pct "
+                f"{asked[1]} and {asked[2]} interpolation; here images of another size than {height} x {width} are "
+                f"squashed by {data.interpolation}, on which it is measured and teaches. Bring them to this size "
+                "as it read them, or mend pretrained_cfg in its config.json where it says what was not done."
+            )
         return teacher
 
     return LineageRunner(

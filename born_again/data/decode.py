@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -34,6 +35,9 @@ def _tell_choice(name: str, what: str, chosen: str, among: list[str], flag: str)
     if len(among) > 1:
         warn(f"dataset {name!r}: {what} {chosen!r} is taken, of {among}; {flag} takes another", logging.INFO)
     return chosen
+
+
+Loaded = TypeVar("Loaded")
 
 
 def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
@@ -76,6 +80,8 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
         )
     saved = (folder / "dataset_dict.json").is_file()
     try:
+        if not saved:
+            _check_splits_apart(name, folder)
         return _load(name, lambda: (datasets.load_from_disk if saved else datasets.load_dataset)(str(folder)))
     except FileNotFoundError as error:
         raise ValueError(
@@ -84,7 +90,22 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
         ) from error
 
 
-def _load(name: str, load: Callable[[], datasets.DatasetDict]) -> datasets.DatasetDict:
+def _check_splits_apart(name: str, folder: Path) -> None:
+    """Refuses a folder of which `datasets` reads a file into two splits: it goes by any word in a file's path."""
+    builder = _load(name, lambda: datasets.load_dataset_builder(str(folder)))
+    split_of: dict[str, str] = {}
+    for split, files in (builder.config.data_files or {}).items():
+        for file in map(str, files):
+            other = split_of.setdefault(file, str(split))
+            if other != str(split) and not Path(file).name.startswith("metadata."):
+                raise ValueError(
+                    f"--dataset {name!r}: {file} would be in the splits {other!r} and {str(split)!r}: `datasets` "
+                    "takes words such as train, test, val or eval anywhere in a path for a split; expected class "
+                    "folders without such words: rename them, or save the splits as parquet files"
+                )
+
+
+def _load(name: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
     # IndexError: what load_from_disk raises on an empty split.

@@ -121,6 +121,18 @@ def test_imagefolder_with_validation_split(tmp_path, caplog):
     assert np.array_equal(owl.numpy(), random_array(0))
 
 
+@pytest.mark.parametrize("classes", [("bus", "train"), ("test_positive", "test_negative"), ("crash-test", "road")])
+def test_classes_named_as_splits_are_refused_where_a_file_would_be_in_two(tmp_path, classes):
+    for split in ("train", "test"):
+        for number, name in enumerate(classes):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for copy in range(2):
+                Image.fromarray(random_array(10 * number + copy)).save(folder / f"{copy}.png")
+    with pytest.raises(ValueError, match="would be in the splits .* expected class folders without such words"):
+        load_images(str(tmp_path / "set"))
+
+
 def test_folder_of_save_to_disk(tmp_path):
     features = datasets.Features(PLAIN)
     splits = {"train": rows_of(range(2), [0, 1]), "test": rows_of([2], [1])}
