@@ -101,7 +101,8 @@ class Watch:
 
     def _student_asked(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         args, kwargs = _in_float64(args, kwargs)
-        if self.gradient is None:
+        # In eval mode it is a trial of one item, before training, and no part of the gradient.
+        if self.gradient is None and module.training:
             given = [*args, *(kwargs.get(name) for name in ("x", "pixel_values", "input_ids"))]
             self.inputs.append(next(value for value in given if torch.is_tensor(value)).detach().clone())
         return args, kwargs
