@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, cached_file
 
+from born_again.files import write_atomically
 from born_again.lineage.loading import load_generation
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, write_atomically
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 from born_again.lineage.members import (
     AVERAGES,
     ENSEMBLE_NAME,

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from born_again.files import sync_folder
 from born_again.lineage.checkpoints import last_checkpoint
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, file_sha256, sync_folder
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, file_sha256
 
 __all__ = ["check_weights", "last_checkpoint", "move_aside", "put_in_place", "sync_checkpoint", "sync_files"]
 

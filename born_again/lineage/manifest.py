@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from born_again.files import write_atomically
 from born_again.lineage.schema import FORMAT, VERSION, LineageError, read_manifest
 from born_again.lineage.spec import LineageSpec
 
-__all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256", "sync_folder", "write_atomically"]
+__all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256"]
 
 MANIFEST_NAME = "lineage.json"
 
@@ -97,38 +96,6 @@ class Manifest:
         """Writes the file atomically."""
         with self.lock:
             write_atomically(self.path, json.dumps(self.content, indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a crash at any moment leaves the old content or the new, never a part.
-
-    Raises:
-        OSError: the folder is read-only, or the disk is full; the old content is intact.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a loss of power, where the system can open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

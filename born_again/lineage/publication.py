@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from born_again.files import write_atomically
 from born_again.lineage.folders import WEIGHTS_NAME, check_weights
 from born_again.lineage.lock import FolderLock
-from born_again.lineage.manifest import LineageError, Manifest, write_atomically
+from born_again.lineage.manifest import LineageError, Manifest
 from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
 from born_again.models.remote_code import remote_code
 from born_again.models.saved import read_settings

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from born_again.files import write_atomically
 from born_again.lineage.folders import move_aside
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, write_atomically
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 
 
 def check_restart(manifest: Manifest, index: int) -> None:

@@ -15,7 +15,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from timm.models import get_arch_name, get_model_input_config, get_pretrained_cf
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
+from born_again.files import replaced_atomically
 from born_again.models.saved import check_index, check_settings, check_size, loading, read_settings
 
 __all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]
@@ -318,18 +319,11 @@ def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> N
     config.dtype = str(inner.dtype).removeprefix("torch.")
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # The configuration last: a folder that has one is complete.
-    _replace(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    _replace(folder / "config.json", config.to_json_file)
-
-
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, target)
+    with replaced_atomically(folder / "model.safetensors") as path:
+        save_file(weights, path, metadata={"format": "pt"})
+    with replaced_atomically(folder / "config.json") as path:
+        config.to_json_file(path)
 
 
 def _check_files(folder: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from born_again.lineage.manifest import write_atomically
+from born_again.files import write_atomically
 from born_again.teacher_cache.disk_store import DiskRows
 from born_again.teacher_cache.identity import identity_name
 from born_again.teacher_cache.layout import RowLayout

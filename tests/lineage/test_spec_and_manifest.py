@@ -7,7 +7,8 @@ import os
 import pytest
 
 from born_again import LineageSpec
-from born_again.lineage.manifest import Manifest, write_atomically
+from born_again.files import replaced_atomically, write_atomically
+from born_again.lineage.manifest import Manifest
 from born_again.lineage.spec import plain_name
 
 
@@ -95,15 +96,21 @@ def test_manifest_round_trips(tmp_path):
     assert read.spec == spec() and read.record(0)["index"] == 0 and read.record(1) is None
 
 
-def test_a_write_that_breaks_off_leaves_the_old_content(tmp_path, monkeypatch):
-    path = tmp_path / "lineage.json"
-    write_atomically(path, "old")
+@pytest.mark.parametrize("content", ["é\n", b"\xff"])
+def test_a_write_that_breaks_off_leaves_the_old_content(tmp_path, monkeypatch, content):
+    path = tmp_path / "new" / "lineage.json"
+    write_atomically(path, content)
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert path.stat().st_mode & 0o777 == 0o644
 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
+    with pytest.raises(KeyboardInterrupt), replaced_atomically(path) as temporary:
+        temporary.write_text("a part")
+        raise KeyboardInterrupt
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["lineage.json"]
+        write_atomically(path, "other")
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert [entry.name for entry in path.parent.iterdir()] == ["lineage.json"]
