@@ -1,29 +1,54 @@
-"""The training curve of a generation as a picture, drawn with Pillow alone: losses over steps."""
+"""The training curve of a generation as a picture: losses over steps, drawn by matplotlib.
+
+matplotlib is imported when something is drawn, and not before.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from born_again.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Points = list[tuple[int, float]]
 
-SIZE = (800, 400)
-_SCALE = 2  # drawn larger and reduced, which smooths the lines
-_LEFT, _TOP, _RIGHT, _BOTTOM = 78, 46, 24, 56
-_FONT_SIZE = 14
-_INK, _GREY, _GRID, _PAPER = "#24292f", "#57606a", "#e3e7eb", "#ffffff"
-# Told apart also where red and green are not (Okabe and Ito).
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-# Beyond these a drawing would be of one value alone, and exponents leave the range of a float.
-_LARGEST, _SMALLEST = 1e30, 1e-30
+# Told apart also where red and green are not (after Okabe and Ito), each with a contrast of 3 and more to white and
+# to the dark background of GitHub; the ink has 4 to both. The picture itself has no background.
+_COLORS = ("#0a7ec2", "#d55e00", "#009e73", "#c26a9d", "#a37800")
+_INK = "#767c83"
+STYLE = {
+    "figure.figsize": (8, 4),  # inches
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    "savefig.transparent": True,
+    "font.size": 11,
+    "text.color": _INK,
+    "text.parse_math": False,  # names of splits are no formulas
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.linewidth": 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.formatter.useoffset": False,
+    "grid.color": _INK,
+    "grid.alpha": 0.25,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "agg.path.chunksize": 20_000,
+}
+_LARGEST = 1e30  # beyond it a drawing would be of one value alone
 _LOG_FROM = 50  # ratio of largest to smallest loss
 
 
@@ -32,7 +57,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
     An evaluation that has a perplexity and no loss is drawn by the perplexity's logarithm, which is its loss in nats.
     Values that are not finite leave a gap; of a step that was logged twice the last value counts. The same history
-    gives the same bytes with the same version of Pillow.
+    gives the same bytes with the same version of matplotlib, whatever style the process has set.
 
     Args:
         history: `trainer.state.log_history`: entries with "step" and "loss", "eval_loss", "eval_SPLIT_loss", and the
@@ -45,13 +70,10 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     Raises:
         OSError: the file cannot be written; an older one is intact.
     """
-    series = _series(history)
-    shown = {name: points for name, points in series.items() if any(math.isfinite(value) for _, value in points)}
+    shown = {name: points for name, points in _series(history).items() if any(map(_is_finite, points))}
     if not shown:
         return False
-    content = BytesIO()
-    _draw(shown).save(content, format="PNG", optimize=True)
-    _write(path, content.getvalue())
+    write_atomically(path, _png(shown))
     return True
 
 
@@ -82,157 +104,56 @@ def _name(key: str) -> str | None:
     head, _, metric = key.rpartition("_")
     if metric not in ("loss", "perplexity") or not head.startswith("eval"):
         return None
-    split = head.removeprefix("eval").removeprefix("_")
+    split = "".join(char if char.isprintable() else " " for char in head.removeprefix("eval").removeprefix("_"))
     return f"evaluation: {split[:20]}" if split else "evaluation"
 
 
-def _draw(series: Mapping[str, Points]) -> Image.Image:
-    width, height = (side * _SCALE for side in SIZE)
-    image = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(_FONT_SIZE * _SCALE)
-    box = (_LEFT * _SCALE, _TOP * _SCALE, width - _RIGHT * _SCALE, height - _BOTTOM * _SCALE)
-    steps = [step for points in series.values() for step, value in points if math.isfinite(value)]
-    values = [value for points in series.values() for _, value in points if math.isfinite(value)]
-    is_log = min(values) > _SMALLEST and max(values) / min(values) >= _LOG_FROM
-    x_ticks = _ticks(*_widened(0 if min(steps) < 0.1 * max(steps) else min(steps), max(steps)), whole=True)
-    y_ticks = _log_ticks(min(values), max(values)) if is_log else _ticks(*_widened(min(values), max(values)))
-    scale = math.log if is_log else float
-    to_x = _mapping(x_ticks[0], x_ticks[-1], box[0], box[2])
-    low, high = scale(min(y_ticks[0], *values)), scale(max(y_ticks[-1], *values))
-    to_y = _mapping(low, high, box[3], box[1])
-    shown = [f"{tick:g}" for tick in y_ticks] if is_log else _shown(y_ticks)
-    rows = [(to_y(scale(tick)), text) for tick, text in zip(y_ticks, shown, strict=True)]
-    _axes(draw, font, box, [(to_x(tick), f"{tick:,.0f}") for tick in x_ticks], rows)
-    _labels(image, draw, font, box, "loss (logarithmic)" if is_log else "loss")
-    for (name, points), color in zip(series.items(), _COLORS, strict=False):
-        places = [(to_x(step), to_y(scale(value)) if math.isfinite(value) else None) for step, value in points]
-        _line(draw, places, color, is_marked=name != "training" and len(points) <= 40)
-    _legend(draw, font, box, list(series))
-    return image.resize(SIZE, Image.Resampling.LANCZOS)
+def _is_finite(point: tuple[int, float]) -> bool:
+    return math.isfinite(point[1])
 
 
-def _axes(
-    draw: ImageDraw.ImageDraw,
-    font: Any,
-    box: tuple[int, int, int, int],
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-) -> None:
-    left, top, right, bottom = box
-    gap = 8 * _SCALE
-    for y, tick in y_ticks:
-        draw.line([(left, y), (right, y)], fill=_GRID, width=_SCALE)
-        draw.text((left - gap, y), tick, fill=_GREY, font=font, anchor="rm")
-    for x, tick in x_ticks:
-        draw.line([(x, bottom), (x, bottom + gap // 2)], fill=_GREY, width=_SCALE)
-        # The last one ends with the axis, so that a long number is not cut by the edge.
-        anchor = "ra" if x > right - gap else "ma"
-        draw.text((x if anchor == "ma" else right + gap, bottom + gap), tick, _GREY, font, anchor)
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill=_GREY, width=_SCALE)
+def _png(series: Mapping[str, Points]) -> bytes:
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    content = BytesIO()
+    # From matplotlib's defaults on, whatever a user's own style is, which is in force again afterwards.
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font does not have
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for (name, points), color in zip(series.items(), _COLORS, strict=False):
+            _line(axes, name, points, color)
+        _scales(axes, [value for points in series.values() for _, value in points if math.isfinite(value)])
+        figure.legend(loc="outside upper left", ncols=3 if len(series) < 4 else 2)
+        # Without the version of matplotlib, which is written by default.
+        figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return content.getvalue()
 
 
-def _labels(image: Image.Image, draw: ImageDraw.ImageDraw, font: Any, box: tuple[int, ...], loss: str) -> None:
-    left, top, right, bottom = box
-    draw.text(((left + right) / 2, image.height - 8 * _SCALE), "step", fill=_INK, font=font, anchor="md")
-    length = int(draw.textlength(loss, font=font)) + 2 * _SCALE
-    label = Image.new("RGB", (length, 22 * _SCALE), _PAPER)
-    ImageDraw.Draw(label).text((length // 2, label.height // 2), loss, fill=_INK, font=font, anchor="mm")
-    upright = label.rotate(90, expand=True)
-    image.paste(upright, (4 * _SCALE, (top + bottom - upright.height) // 2))
+def _line(axes: Axes, name: str, points: Points, color: str) -> None:
+    finite = [False, *map(_is_finite, points), False]
+    # A point with gaps on both sides has no line.
+    alone = [
+        here and not (before or after) for before, here, after in zip(finite, finite[1:], finite[2:], strict=False)
+    ]
+    marked = [True] * len(points) if name != "training" and len(points) <= 40 else alone
+    marker = "o" if any(marked) else ""
+    axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, markevery=marked)
 
 
-def _line(
-    draw: ImageDraw.ImageDraw, places: Sequence[tuple[float, float | None]], color: str, is_marked: bool
-) -> None:
-    parts: list[list[tuple[float, float]]] = [[]]
-    for x, y in places:
-        if y is None:
-            parts.append([])
-        else:
-            parts[-1].append((x, y))
-    for part in parts:
-        if len(part) > 1:
-            draw.line(_thinned(part), fill=color, width=2 * _SCALE, joint="curve")
-        # A point with gaps on both sides has no line.
-        for x, y in part if is_marked or len(part) == 1 else ():
-            radius = 3.5 * _SCALE
-            draw.ellipse([(x - radius, y - radius), (x + radius, y + radius)], fill=color)
+def _scales(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-
-def _thinned(part: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """First, lowest, highest and last of the points in one column of pixels: what a line through all would cover."""
-    kept: list[tuple[float, float]] = []
-    start = 0
-    while start < len(part):
-        end = bisect_left(part, int(part[start][0]) + 1, lo=start, key=lambda place: place[0])
-        column = part[start:end]
-        if len(column) > 4:
-            extremes = {0, len(column) - 1}
-            extremes |= {f(range(len(column)), key=lambda place: column[place][1]) for f in (min, max)}
-            column = [column[place] for place in sorted(extremes)]
-        kept += column
-        start = end
-    return kept
-
-
-def _legend(draw: ImageDraw.ImageDraw, font: Any, box: tuple[int, int, int, int], names: Sequence[str]) -> None:
-    x, y, sample, gap = float(box[0]), box[1] / 2, 22 * _SCALE, 8 * _SCALE
-    for name, color in zip(names, _COLORS, strict=False):
-        draw.line([(x, y), (x + sample, y)], fill=color, width=3 * _SCALE)
-        draw.text((x + sample + gap, y), name, fill=_INK, font=font, anchor="lm")
-        x += sample + 3 * gap + draw.textlength(name, font=font)
-
-
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range wide enough for its ticks to be told apart."""
-    if high - low > max(_SMALLEST, 0.01 * max(abs(low), abs(high))):
-        return low, high
-    margin = 0.1 * abs(low) or 1.0
-    return low - margin, high + margin
-
-
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Round numbers, about five steps apart, from at most low to at least high."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
-    if whole:
-        step = max(1.0, step)
-        low = max(0.0, low)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [place * step for place in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, (last - first) // 6)
-    return [10.0**power for power in range(first, last + every, every)]
-
-
-def _mapping(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    return lambda value: start + (end - start) * (value - low) / (high - low)
-
-
-def _shown(ticks: Sequence[float]) -> list[str]:
-    """With as many decimals as tell them apart."""
-    apart = ticks[1] - ticks[0]
-    if max(map(abs, ticks)) >= 1e5 or apart < 1e-4:
-        return [f"{tick:.4g}" for tick in ticks]
-    decimals = max(0, math.ceil(-math.log10(apart) - 1e-9))
-    return [f"{tick:.{decimals}f}" for tick in ticks]
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    ratio = max(values) / min(values) if min(values) > 0 else 0
+    axes.set_ylabel("loss (logarithmic)" if ratio >= _LOG_FROM else "loss")
+    if ratio >= _LOG_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1e3 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")

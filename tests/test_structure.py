@@ -120,6 +120,7 @@ import sys, timm, torch, transformers
 before = set(sys.modules)
 import born_again
 heavy = {"transformers.trainer", "accelerate", "datasets", "evaluate", "sklearn", "born_again.trainer", "pandas"}
+heavy |= {"matplotlib", "jinja2"}
 assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
 assert timm.is_model("densenet90_60_cifar") and timm.is_model("wide_resnet28_10_cifar")
 """
