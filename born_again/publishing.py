@@ -223,6 +223,11 @@ class BackgroundPublisher:
         self._wake = threading.Event()
         self._ends = threading.Event()
 
+    @staticmethod
+    def unpublished(manifest: Manifest) -> dict[str, str]:
+        """See `born_again.lineage.publication.unpublished`."""
+        return unpublished(manifest)
+
     def start(self, manifest: Manifest) -> None:
         """Looks whether the Hub can be published to, and begins with what a run before this one has left.
 

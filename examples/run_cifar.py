@@ -27,6 +27,7 @@ from born_again import (
     LineageSpec,
     create_image_classifier,
 )
+from born_again.curve import draw_curve
 from born_again.data.augment import usual_padding
 from born_again.data.decode import EMBEDDED, warn
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
@@ -42,7 +43,7 @@ from born_again.lineage.remeasure import images_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
-from born_again.model_card import image_classifier_card
+from born_again.model_card import ensemble_card, image_classifier_card
 from born_again.models.image_classifier import check_image_size, load_image_classifier, save_image_classifier
 from born_again.pixels import check_image_shape
 
@@ -243,6 +244,8 @@ def build_runner(
         evaluate=evaluate,
         save_student=save_image_classifier,
         write_card=image_classifier_card,
+        draw_curve=draw_curve,
+        write_ensemble_card=ensemble_card,
         data=data.fingerprint,
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
+from born_again.curve import draw_curve
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
 from born_again.environment import take_from_launcher
@@ -32,7 +33,7 @@ from born_again.lineage.machine import has_fast_bf16, use_cores
 from born_again.lineage.remeasure import texts_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
-from born_again.model_card import language_model_card
+from born_again.model_card import ensemble_card, language_model_card
 from born_again.models.language_models import (
     check_language_model,
     create_language_model,
@@ -229,6 +230,8 @@ def build_runner(
         load_teacher=load_language_model,
         evaluate=evaluate,
         write_card=language_model_card,
+        draw_curve=draw_curve,
+        write_ensemble_card=ensemble_card,
         data={**data.fingerprint, "coverage": data.coverage},
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,

@@ -49,7 +49,8 @@ from born_again import BornAgainTrainingArguments, LineageRunner  # noqa: E402
 from born_again.data.images import load_images  # noqa: E402
 from born_again.data.text import load_text  # noqa: E402
 from born_again.lineage.arguments import parse_arguments  # noqa: E402
-from born_again.lineage.publication import CURVE_NAME, generation_card  # noqa: E402
+from born_again.lineage.folders import CURVE_NAME  # noqa: E402
+from born_again.lineage.publication import generation_card  # noqa: E402
 from born_again.model_card import ensemble_card  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

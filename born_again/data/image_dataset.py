@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import TrainerCallback
 
 from born_again.data.augment import PADDING, count_views, draw_views, identity_view, render_views
-from born_again.view_keys import VIEW_KEYS
 
 if TYPE_CHECKING:
     from born_again.data.images import ImageSplit
+
+VIEW_KEYS = "view_keys"  # as in born_again.view_keys
 
 
 class ImageDataset(Dataset):
@@ -28,8 +29,8 @@ class ImageDataset(Dataset):
     change.
 
     Attributes:
-        emit_view_keys: whether batches have the column "view_keys": see `born_again.view_keys`. Set it before a
-            DataLoader with workers is made.
+        emit_view_keys: whether batches have the column "view_keys", by which a teacher cache finds outputs. Set it
+            before a DataLoader with workers is made.
     """
 
     def __init__(

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from born_again.view_keys import VIEW_KEYS
-
 IGNORED = -100
+VIEW_KEYS = "view_keys"  # as in born_again.view_keys
 
 
 class TokenStreams(Dataset):
@@ -28,8 +27,8 @@ class TokenStreams(Dataset):
         length: tokens in a stream, L.
         windows: number of windows of a stream.
         token_count: number of labels that are not ignored: the number of tokens.
-        emit_view_keys: whether batches have the column "view_keys": see `born_again.view_keys`. Set it before a
-            DataLoader with workers is made.
+        emit_view_keys: whether batches have the column "view_keys", by which a teacher cache finds outputs. Set it
+            before a DataLoader with workers is made.
     """
 
     def __init__(self, tokens: torch.Tensor, streams: int, window: int, *, before: int):

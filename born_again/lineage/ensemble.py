@@ -32,7 +32,6 @@ from born_again.lineage.members import (
     own_pixels,
     read_ensemble,
 )
-from born_again.model_card import ensemble_card
 from born_again.pixels import renormalized
 from born_again.teacher import logits_of, mean_log_probabilities, widened
 
@@ -167,13 +166,18 @@ class LineageEnsemble(nn.Module):
         return cls(path.parent.parent, members, average, sequential)
 
     def save_pretrained(
-        self, folder: str | Path, metrics: Mapping[str, Mapping[str, float | None]] | None = None
+        self,
+        folder: str | Path,
+        metrics: Mapping[str, Mapping[str, float | None]] | None = None,
+        write_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
     ) -> None:
         """Writes ensemble.json, which names the members and holds no weights, and README.md.
 
         Args:
             folder: in the lineage's folder, such as OUTPUT_DIR/ensemble; made if needed, an ensemble's is replaced.
             metrics: of the ensemble by split, for the card: {"test": {"accuracy": ...}}.
+            write_card: from (manifest content, record of the ensemble) to the text of README.md, such as
+                `born_again.model_card.ensemble_card`; None writes none, and removes that of an ensemble before.
 
         Raises:
             LineageError: a folder elsewhere, or one that holds or will hold something else; a member that the
@@ -206,7 +210,7 @@ class LineageEnsemble(nn.Module):
                     "ensemble; make the ensemble again with from_lineage."
                 )
         record = {"members": [member.generation for member in self.members], "average": self.average}
-        card = ensemble_card(manifest.content, {**record, "metrics": metrics or {}})
+        card = write_card and write_card(manifest.content, {**record, "metrics": metrics or {}})
         members = [
             {
                 "generation": member.generation,
@@ -218,7 +222,10 @@ class LineageEnsemble(nn.Module):
         content = {"format": FORMAT, "version": VERSION, "average": self.average, "members": members}
         # In this order, since a folder without ensemble.json is taken for something else after a crash.
         write_atomically(target / ENSEMBLE_NAME, json.dumps(content, indent=2) + "\n")
-        write_atomically(target / "README.md", card)
+        if card is None:
+            (target / "README.md").unlink(missing_ok=True)
+        else:
+            write_atomically(target / "README.md", card)
 
     @torch.no_grad()
     def forward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +37,10 @@ def missing_ensembles(manifest: Manifest, counts: Sequence[int]) -> list[list[in
 
 
 def measure_ensemble(
-    manifest: Manifest, members: Sequence[int], evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]]
+    manifest: Manifest,
+    members: Sequence[int],
+    evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]],
+    write_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
 ) -> None:
     """Measures the mean probability of some generations as a generation is measured, and saves it.
 
@@ -47,6 +51,7 @@ def measure_ensemble(
         manifest: of the lineage, its generations finished.
         members: their indices.
         evaluate: from a network to metrics by split.
+        write_card: see `LineageEnsemble.save_pretrained`.
 
     Raises:
         LineageError: a member's weights are missing or changed.
@@ -59,7 +64,7 @@ def measure_ensemble(
         metrics = {}
     else:
         metrics = {split: finite(values) for split, values in evaluate(ensemble).items()}
-        on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics))
+        on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics, write_card))
     record = {
         "members": list(members),
         "average": _AVERAGE,

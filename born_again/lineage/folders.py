@@ -19,6 +19,7 @@ __all__ = ["check_weights", "last_checkpoint", "move_aside", "put_in_place", "sy
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
+CURVE_NAME = "training.png"
 
 
 def sync_checkpoint(checkpoint: Path) -> None:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from born_again.files import write_atomically
-from born_again.lineage.folders import WEIGHTS_NAME, check_weights
+from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
 from born_again.models.remote_code import remote_code
 from born_again.models.saved import read_settings
 
-CURVE_NAME = "training.png"
 # Nothing else ever leaves the folder of a generation: no training_args.bin, whose pickle may hold a token.
 GENERATION_FILES = (
     WEIGHTS_NAME,

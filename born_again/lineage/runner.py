@@ -14,7 +14,6 @@ from accelerate import PartialState
 from torch import nn
 from transformers import set_seed
 
-from born_again.curve import draw_curve
 from born_again.lineage.callbacks import KeepRecord, SaveAfterEvaluation, StopAndSave, checkpoint_names
 from born_again.lineage.computation import (
     check_arguments,
@@ -25,7 +24,7 @@ from born_again.lineage.computation import (
 from born_again.lineage.disk import disk_message, disk_problem
 from born_again.lineage.ensembles import measure_ensemble, missing_ensembles
 from born_again.lineage.evaluation import by_split, finite
-from born_again.lineage.folders import WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
+from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
 from born_again.lineage.interruption import Interrupted, Interruption
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
@@ -39,7 +38,6 @@ from born_again.lineage.machine import (
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.processes import on_first_process
-from born_again.lineage.publication import CURVE_NAME, unpublished
 from born_again.lineage.restart import check_restart, start_again
 from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.lineage.tidying import (
@@ -105,6 +103,9 @@ class LineageRunner:
             save_pretrained.
         write_card: from (manifest content, generation index, curve=name of the training curve's picture or None) to
             the text of the generation's README.md; None writes neither card nor picture.
+        draw_curve: from (log history of a trainer, path of a PNG) to whether it drew the training curve; None draws
+            none.
+        write_ensemble_card: from (manifest content, record of the ensemble) to the text of its README.md.
         data: fingerprint of the data, compared when the lineage goes on but for "coverage", which follows from it.
         keep_checkpoints: keeps the checkpoints of finished generations.
         take_teacher: gives the network trained elsewhere that the spec names as teacher; it is saved and measured as
@@ -136,6 +137,8 @@ class LineageRunner:
         evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None = None,
         save_student: Callable[[nn.Module, Path], None] | None = None,
         write_card: Callable[..., str] | None = None,
+        draw_curve: Callable[[list[dict[str, float]], Path], bool] | None = None,
+        write_ensemble_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
         data: Mapping[str, Any] | None = None,
         keep_checkpoints: bool = False,
         take_teacher: Callable[[], nn.Module] | None = None,
@@ -151,6 +154,8 @@ class LineageRunner:
         self.evaluate = evaluate
         self.save_student = save_student or (lambda model, folder: model.save_pretrained(folder))
         self.write_card = write_card
+        self.draw_curve = draw_curve
+        self.write_ensemble_card = write_ensemble_card
         self.keep_checkpoints = keep_checkpoints
         self.data = dict(data or {})
         self.take_teacher = take_teacher
@@ -229,7 +234,7 @@ class LineageRunner:
                 raise Interrupted(signum, f"before generation {index}: {self._how_to_go_on()}")
             self._train(index)
         for members in missing_ensembles(self.manifest, self.ensembles):
-            measure_ensemble(self.manifest, members, self.evaluate)
+            measure_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
             self._save_manifest()
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)
@@ -258,7 +263,7 @@ class LineageRunner:
             and len(self.manifest.generations) > self.spec.generations
             and all(record["status"] == "finished" for record in self.manifest.generations)
             and not missing_ensembles(self.manifest, self.ensembles)
-            and (self.publisher is None or not unpublished(self.manifest))
+            and (self.publisher is None or not self.publisher.unpublished(self.manifest))
         )
 
     def _open(self) -> Manifest:
@@ -449,7 +454,9 @@ class LineageRunner:
 
         def finish() -> None:
             if self.write_card is not None:
-                drawn = draw_curve(trainer.state.log_history, partial / CURVE_NAME)
+                drawn = self.draw_curve is not None and self.draw_curve(
+                    trainer.state.log_history, partial / CURVE_NAME
+                )
                 content = self.manifest.content_with(generation.index, **facts)
                 card = self.write_card(content, generation.index, curve=CURVE_NAME if drawn else None)
                 (partial / "README.md").write_text(card, "utf-8")

@@ -33,7 +33,7 @@ def test_what_is_written_down_is_read_back(folders, kind, tmp_path):
     folder = copy(folders[kind], tmp_path / "lineage")
     for average in ("logits", "probabilities"):
         ensemble = LineageEnsemble.from_lineage(folder, "3,1", average)
-        ensemble.save_pretrained(folder / "ensemble")
+        ensemble.save_pretrained(folder / "ensemble", write_card=ensemble_card)
         for sequential in (False, True):
             again = LineageEnsemble.from_pretrained(folder / "ensemble", sequential)
             assert (members(again), again.average) == ([3, 1], average)
@@ -174,7 +174,7 @@ def test_it_is_written_beside_its_members_and_over_nothing_else(written, tmp_pat
 def test_the_card_says_what_the_ensemble_is(written):
     root = written.parent
     ensemble = LineageEnsemble.from_lineage(root, "0,3", "logits")
-    ensemble.save_pretrained(written, {"test": {"nll": 1.25, "perplexity": None, "tokens": 12_345}})
+    ensemble.save_pretrained(written, {"test": {"nll": 1.25, "perplexity": None, "tokens": 12_345}}, ensemble_card)
     text = (written / "README.md").read_text()
     card = ModelCard(text)
     held = card.data.to_dict()
@@ -207,7 +207,7 @@ def test_the_card_says_what_the_ensemble_is(written):
 def test_the_example_of_the_card_runs(folders, kind, tmp_path):
     folder = copy(folders[kind], tmp_path / "lineage")
     ensemble = LineageEnsemble.from_lineage(folder)
-    ensemble.save_pretrained(folder / "ensemble")
+    ensemble.save_pretrained(folder / "ensemble", write_card=ensemble_card)
     text = (folder / "ensemble/README.md").read_text()
     assert "Not measured." in text
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder / "ensemble"), 1)

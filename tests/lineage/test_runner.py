@@ -181,7 +181,12 @@ def test_evaluate_measures_the_files_and_the_card_is_written(tmp_path):
         assert (tmp_path / "out" / ".gen0.partial" / curve).is_file()
         return f"{manifest['name']} {index} {manifest['generations'][index]['metrics']['test']['accuracy']}"
 
-    options = {"evaluate": evaluate, "write_card": write_card, "changes": {"logging_steps": 2}}
+    def draw_curve(history, path):
+        assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+        return path.write_bytes(b"drawn") > 0
+
+    options = {"evaluate": evaluate, "write_card": write_card, "draw_curve": draw_curve}
+    options["changes"] = {"logging_steps": 2}
     done = runner(tmp_path / "out", spec=spec(generations=0), **options).run()
     assert done.record(0)["metrics"] == {"test": {"accuracy": 0.5}}
     assert (tmp_path / "out" / "gen0" / "README.md").read_text() == "tiny-words 0 0.5"
