@@ -317,6 +317,7 @@ class TeacherPixels:
             self._own = preprocessing_of_network(network)
         self._sized_as: tuple[int, int] | None = None
         if given is None or self._own is None:
+            self._say_what_is_assumed(given)
             return
         if given.size == self._own.size:
             # Made alike, whatever that is: many have timm's default in their config and were trained on another.
@@ -346,6 +347,21 @@ class TeacherPixels:
         else:
             self.change = change
             say(f"{which}: the batch is renormalised for the teacher.")
+
+    def _say_what_is_assumed(self, given: Preprocessing | None) -> None:
+        if given is not None:
+            self._say(
+                f"The student's pixel values have {given}; which the teacher was trained on is not known, so it is "
+                "given the student's as they are. If it was trained on others, pass its image processor as "
+                "teacher_processing_class, or set pretrained_cfg = {'mean': ..., 'std': ...} on it."
+            )
+        elif self._own is not None and self._own.is_certain:
+            self._say(
+                f"The teacher's pixel values have {self._own}; which the training set has is not known, so the "
+                "teacher is given them as they are. If they are others, pass the image processor that made them as "
+                "processing_class, or give the training set attributes 'mean' and 'std': the teacher is then given "
+                "its own."
+            )
 
     def __call__(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The inputs with the teacher's own pixel values."""

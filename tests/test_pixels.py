@@ -254,9 +254,24 @@ def test_a_teacher_of_transformers_is_known_by_its_processor(tmp_path, how):
     torch.testing.assert_close(trained.teacher(given(batch(OURS))), own_logits(teacher), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_done_where_nothing_is_known(tmp_path, caplog):
+def test_where_only_one_side_is_known_what_is_assumed_is_said(tmp_path, caplog):
     trained = trainer(tmp_path, classifier(seed=2), vit())
     assert torch.equal(trained.teacher(given(batch(OURS))), own_logits(vit(), OURS))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "The student's pixel values have mean (0.49, 0.48, 0.45)" in said and "teacher_processing_class" in said
+    assert "which the teacher was trained on is not known, so it is given the student's as they are" in said
+    caplog.clear()
+    trained = trainer(tmp_path, vit(), classifier(THEIRS), Plain())
+    assert torch.equal(trained.teacher(given(batch(OURS))), own_logits(classifier(THEIRS), OURS))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "The teacher's pixel values have mean (0.2, 0.5, 0.7)" in said and "as processing_class" in said
+    assert "which the training set has is not known, so the teacher is given them as they are" in said
+
+
+def test_nothing_is_said_where_nothing_is_known(tmp_path, caplog):
+    network = timm.create_model("test_wide_resnet_cifar", num_classes=3)  # has timm's default
+    for teacher in (vit(), network):
+        trainer(tmp_path, vit(), teacher, Plain())
     assert not caplog.records
 
 
