@@ -434,6 +434,22 @@ def _size_message(name: str, pixels: Tensor, size: tuple[int, int], and_so: str)
     )
 
 
+def read_otherwise(saved: Mapping[str, Any], *interpolations: str) -> str | None:
+    """How a network's pretrained_cfg has images of any size read, where not as `load_images` reads them.
+
+    Args:
+        saved: the pretrained_cfg.
+        interpolations: what may resize them, as timm calls it; none of them asks for crops alone.
+
+    Returns:
+        In words; None where it says that they are squashed, whole, by one of these.
+    """
+    mode, share, interpolation = (saved.get(name) for name in ("crop_mode", "crop_pct", "interpolation"))
+    if (mode, share) == ("squash", 1.0) and (not interpolations or interpolation in interpolations):
+        return None
+    return f"crop_mode {mode}, crop_pct {share} and {interpolation} interpolation"
+
+
 def _of_pretrained_cfg(saved: Mapping[str, Any], source: str, is_certain: bool) -> Preprocessing | None:
     mean, std = _numbers(saved.get("mean")), _numbers(saved.get("std"))
     if not mean or not std:

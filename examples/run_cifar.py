@@ -45,7 +45,7 @@ from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
 from born_again.model_card import ensemble_card, image_classifier_card
 from born_again.models.image_classifier import check_image_size, load_image_classifier, save_image_classifier
-from born_again.pixels import check_image_shape
+from born_again.pixels import check_image_shape, read_otherwise
 
 IMAGE_SIZE = 32
 
@@ -225,13 +225,12 @@ def build_runner(
         teacher = load_image_classifier(spec.teacher, spec.teacher_revision)
         height, width, channels = data.test.pixels.shape[1:]
         check_image_shape(teacher, channels, (height, width))
-        asked = tuple(teacher.config.pretrained_cfg.get(name) for name in ("crop_mode", "crop_pct", "interpolation"))
-        if asked != ("squash", 1.0, data.interpolation):
+        if (asked := read_otherwise(teacher.config.pretrained_cfg, data.interpolation)) is not None:
             warn(
-                f"teacher: {spec.teacher} says that it was trained on images with crop_mode {asked[0]}, crop_pct "
-                f"{asked[1]} and {asked[2]} interpolation; here images of another size than {height} x {width} are "
-                f"squashed by {data.interpolation}, on which it is measured and teaches. Bring them to this size "
-                "as it read them, or mend pretrained_cfg in its config.json where it says what was not done."
+                f"teacher: {spec.teacher} says that it was trained on images with {asked}; here images of another "
+                f"size than {height} x {width} are squashed by {data.interpolation}, on which it is measured and "
+                "teaches. Bring them to this size as it read them, or mend pretrained_cfg in its config.json where it "
+                "says what was not done."
             )
         return teacher
 

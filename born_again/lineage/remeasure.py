@@ -23,6 +23,7 @@ from born_again.lineage.evaluation import evaluate_classifier, evaluate_language
 from born_again.lineage.loading import load_generation
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.members import ENSEMBLE_NAME, read_ensemble
+from born_again.pixels import read_otherwise
 from born_again.teacher import carries_state
 from born_again.vocabulary import check_same_tokens
 
@@ -327,14 +328,12 @@ _Measured = tuple[dict[str, dict[str, float]], dict[str, int], Mapping[str, Any]
 def _preprocessing(saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The arguments of the data with the image size of a config.json, and what else that asks for and is not done."""
     sides = (saved.get("input_size") or [3, _IMAGE_SIZE, _IMAGE_SIZE])[1:]
-    is_ours = (saved.get("crop_mode"), saved.get("crop_pct")) == ("squash", 1.0) and sides[0] == sides[1]
-    doubt = ""
-    if not is_ours or saved.get("interpolation") not in ("bilinear", "nearest"):
-        doubt = (
-            f"; config.json asks for crop_mode {saved.get('crop_mode')}, crop_pct {saved.get('crop_pct')} and "
-            f"{saved.get('interpolation')} interpolation, and images are squashed by bilinear here"
-        )
+    asked = read_otherwise(saved, "bilinear", "nearest")
+    doubt = "" if asked is None else f"; config.json asks for {asked}, and images are squashed by bilinear here"
+    if sides[0] != sides[1]:
+        doubt += f"; config.json has images of {sides[0]} x {sides[1]}, and they are square here"
     # What was saved before a network's size was that of its training says another.
+    is_ours = read_otherwise(saved) is None and sides[0] == sides[1]
     size = {"image_size": sides[0]} if is_ours and sides[0] != _IMAGE_SIZE else {}
     return {**size, **arguments}, doubt
 
