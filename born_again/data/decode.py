@@ -80,9 +80,12 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
         )
     saved = (folder / "dataset_dict.json").is_file()
     try:
-        if not saved:
-            _check_splits_apart(name, folder)
-        return _load(name, lambda: (datasets.load_from_disk if saved else datasets.load_dataset)(str(folder)))
+        if saved:
+            return _load(name, lambda: datasets.load_from_disk(str(folder)))
+        builder = _load(name, lambda: datasets.load_dataset_builder(str(folder)))
+        _check_splits_apart(name, builder)
+        _load(name, builder.download_and_prepare)
+        return _load(name, builder.as_dataset)
     except FileNotFoundError as error:
         raise ValueError(
             f"--dataset {name!r} is a folder in which `datasets` finds no data ({error}); expected parquet files or "
@@ -90,9 +93,8 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
         ) from error
 
 
-def _check_splits_apart(name: str, folder: Path) -> None:
+def _check_splits_apart(name: str, builder: datasets.DatasetBuilder) -> None:
     """Refuses a folder of which `datasets` reads a file into two splits: it goes by any word in a file's path."""
-    builder = _load(name, lambda: datasets.load_dataset_builder(str(folder)))
     split_of: dict[str, str] = {}
     for split, files in (builder.config.data_files or {}).items():
         for file in map(str, files):
