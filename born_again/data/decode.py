@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -330,14 +331,15 @@ def decode_images(
     if rows is not None:
         encoded = encoded.select(rows)
     pixels = np.empty((len(encoded), image_size, image_size, 3), dtype=np.uint8)
-    transparent, wide, position = 0, 0, 0
+    transparent, position = 0, 0
+    wide: list[tuple[float, float]] = []
     with tqdm(
         total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM or None
     ) as progress:
         for table in encoded.with_format("arrow").iter(batch_size=_DECODE_CHUNK):
             for item in table[column].to_pylist():
                 try:
-                    pixels[position], is_transparent, is_wide = read_image(item, feature, image_size)
+                    pixels[position], is_transparent, found = read_image(item, feature, image_size)
                 # Of a damaged file Pillow's plugins raise whatever its bytes lead to.
                 except Exception as error:
                     row = position if rows is None else int(rows[position])
@@ -348,10 +350,10 @@ def decode_images(
                         "the file or remove the row"
                     ) from error
                 transparent += is_transparent
-                wide += is_wide
+                wide += [] if found is None else [found]
                 position += 1
             progress.update(table.num_rows)
-    for count, what in ((transparent, "transparent, and blended with white"), (wide, "of more than 8 bits, scaled")):
+    for count, what in ((transparent, "transparent, and blended with white"), (len(wide), _how_scaled(wide))):
         if count:
             warn(
                 f"dataset {name!r}: {count:,} of {len(pixels):,} images in split {split!r} are {what}; the pipelines "
@@ -359,3 +361,14 @@ def decode_images(
                 "born_again.data.rgb.to_rgb"
             )
     return pixels
+
+
+def _how_scaled(wide: list[tuple[float, float]]) -> str:
+    """What became of images of more than 8 bits, from the largest value of each and that which becomes white."""
+    said = []
+    for white in sorted({white for _, white in wide}):
+        largest = max(value for value, own in wide if own == white)
+        kept = f"{max(1, math.ceil(256 * largest / white))} of 256 levels are used"
+        remedy = f" (if they use fewer bits, save them so that {white:g} is white)" if largest <= white / 2 else ""
+        said.append(f"scaled so that {white:g} is white; their largest value is {largest:g}, so {kept}{remedy}")
+    return f"of more than 8 bits, {' and '.join(said)}"

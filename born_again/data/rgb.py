@@ -29,12 +29,13 @@ class ReadImage(NamedTuple):
     Attributes:
         pixels: (size, size, 3) uint8.
         is_transparent: whether a pixel of the file was not opaque, hence blended with white.
-        is_wide: whether the file had more than 8 bits a channel, as one grey channel.
+        wide: of a file of more than 8 bits a channel, as one grey channel: its largest value and that which becomes
+            white; else None.
     """
 
     pixels: np.ndarray
     is_transparent: bool
-    is_wide: bool
+    wide: tuple[float, float] | None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -74,12 +75,12 @@ def read_image(item: Mapping[str, bytes | str | None] | None, feature: datasets.
     if item is None or (item["bytes"] is None and item["path"] is None):
         raise ValueError("there is no image")
     with _open(item) as image:
-        image, is_transparent, is_wide = _to_rgb(image)
+        image, is_transparent, wide = _to_rgb(image)
     if feature.mode not in (None, "RGB", "RGBA"):
         image = image.convert(feature.mode).convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return ReadImage(np.asarray(image), is_transparent, is_wide)
+    return ReadImage(np.asarray(image), is_transparent, wide)
 
 
 def _open(item: Mapping[str, bytes | str | None]) -> Image.Image:
@@ -90,19 +91,20 @@ def _open(item: Mapping[str, bytes | str | None]) -> Image.Image:
     return datasets.Image().decode_example(item)  # an address
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool, bool]:
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool, tuple[float, float] | None]:
     image.load()  # what stands behind the pixels in a file, such as EXIF in a PNG, is known from here on
     if image.info:
         image = _upright(image)
-    is_transparent, is_wide = False, image.mode in _WIDE_MODES
-    if is_wide:
-        image = Image.fromarray(_to_8_bits(image))
+    is_transparent, wide = False, None
+    if image.mode in _WIDE_MODES:
+        values, wide = _to_8_bits(image)
+        image = Image.fromarray(values)
     elif image.mode != "RGB" or "transparency" in image.info:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             is_transparent = image.getextrema()[3][0] < 255
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB"), is_transparent, is_wide
+    return image if image.mode == "RGB" else image.convert("RGB"), is_transparent, wide
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -116,23 +118,24 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """(H, W) uint8 from an image of one channel of 16 or 32 bits."""
+def _to_8_bits(image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
+    """(H, W) uint8 from an image of one channel of 16 or 32 bits; its largest value and that which becomes white."""
     values = np.asarray(image)
+    largest = values.max().item()
     if image.mode == "F":
         if not (values.min() >= 0 and values.max() <= 1):  # also where a value is not a number
             raise ValueError(
                 f"its values are floats from {values.min():g} to {values.max():g}, expected 0 to 1; scale all images "
                 "by one range, or save them in 8 or 16 bits"
             )
-        return np.rint(values * 255).astype(np.uint8)
+        return np.rint(values * 255).astype(np.uint8), (largest, 1.0)
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         if not (values.min() >= 0 and values.max() <= 255):
             raise ValueError(
                 f"its values are 32-bit integers from {values.min()} to {values.max()}, expected 0 to 255, since they "
                 "have no agreed range; scale all images by one range, and save them in 8 or 16 bits"
             )
-        return values.astype(np.uint8)
+        return values.astype(np.uint8), (largest, 255)
     # Pillow leaves the 12 bits of a TIFF file as they are.
     bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
-    return (values >> (bits - 8)).astype(np.uint8)
+    return (values >> (bits - 8)).astype(np.uint8), (largest, 2**bits - 1)

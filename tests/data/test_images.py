@@ -163,7 +163,18 @@ def test_other_modes_become_rgb_and_other_sizes_are_resized(tmp_path, caplog):
     assert np.array_equal(pixels[3], (np.asarray(deep) // 256).astype(np.uint8)[..., None].repeat(3, axis=2))
     assert np.array_equal(pixels[4], np.asarray(wide.resize((32, 32), Image.Resampling.BILINEAR)))
     assert "1 of 5 images in split 'train' are transparent, and blended with white; the pipelines" in caplog.text
-    assert "1 of 5 images in split 'train' are of more than 8 bits, scaled; the pipelines of" in caplog.text
+    said = "1 of 5 images in split 'train' are of more than 8 bits, scaled so that 65535 is white; their largest value"
+    assert f"{said} is {np.asarray(deep).max()}, so 256 of 256 levels are used; the pipelines" in caplog.text
+
+
+def test_12_bits_in_files_of_16_are_told_by_their_largest_value(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 4_096, (4, 32, 32), dtype=np.uint16)
+    values[2, 0, 0] = 4_095
+    rows = {"image": [encoded(Image.fromarray(one)) for one in values], "label": [0, 1, 0, 1]}
+    load_images(write_parquet(tmp_path / "scans", {"train": rows, "test": rows_of([0], [0])}, PLAIN))
+    said = "their largest value is 4095, so 16 of 256 levels are used (if they use fewer bits, save them so that"
+    assert f"{said} 65535 is white)" in caplog.text
 
 
 def test_image_size(plain):

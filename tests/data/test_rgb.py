@@ -112,7 +112,7 @@ def test_16_bits_are_scaled_by_their_range(kind):
     faint = DEEP // 4  # an image that does not use it all is darker for it
     for values in (DEEP, faint):
         image = read_image(stored(Image.fromarray(values), kind), PLAIN, SIZE)
-        assert image.is_wide
+        assert image.wide == (values.max(), 65_535)
         np.testing.assert_allclose(image.pixels, (values / 257)[..., None].repeat(3, 2), atol=1)
 
 
