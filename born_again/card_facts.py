@@ -157,6 +157,12 @@ def provenance(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in facts.items() if value is not None}
 
 
+def true_split(manifest: Mapping[str, Any], split: str) -> str:
+    """What the dataset calls a split: "validation" for "test", where it has no test split."""
+    name = manifest["data"].get("test_split")
+    return name if split == "test" and isinstance(name, str) else split
+
+
 def model_index(
     manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], kind: Kind, name: str
 ) -> list[dict[str, Any]]:
@@ -169,7 +175,11 @@ def model_index(
             if key not in _COUNTS and value is not None and math.isfinite(value)
         ]
         shown = one_line(dataset_name(manifest))
-        dataset: dict[str, Any] = {"name": shown, "type": hub_id or shown, "split": one_line(split)}
+        dataset: dict[str, Any] = {
+            "name": shown,
+            "type": hub_id or shown,
+            "split": one_line(true_split(manifest, split)),
+        }
         revision = manifest["data"].get("revision") or data_args.get("dataset_revision")
         if hub_id and isinstance(revision, str):
             dataset["revision"] = one_line(revision)

@@ -248,6 +248,8 @@ def _evaluation_text(result: Mapping[str, Any]) -> str:
         what += f" (generations {', '.join(map(str, result['generations']))}, mean of {result['average']})"
     of = "" if result["lineage"] is None else f" of {result['lineage']}"
     items = ", ".join(f"{count:,} in {split}" for split, count in result["items"].items()) or "nothing measured"
+    if result["test_split"] != "test":
+        items += f", which is its split {result['test_split']!r}"
     limits = "".join(f", {name} {value}" for name, value in result["data_args"].items() if name.startswith("max_"))
     lines = [f"{what}{of} on {result['dataset']} ({items}{limits}), {result['device']}"]
     rows = [["split", "metric", "measured", "recorded", "difference"]]

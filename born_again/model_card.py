@@ -28,6 +28,7 @@ from born_again.card_facts import (
     model_index,
     provenance,
     repo_of,
+    true_split,
 )
 from born_again.card_markup import front_matter, is_repo, local_name, one_line, plain, setting
 from born_again.lineage.table import results_table
@@ -330,6 +331,8 @@ def _limits(
         )
     elif count and metrics:
         sentences.append(f"The test split has {count:,} {kind.unit}.")
+    if (split := true_split(manifest, "test")) != "test":
+        sentences.append(f"The dataset has no test split: what is called test here is its split {plain(split)}.")
     purposes = {"max_train_samples": "for training", "max_eval_samples": "of each split measured"}
     if is_external(record):
         del purposes["max_train_samples"]

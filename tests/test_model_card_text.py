@@ -172,6 +172,15 @@ def test_calibration_and_limits_are_of_what_was_measured():
         assert said in limits and ("<unk>" in limits) is bool(said)
 
 
+def test_a_validation_split_is_not_passed_off_as_a_test_split():
+    data = {"rows": {"train": 1438, "test": 359}, "test_split": "validation"}
+    card = image_classifier_card(manifest(data=data), 1)
+    assert "no test split: what is called test here is its split validation." in section(card, "Limits")
+    (result,) = data_of(card)["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation"
+    assert "no test split" not in image_classifier_card(manifest(), 1)
+
+
 def test_what_a_manifest_need_not_hold_is_not_said():
     bare = record(0)
     for name in ("hardware", "hub", "parameters", "steps", "peak_memory_mib"):

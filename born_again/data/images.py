@@ -67,7 +67,8 @@ class ImageData:
         mean: mean of each channel over the rows of `train`, on the scale where 255 is 1, rounded to 6 decimals.
         std: standard deviation likewise (of the population); 1.0 for a channel that is constant, which then becomes 0.
         fingerprint: JSON-able: source, revision (the commit where the Hub gave one), image_column, label_column, rows
-            by split, and the sha256 of shapes, pixels and labels of both splits.
+            by split, and the sha256 of shapes, pixels and labels of both splits; test_split where that which `test`
+            holds is called otherwise in the dataset.
         flip: whether mirroring keeps the class, as far as the name says: see `born_again.data.mirroring.may_mirror`.
         interpolation: what brought an image of another size to this one, as timm calls it.
     """
@@ -136,6 +137,7 @@ def load_images(
     for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"--{flag} is {limit}; expected at least 1: leave it out to use every row")
+    test = "test"
     if name == EMBEDDED:
         for argument, value in (
             ("image_column", image_column),
@@ -179,6 +181,8 @@ def load_images(
         "rows": {role: len(split) for role, split in splits.items()},
         "sha256": _digest(splits["train"], splits["test"]),
     }
+    if test != "test":
+        fingerprint["test_split"] = test
     return ImageData(
         splits["train"], splits["test"], label_names, mean, std, fingerprint, may_mirror(name), interpolation
     )

@@ -108,7 +108,8 @@ def remeasure(
             path: as given. kind: "generation" or "ensemble". generations: the indices; [] where they are not known.
             lineage: its name, None where there is no lineage.json. average: of an ensemble, else None.
             dataset, data_args: what was measured on. device: where.
-            items: how many images or tokens, by split.
+            items: how many images or tokens, by split. test_split: what the dataset calls the split that is measured
+                as "test".
             weights: a list of file, sha256 (None where it is missing), recorded (None without a record), agrees.
             splits: {split: {metric: {measured, recorded, difference, agrees}}}; the last three are None where there is
                 nothing to compare with, a number that is not finite is None.
@@ -138,6 +139,7 @@ def remeasure(
         "data_args": arguments,
         "device": str(place),
         "items": {},
+        "test_split": "test",
         "weights": subject.weights,
         "splits": {},
         "compared": False,
@@ -162,7 +164,7 @@ def remeasure(
         measured, items, fingerprint = _measure_images(model, name, arguments, batch_size or _IMAGE_BATCH, place)
     else:
         measured, items, fingerprint = _measure_text(model, subject, name, arguments, batch_size, place)
-    result["items"] = items
+    result |= {"items": items, "test_split": fingerprint.get("test_split", "test")}
     recorded = None
     if subject.recorded is not None and not is_changed:
         recorded = subject.recorded if _is_same(subject.manifest.content["data"], fingerprint) else None

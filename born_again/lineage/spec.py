@@ -25,7 +25,7 @@ DATA_SOURCE = frozenset(
         )
     }
 )
-_FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_column", "text_column"})
+_FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_column", "text_column", "test_split"})
 # Recorded for people, and was not always there.
 _TOLD = frozenset({"coverage"})
 # Of a teacher that was trained elsewhere: how is not known.

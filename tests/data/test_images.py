@@ -117,6 +117,7 @@ def test_imagefolder_with_validation_split(tmp_path, caplog):
     assert "there is no split 'test', so 'validation' is what is tested on" in caplog.text
     assert sorted(data.train.labels.tolist()) == [0, 0, 1, 1, 1]
     assert data.fingerprint["rows"] == {"train": 5, "test": 2}
+    assert data.fingerprint["test_split"] == "validation"
     owl = data.train.pixels[data.train.labels == 1][0]
     assert np.array_equal(owl.numpy(), random_array(0))
 
