@@ -325,7 +325,6 @@ def test_the_streams_of_a_text():
     assert first["input_ids"][0, 0] == data.tokenizer.eos_token_id and torch.equal(first["labels"][0], data.test[:100])
 
 
-@pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "born_again.cli", "status", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

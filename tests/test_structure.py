@@ -1,6 +1,7 @@
 """The house rules that a reader would not see broken: layers, sizes, and what an import costs."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,18 +115,64 @@ def test_files_have_one_job(path):
     assert len(path.read_text().splitlines()) <= 700
 
 
-def test_importing_the_package_registers_the_networks_and_loads_no_trainer():
-    code = """
-import sys, timm, torch, transformers
-before = set(sys.modules)
-import born_again
-heavy = {"transformers.trainer", "accelerate", "datasets", "evaluate", "sklearn", "born_again.trainer", "pandas"}
-heavy |= {"matplotlib", "jinja2"}
-assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
-assert timm.is_model("densenet90_60_cifar") and timm.is_model("wide_resnet28_10_cifar")
+REGISTRATION = """
+import importlib, os, sys, traceback
+import torch
+
+def check(*modules):
+    for name in modules:
+        before = set(sys.modules)
+        importlib.import_module(name)
+    assert "born_again.models" in sys.modules
+    if modules[-1] == "born_again":
+        heavy = {"transformers.trainer", "accelerate", "datasets", "evaluate", "sklearn", "born_again.trainer"}
+        heavy |= {"pandas", "matplotlib", "jinja2"}
+        assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
+    import timm, transformers
+    assert timm.is_model("densenet90_60_cifar") and timm.is_model("wide_resnet28_10_cifar")
+    assert timm.create_model("wide_resnet28_1_cifar").num_classes == 10
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    assert type(model).__name__ == "LstmLMForCausalLM"
+    for module in (timm, transformers):  # as if nobody had looked
+        assert type(module.__spec__.loader).__module__ != "born_again"
+    assert not any(type(finder).__module__ == "born_again" for finder in sys.meta_path)
+
+for order in (
+    ("timm", "transformers", "born_again"),
+    ("born_again", "transformers.models.timm_wrapper.modeling_timm_wrapper"),
+    ("born_again.objectives", "timm.models.resnet"),
+):
+    child = os.fork()
+    if not child:
+        try:
+            check(*order)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, order
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each order in a fork of one interpreter")
+def test_the_networks_are_registered_whatever_is_imported_first_and_no_trainer_is_loaded(tmp_path):
+    born_again.LstmLMForCausalLM(born_again.LstmLMConfig(vocab_size=7, hidden_size=4)).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", REGISTRATION, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_alone_loads_no_library():
+    code = "import sys, born_again; assert born_again.__all__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "timm", "transformers", "numpy"} & set(done.stdout.split())
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_they_are_used():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == {**born_again._HOME, "models": "born_again"}
+    assert (ROOT / "py.typed").is_file()
 
 
 def test_every_public_name_is_there():

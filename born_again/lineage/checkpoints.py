@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch.serialization import get_crc32_options
 
 logger = logging.getLogger(__name__)
 
@@ -146,13 +146,18 @@ def _file_flaw(path: Path) -> str | None:
                 pass
         elif path.suffix in (".pt", ".pth"):
             with zipfile.ZipFile(path) as archive:
-                # torch can be told to write checksums that are none.
-                damaged = archive.testzip() if get_crc32_options() else None
+                damaged = archive.testzip() if _has_checksums() else None
             if damaged is not None:
                 return f"its part {damaged} has another checksum than when it was written"
     except (*_UNREADABLE, zipfile.BadZipFile, SafetensorError) as error:
         return f"cannot be read to its end ({error})"
     return None
+
+
+def _has_checksums() -> bool:
+    """Whether torch writes them: a process can tell it not to, which one that has not loaded torch has not done."""
+    torch = sys.modules.get("torch")
+    return torch is None or torch.serialization.get_crc32_options()
 
 
 def _read_json(path: Path) -> Any:

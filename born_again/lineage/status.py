@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from born_again.lineage.checkpoints import last_checkpoint
 from born_again.lineage.lock import LOCK_NAME, lock_holder
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.spec import LineageSpec
@@ -160,9 +161,6 @@ def _checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last whole checkpoint; a run that goes on meanwhile deletes the older ones."""
     if not folder.is_dir():
         return None
-    # Imported here: it takes seconds, which finished lineages do without.
-    from born_again.lineage.folders import last_checkpoint
-
     for _ in range(_LOOKS):
         checkpoint = last_checkpoint(folder)
         if checkpoint is None:

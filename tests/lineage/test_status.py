@@ -19,27 +19,26 @@ from born_again.lineage.schema import LineageError
 from born_again.lineage.status import lineage_status
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
-PACKAGE = Path(lock.__file__).parent.parent
 
-# Modules of the lineage alone, without what importing the package brings.
-ALONE = """
-import importlib, sys, types
-package = types.ModuleType("born_again"); package.__path__ = [sys.argv[2]]; sys.modules["born_again"] = package
-"""
-HOLDER = f"""{ALONE}
-with importlib.import_module("born_again.lineage.lock").FolderLock(sys.argv[1]):
+HOLDER = """
+import sys
+from born_again.lineage.lock import FolderLock
+with FolderLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
-ASKER = f"""{ALONE}
-facts = importlib.import_module("born_again.lineage.status").lineage_status(sys.argv[1])
-assert facts["generations"][0]["status"] == "finished"
-print(sorted(set(sys.modules) & {{"torch", "transformers", "timm", "numpy", "yaml"}}))
+COMMAND = """
+import contextlib, sys
+from born_again.cli import main  # as the console script does
+assert main(["status", sys.argv[1]]) == 0
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+print(*sys.modules)
 """
 
 
 def alone(code: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, str(folder), str(PACKAGE)]
+    command = [sys.executable, "-c", code, str(folder)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -298,10 +297,12 @@ def test_nothing_is_written(crashed):
     assert snapshot(crashed) == before
 
 
-def test_no_network_is_loaded(tmp_path):
-    folder = lineage(tmp_path / "out", *map(record, range(4)))
-    said, _ = alone(ASKER, folder).communicate("")
-    assert said == "[]\n"
+def test_the_command_loads_no_library_that_takes_seconds(crashed):
+    said, _ = alone(COMMAND, crashed).communicate("")
+    assert "go on with generation 1 from checkpoint-4" in said and "usage: born-again" in said
+    loaded = set(said.splitlines()[-1].split())
+    assert "born_again.lineage.checkpoints" in loaded
+    assert not loaded & {"torch", "transformers", "datasets", "timm", "accelerate", "pandas", "matplotlib"}
 
 
 def test_the_names_are_those_of_the_runner():
