@@ -86,9 +86,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
     which is a word where the tokenizer's tokens are words) and eval_tokens. No logits are kept: predict() gives the
     negative log-likelihood of every token, (windows, time), instead, and a compute_metrics is handed that.
 
-    Args:
-        *args: those of transformers.Trainer, in its order.
-        **kwargs: those of transformers.Trainer, and teacher and teacher_processing_class of BornAgainTrainer.
+    Its arguments are those of `BornAgainTrainer`.
 
     Raises:
         ValueError: as BornAgainTrainer does; a teacher with another vocabulary; when the training or evaluation
@@ -97,8 +95,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     _labels_where = "in BornAgainLMTrainer"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare_own_state(self) -> None:
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._student_carries = carries_state(student)
         self._carried = CarriedState()

@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,19 @@ from born_again.vocabulary import (
     tokenizer_of,
 )
 
+if TYPE_CHECKING:
+    import datasets
+    from torch.utils.data import IterableDataset
+    from transformers import (
+        BaseImageProcessor,
+        DataCollator,
+        EvalPrediction,
+        FeatureExtractionMixin,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainingArguments,
+    )
+
 logger = logging.getLogger(__name__)
 
 WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
@@ -83,14 +96,16 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
     the teacher's answers that were found in it.
 
     Args:
-        *args: those of transformers.Trainer, in its order.
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
+            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: those of
+            transformers.Trainer, in its order. With a teacher `args` are BornAgainTrainingArguments.
         teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
             put in eval mode, frozen, moved to the training device, and never saved.
         teacher_processing_class: the teacher's tokenizer; its words are compared with those of processing_class where
             both are given. Or its image processor, or a list with one for each teacher: where it normalises images
             otherwise than the student's are, the teacher is given its own pixel values (see `born_again.pixels`).
             Networks around timm say that in their config, without it.
-        **kwargs: those of transformers.Trainer.
+        **kwargs: what a newer transformers.Trainer takes beside these.
 
     Attributes:
         teacher: the `FrozenTeacher`, with `teacher_cache` a `CachedTeacher` around it; or None.
@@ -111,12 +126,42 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | datasets.Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | datasets.Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase
+        | BaseImageProcessor
+        | FeatureExtractionMixin
+        | ProcessorMixin
+        | None = None,
+        model_init: Callable[..., PreTrainedModel | nn.Module] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
         teacher: nn.Module | Sequence[nn.Module] | None = None,
         teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        given: dict[str, Any] = {
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        super().__init__(model, args, **given, **kwargs)
         self.teacher: FrozenTeacher | CachedTeacher | None = None
         self.teacher_fit: dict[str, float] | None = None
         self._teacher_processing_class = teacher_processing_class
@@ -138,6 +183,10 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
             self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
         if self._memory_format is not None:
             self.model.to(memory_format=self._memory_format)
+        self._prepare_own_state()
+
+    def _prepare_own_state(self) -> None:
+        """For a subclass, which so inherits the signature: called last when a trainer is made."""
 
     @property
     def _memory_format(self) -> torch.memory_format | None:

@@ -1,5 +1,6 @@
 """Where a stock training survives and measures right, BornAgainTrainer does: loaders, losses of evaluation, labels."""
 
+import inspect
 import logging
 import random
 
@@ -616,3 +617,45 @@ class caplog_off:
 
     def __exit__(self, *_):
         logging.disable(logging.NOTSET)
+
+
+# ---- The signature ----
+
+
+@pytest.mark.parametrize("ours", [BornAgainTrainer, BornAgainLMTrainer])
+def test_the_arguments_are_those_of_trainer_in_its_order(ours):
+    parameters = list(inspect.signature(ours).parameters.values())
+    positional = [own for own in parameters if own.kind is own.POSITIONAL_OR_KEYWORD]
+    theirs = list(inspect.signature(Trainer).parameters.values())
+    # A newer Trainer may take more, by keyword here; none that we name may be missing, moved or of another default.
+    for own, upstream in zip(positional, theirs, strict=False):
+        assert (own.name, own.kind, own.default) == (upstream.name, upstream.kind, upstream.default)
+    assert 13 <= len(positional) <= len(theirs)
+    assert [(own.name, own.kind) for own in parameters[len(positional) :]] == [
+        ("teacher", inspect.Parameter.KEYWORD_ONLY),
+        ("teacher_processing_class", inspect.Parameter.KEYWORD_ONLY),
+        ("kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+
+
+def test_every_argument_reaches_trainer_under_its_name(tmp_path, monkeypatch):
+    """Also one that only a newer Trainer has."""
+    names = list(inspect.signature(BornAgainTrainer).parameters)[:-3]
+    reached = {}
+
+    class Reached(Exception):
+        pass
+
+    def init(self, *args, **kwargs):
+        reached.update(signature.bind(self, *args, **kwargs).arguments)
+        raise Reached
+
+    signature = inspect.signature(Trainer.__init__)
+    newer = signature.parameters["self"].replace(name="newer", kind=inspect.Parameter.KEYWORD_ONLY)
+    signature = signature.replace(parameters=[*signature.parameters.values(), newer])
+    monkeypatch.setattr(Trainer, "__init__", init)
+    for kind in (BornAgainTrainer, BornAgainLMTrainer):
+        with pytest.raises(Reached):
+            kind(*names, newer="newer")
+        assert {name: reached[name] for name in names} == {name: name for name in names}
+        assert reached["newer"] == "newer"
