@@ -21,8 +21,9 @@ _SETTINGS_OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MA
 def keep_freed_memory() -> bool:
     """Tells glibc's malloc, for the rest of the process, to keep freed memory for the next request.
 
-    The most memory that a process takes stays about the same, but what it took it keeps. Environment variables of
-    malloc (see man mallopt) are left to have their way.
+    For programs that do little else than train on a CPU: nothing in this package calls it by itself but what runs the
+    scripts in examples/. The most memory that a process takes stays about the same, but what it took it keeps.
+    Environment variables of malloc (see man mallopt) are left to have their way.
 
     Returns:
         Whether it was told; False with another C library, or where the user has settings of malloc.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from born_again.allocator import keep_freed_memory
 from born_again.metrics import BatchMetrics
 
 _NO_LSTM = "LSTM forward propagation primitive"  # oneDNN's words for a dtype that it has no LSTM in
@@ -82,9 +81,7 @@ class BaseTrainer(Trainer):
             self.model_wrapped = wrapped  # else train() would take what was compiled here for a prepared student
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; on a CPU the process keeps from then on the memory that a step frees, for the next one."""
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
+        """Trainer's."""
         self._parameter_count = None  # parameters may have been frozen or added
         return super().train(*args, **kwargs)
 

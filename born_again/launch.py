@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import sys
@@ -12,10 +13,16 @@ from typing import Any
 
 from torch import nn
 
+from born_again.allocator import keep_freed_memory
 from born_again.environment import PRECISIONS, launcher_chooses_precision
 from born_again.hub import HubError
 from born_again.lineage.computation import check_arguments
-from born_again.lineage.machine import how_it_computes, precision_problem, precision_words
+from born_again.lineage.machine import (
+    how_it_computes,
+    leaving_old_objects_alone,
+    precision_problem,
+    precision_words,
+)
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.processes import on_first_process
 from born_again.lineage.publication import HubSettings
@@ -54,6 +61,13 @@ class LineageFlags:
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
+    )
+    tune_process: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep freed memory for the next step (on a CPU, with glibc) and collect no garbage among what was "
+            "there before the training; both hold for the whole process."
+        },
     )
     smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
     given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: flags that the user chose
@@ -178,7 +192,12 @@ def of_generation(training: BornAgainTrainingArguments, generation: Generation) 
 
 
 def train(
-    runner: LineageRunner, training: BornAgainTrainingArguments, task: str, network: nn.Module | None = None
+    runner: LineageRunner,
+    training: BornAgainTrainingArguments,
+    task: str,
+    network: nn.Module | None = None,
+    *,
+    tune_process: bool = False,
 ) -> int:
     """Runs a lineage, printing what it is and what came of it.
 
@@ -187,6 +206,8 @@ def train(
         training: of all generations.
         task: the model and its data, for the first line.
         network: see `how_it_computes`.
+        tune_process: whether settings of the whole process may be changed for speed: see `keep_freed_memory`, which
+            lasts, and `leaving_old_objects_alone`, which ends with the run.
 
     Returns:
         The exit status: 1 where something could not be published.
@@ -208,7 +229,10 @@ def train(
         print(f"Computed in {how_it_computes(training, network)}")
         if runner.is_finished():
             print("Every generation is trained already; nothing is left to do.")
-    manifest = runner.run()
+    if tune_process and training.device.type == "cpu":
+        keep_freed_memory()
+    with leaving_old_objects_alone() if tune_process else contextlib.nullcontext():
+        manifest = runner.run()
     if not is_main:
         return 0
     print(results_table(manifest.content))

@@ -284,6 +284,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         training,
         f"{spec.name}: {spec.model}{dropout} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
         f"{len(data.label_names)} classes)",
+        tune_process=lineage.tune_process,
     )
 
 

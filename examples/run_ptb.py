@@ -273,6 +273,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
         f"{len(data.test):,} tokens, {len(data.tokenizer):,} words{coverage_shown(data)})",
         network,
+        tune_process=lineage.tune_process,
     )
     if training.process_index == 0 and data.entropy_per_word is not None:
         print(

@@ -110,7 +110,8 @@ def leaving_old_objects_alone() -> Iterator[None]:
     """Inside, the garbage collector looks only at what was made inside.
 
     Else every collection goes through the modules of torch and transformers, which never go: a quarter of a second,
-    three times a generation. A process that has frozen objects by itself (gc.freeze) is left as it is.
+    three times a generation. It is the whole process that is told so, hence a choice of the program and not of the
+    runner. A process that has frozen objects by itself (gc.freeze) is left as it is.
     """
     if gc.get_freeze_count():
         yield

@@ -30,7 +30,6 @@ from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
     collect_memory,
     hardware,
-    leaving_old_objects_alone,
     peak_memory_mib,
     release_memory,
     reset_peak_memory,
@@ -191,7 +190,7 @@ class LineageRunner:
             if self._processes.is_main_process:
                 tidy(self.manifest)
             return self.manifest
-        with self._lock(), self._interruption, leaving_old_objects_alone():
+        with self._lock(), self._interruption:
             self.manifest = self._open()  # another run may have gone on in between
             self._processes.wait_for_everyone()
             on_first_process(lambda: remove_leftovers(self.manifest))

@@ -80,7 +80,7 @@ def main() -> None:
         works(2, 8, 8, args.objective)[args.child]()  # loads what is loaded once
         print(extra_memory(works(args.tokens, args.hidden, args.words, args.objective)[args.child]))
         return
-    keep_freed_memory()  # as the trainer does
+    keep_freed_memory()  # as the examples do
     forms = [form for form in FORMS if form != "torch" or args.objective == "ban"]
     run = works(args.tokens, args.hidden, args.words, args.objective)
     seconds = medians({form: run[form] for form in forms}, args.repeats, args.clock)

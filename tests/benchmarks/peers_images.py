@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from transformers import DefaultDataCollator, Trainer, TrainingArguments
 
 from born_again import BornAgainTrainer, BornAgainTrainingArguments, create_image_classifier
+from born_again.allocator import keep_freed_memory
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
 from born_again.lineage.machine import has_fast_bf16
@@ -376,6 +377,7 @@ def documented(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -
 
 def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
     """BornAgainTrainer as examples/run_cifar.py sets it up."""
+    keep_freed_memory()
     BornAgainTrainer(
         student,
         BornAgainTrainingArguments(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default_data_collator
 
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments
+from born_again.allocator import keep_freed_memory
 from born_again.data.text import word_tokenizer
 from born_again.lineage.machine import has_fast_bf16
 from tests.benchmarks.peers_images import (
@@ -205,6 +206,7 @@ def documented(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -
 
 def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
     """BornAgainLMTrainer as examples/run_ptb.py sets it up, taught by the teacher alone."""
+    keep_freed_memory()
     settings = {**trainer_settings(run), "learning_rate": LEARNING_RATE}
     BornAgainLMTrainer(
         student,

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from born_again.allocator import keep_freed_memory
 from tests.benchmarks.training import ImageTask, TextTask
 
 TASKS = {
@@ -58,13 +59,14 @@ def main() -> None:
     print("|----------------------------------|----------------------|--------------|--------|--------|-------------|")
     with ExitStack() as stack:
         pools = {
-            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for name in ("trainers", "loops")
+            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), prepare))
+            for name, prepare in (("trainers", keep_freed_memory), ("loops", None))
         }
         for name in options.tasks:
             task = TASKS[name]
             rates: dict[str, list[float]] = {way: [] for way in WAYS}
             for repeat in range(options.repeats + 1):
-                for way, (process, _) in reversed(WAYS.items()):  # the trainers first: they set what `kept` measures
+                for way, (process, _) in reversed(WAYS.items()):
                     rate = task.items / pools[process].submit(seconds, task, way).result()
                     if repeat:
                         rates[way].append(rate)

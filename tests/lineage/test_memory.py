@@ -3,12 +3,20 @@
 import gc
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers import arguments
 from lineage.tiny_lineage import runner
+
+from born_again import allocator
+from born_again.launch import train
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 GENERATIONS = 6  # students
 WEIGHTS = 20 << 20  # bytes of one network; as many again for its gradients, twice as many for Adam
@@ -96,21 +104,40 @@ def grows(lines, name):
     return max(values[3:]) / values[2]
 
 
-@pytest.mark.parametrize("frozen_before", [False, True])
-def test_the_garbage_collector_leaves_alone_what_was_there_before(tmp_path, frozen_before):
+@pytest.mark.parametrize(("tuned", "frozen_before"), [(False, False), (True, False), (True, True)])
+def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_path, monkeypatch, tuned, frozen_before):
     class Frozen(list):
         def append(self, generation):
             super().append(gc.get_freeze_count())
 
+    def c_library(name):
+        asked.append(name)
+        return SimpleNamespace(mallopt=lambda *_: 1)
+
+    asked = []
+    monkeypatch.setattr(allocator, "ctypes", SimpleNamespace(CDLL=c_library))
+    monkeypatch.setattr(allocator, "_SETTINGS_OF_THE_USER", ())
     if frozen_before:
         gc.freeze()
     try:
         before, during = gc.get_freeze_count(), Frozen()
-        runner(tmp_path / "out", built=during).run()
-        assert len(during) == 3 and min(during) > 10_000
+        args = arguments(tmp_path / "out", loss_normalization="step")
+        assert train(runner(tmp_path / "out", built=during), args, "words", tune_process=tuned) == 0
+        assert len(during) == 3 and (min(during) > 10_000 if tuned else max(during) == 0)
         assert bool(before) == bool(gc.get_freeze_count()) == frozen_before
+        assert asked == [None] * tuned
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", ["run_cifar", "run_ptb"])
+def test_the_scripts_say_so_unless_the_user_does_not(tmp_path, monkeypatch, name):
+    script = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)
+    said = []
+    monkeypatch.setitem(script["main"].__globals__, "train", lambda *_, tune_process: said.append(tune_process) or 0)
+    for words in ([], ["--no_tune_process"]):
+        script["start"](["--smoke", "--threads", "1", "--output_dir", str(tmp_path / "out"), *words])
+    assert said == [True, False]
 
 
 @pytest.mark.slow
