@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from born_again.card_markup import is_hub_id, is_repo, last_part, one_line
+from born_again.card_markup import is_hub_id, last_part, one_line
+from born_again.lineage.schema import is_repo_id
 from born_again.lineage.spec import EXTERNAL
 
 _HUB_DATASETS = {
@@ -81,13 +82,13 @@ def repo_of(manifest: Mapping[str, Any], index: int | str) -> str | None:
     held, pattern = manifest.get("hub") or {}, "{name}-ensemble"
     if isinstance(index, int):
         own = (manifest["generations"][index].get("hub") or {}).get("repo")
-        if is_repo(own):
+        if is_repo_id(own):
             return own
         pattern = held.get("pattern") or "{name}-gen{index}"
     # No str.format: a pattern is read from a file, and could ask for attributes.
     name = str(pattern).replace("{name}", manifest["name"]).replace("{index}", str(index))
     repo = f"{held.get('namespace')}/{name}"
-    return repo if held.get("namespace") and is_repo(repo) else None
+    return repo if held.get("namespace") and is_repo_id(repo) else None
 
 
 def commit_of(record: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from born_again.lineage.schema import is_repo_id
+
 # Longer text is cut: a card is read by people.
 LONGEST = 300
 _JOINERS = "\u200c\u200d"  # inside emoji and some scripts; other invisible characters can turn text around
@@ -18,7 +20,6 @@ _BEGINS_A_BLOCK = re.compile(r"^([#+=-]+(?=\s|$)|\d+(?=[.)](\s|$)))")
 _LOCAL = re.compile(r"(file:)?([/~]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
 # The folders of a path in the middle of a text; "https://" is none.
 _FOLDERS = re.compile(r"(?<![\w/\\])(?:(?:file://|~|\.{1,2}|\b[A-Za-z]:)?[/\\](?![/\\]))(?:[^\s,;=\"'<>|/\\]+[/\\])+")
-_REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -81,16 +82,7 @@ def last_part(source: str) -> str:
 
 def is_hub_id(source: Any) -> bool:
     """Whether this is namespace/name of the Hub, and no folder here: libraries look for a folder first."""
-    return isinstance(source, str) and is_repo(source) and not Path(source).is_dir()
-
-
-def is_repo(source: Any) -> bool:
-    """Whether this can be the name of a repository, which needs no escaping anywhere."""
-    return (
-        isinstance(source, str)
-        and _REPO.fullmatch(source) is not None
-        and not re.search(r"--|\.\.|[.-]$|[.-]/|\.git$", source)
-    )
+    return is_repo_id(source) and not Path(source).is_dir()
 
 
 def front_matter(header: Mapping[str, Any]) -> str:

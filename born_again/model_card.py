@@ -30,7 +30,8 @@ from born_again.card_facts import (
     repo_of,
     true_split,
 )
-from born_again.card_markup import front_matter, is_repo, local_name, one_line, plain, setting
+from born_again.card_markup import front_matter, local_name, one_line, plain, setting
+from born_again.lineage.schema import is_repo_id
 from born_again.lineage.table import results_table
 
 _OBJECTIVES = {
@@ -141,7 +142,7 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: Kind, c
         "tags": ["born-again-networks", "knowledge-distillation", kind.task, *kind.tags],
         "datasets": [] if external else datasets_of(manifest),
         "base_model": base_model_of(manifest, record),
-        "new_version": newest if is_repo(newest) and newest != repo_of(manifest, generation) else None,
+        "new_version": newest if is_repo_id(newest) and newest != repo_of(manifest, generation) else None,
         "model-index": model_index(manifest, metrics, kind, title),
         "born_again": provenance(manifest, record),
     }

@@ -18,7 +18,7 @@ from card_manifests import (
 )
 from huggingface_hub import EvalResult, ModelCard
 
-from born_again.card_markup import is_repo
+from born_again.lineage.schema import is_repo_id
 from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
 
 # ---- What the Hub reads ----
@@ -206,7 +206,7 @@ def test_older_generations_point_to_the_newest():
 def test_what_is_no_repository_is_not_named(hub):
     card = image_classifier_card(manifest(hub=hub), 1)
     names = [value for name, value in data_of(card).items() if name in ("base_model", "new_version")]
-    assert all(is_repo(name) for name in names)
+    assert all(is_repo_id(name) for name in names)
     assert "evil" not in card and "__class__" not in card and "<script" not in card
     for code in codes(card):
         ast.parse(code)

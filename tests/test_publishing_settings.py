@@ -193,6 +193,8 @@ def test_another_license_renews_every_card(logged_in_hub, text_folder):
         ({"pattern": "{name.__class__}{index}"}, "hub_name_pattern: got"),
         ({"pattern": "-{index}"}, "hub_name_pattern: got"),
         ({"pattern": 3}, "hub_name_pattern: got 3"),
+        ({"pattern": "{name}--{index}"}, "hub_name_pattern: got '{name}--{index}', expected a plain name"),
+        ({"namespace": "a--b"}, "hub_namespace: got 'a--b', expected the name of a user or an organisation"),
         ({"private": "yes"}, "private: got 'yes', expected True or False"),
         ({"branch": ""}, "hub_branch: got '', expected a plain name such as 'main', or None"),
         ({"branch": "a b"}, "hub_branch: got 'a b'"),

@@ -32,6 +32,7 @@ from born_again.lineage.members import (
     own_pixels,
     read_ensemble,
 )
+from born_again.lineage.schema import is_repo_id
 from born_again.pixels import renormalized
 from born_again.teacher import logits_of, mean_log_probabilities, widened
 
@@ -157,7 +158,7 @@ class LineageEnsemble(nn.Module):
                 beside it; or what the class raises.
             OSError: the Hub has no such repository, or cannot be reached.
         """
-        if not Path(path_or_repo).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_repo)):
+        if not Path(path_or_repo).exists() and is_repo_id(str(path_or_repo)):
             path = Path(cached_file(str(path_or_repo), ENSEMBLE_NAME, revision=revision))
             members, average = read_ensemble(path, from_hub=True)
             return cls(None, members, average, sequential)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
+from born_again.lineage.schema import is_repo_id
 from born_again.pixels import Preprocessing, Renormalization, preprocessing_of_network
 from born_again.teacher import carries_state
 from born_again.vocabulary import check_same_tokens
@@ -279,8 +280,7 @@ def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str
         expect(is_hash, f"{field}.weights_sha256", sha256, "a SHA-256")
         if from_hub:
             repo, commit = entry.get("repo"), entry.get("commit")
-            is_repo = isinstance(repo, str) and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repo) is not None
-            expect(is_repo and ".." not in repo, f"{field}.repo", repo, "a repository, namespace/name")
+            expect(is_repo_id(repo), f"{field}.repo", repo, "a repository, namespace/name")
             is_commit = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) is not None
             expect(is_commit, f"{field}.commit", commit, "a commit, 40 hexadecimal digits")
             members.append(Member(generation, sha256, repo, commit))

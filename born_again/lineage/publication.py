@@ -15,6 +15,7 @@ from born_again.files import write_atomically
 from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
+from born_again.lineage.schema import is_repo_id
 from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
 from born_again.models.remote_code import remote_code
 from born_again.models.saved import read_settings
@@ -35,7 +36,6 @@ GENERATION_FILES = (
     CURVE_NAME,
 )
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json")
-_PLAIN = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class HubSettings:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.namespace, str) or not _PLAIN.fullmatch(self.namespace):
+        if not isinstance(self.namespace, str) or not is_repo_id(f"{self.namespace}/name"):
             raise ValueError(
                 f"hub_namespace: got {self.namespace!r}, expected the name of a user or an organisation, without '/'; "
                 "give the one that the token may write to."
             )
         names = [self._named("name", index) for index in (0, 1)] if isinstance(self.pattern, str) else []
-        if len(set(names)) < 2 or not all(map(_PLAIN.fullmatch, names)):
+        if len(set(names)) < 2 or not all(is_repo_id(f"namespace/{name}") for name in names):
             raise ValueError(
                 f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and, if it likes, "
                 "{name} in it, such as '{name}-gen{index}'."

@@ -5,9 +5,10 @@ import os
 
 import pytest
 from lineage.manifests import SPEC, content, record, training
+from pydantic import ValidationError
 
 from born_again.lineage.manifest import LineageError, Manifest
-from born_again.lineage.schema import MAX_BYTES
+from born_again.lineage.schema import MAX_BYTES, _Finished, is_repo_id
 
 
 def read(folder, values):
@@ -124,6 +125,39 @@ def test_the_missing_field_of_a_generation_is_named(tmp_path, field):
         LineageError, match=rf"the field 'generations\[1\].{field}' is wrong, expected .*, got nothing"
     ):
         read(tmp_path, values)
+
+
+@pytest.mark.parametrize("repo", ["a/b", "A-b_c/d.e-gen0", "a/" + "b" * 96])
+def test_names_that_the_hub_allows(repo):
+    assert is_repo_id(repo)
+
+
+@pytest.mark.parametrize(
+    "repo",
+    ["", "a", "a/b/c", "a--b/c", "a/b..c", "../b", "/b", "a/", "-a/b", "a/b.git", "a/b\n", "é/b", "a b/c", 3, None]
+    + ["a/" + "b" * 97],
+)
+def test_names_that_the_hub_refuses(tmp_path, repo):
+    """Nothing can have been published there; a publication that is waiting may have been begun under such a name."""
+    assert not is_repo_id(repo)
+    if isinstance(repo, str):
+        state = {"status": "pending", "repo": repo, "commit": None}
+        assert read(tmp_path, content(record(0, hub=state))).record(0)["hub"] == state
+        with pytest.raises(LineageError, match=r"'generations\[0\].hub' is wrong, expected an object with status"):
+            read(tmp_path, content(record(0, hub={**state, "status": "published"})))
+
+
+def test_a_large_file_is_refused_at_the_first_wrong_value(tmp_path):
+    """An error for each of them would fill the memory."""
+    numbers = dict.fromkeys(map(str, range(20_000)), "")
+    for changes in (
+        {"metrics": {"test": numbers}},
+        {"versions": dict.fromkeys(numbers, 1)},
+        {"checkpoints": [1] * 20_000},
+    ):
+        with pytest.raises(ValidationError) as caught:
+            _Finished.model_validate(record(0, **changes))
+        assert caught.value.error_count() == 1
 
 
 def test_a_generation_cannot_have_begun_before_its_teacher_was_finished(tmp_path):
