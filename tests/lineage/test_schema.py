@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from lineage.manifests import SPEC, content, record, training
@@ -20,6 +21,13 @@ def test_what_the_runner_writes_is_read(tmp_path):
     manifest = read(tmp_path, content())
     assert manifest.content == content() and manifest.spec == SPEC
     assert read(tmp_path, content(generations=[])).generations == []
+
+
+@pytest.mark.parametrize("name", ["images.json", "text.json"])
+def test_what_version_0_1_0_wrote_is_written_again_byte_for_byte(tmp_path, name):
+    written = (Path(__file__).parent / "begun_at_0_1_0" / name).read_text()
+    read(tmp_path, written).save()
+    assert (tmp_path / "lineage.json").read_text() == written
 
 
 def test_fields_of_later_work_are_kept(tmp_path):
