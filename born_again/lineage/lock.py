@@ -35,7 +35,9 @@ class FolderLock:
     ever guessed about a process that is gone. Worker processes that a killed run leaves behind hold it until they end,
     which those of torch do within seconds. The file is there while the lock is held, and tells who holds it.
 
-    It is not re-entrant: a second lock on the folder is refused in the same process too.
+    It is not re-entrant: a second lock on the folder is refused in the same process too. filelock would not do: its
+    older versions follow a link in the file's place and empty what it leads to, and hold a file that its last holder
+    has deleted; none can tell who holds a folder that is read-only.
 
     Where the file system knows no locks (some network mounts) it warns and goes on. Where the operating system knows
     none the file itself is the lock, and after a kill it must be deleted by hand, as the message then says.
@@ -65,7 +67,13 @@ class FolderLock:
             ) from error
         with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
             os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, json.dumps(_this_process()).encode())
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": Path(sys.argv[0]).name if sys.argv else "",  # not its flags, which may hold a token
+            }
+            os.write(self._descriptor, json.dumps(holder).encode())
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -109,12 +117,9 @@ class FolderLock:
             raise LineageError(f"{self._in_use()} If that process is gone, delete {self.path}.") from error
 
     def _in_use(self) -> str:
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                holder = json.loads(file.read(4096))
+        holder, who = lock_holder(self.folder), "another process"  # which has only just taken it, or left again
+        if holder and None not in holder.values():
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # it has only just been taken
-            who = "another process"
         return f"output_dir: {self.folder} is in use by {who}; wait for it or use another output_dir."
 
 
@@ -169,16 +174,6 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
         holder = None
     values = holder if isinstance(holder, dict) else {}
     return {name: values[name] if type(values.get(name)) is kind else None for name, kind in _HOLDER_FIELDS.items()}
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        # Not its flags, which may hold a token.
-        "command": Path(sys.argv[0]).name if sys.argv else "",
-    }
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
