@@ -34,6 +34,7 @@ class ChunkedStep:
     """What BornAgainTrainer needs for the chunked form; a part of it, in a file of its own."""
 
     _chunked: bool | None = None  # None before the first batch of a training
+    _teacher_ends: bool | None = None  # whether the teacher's output layer alone makes its logits
 
     def _choose_form(self, batch: Mapping[str, Any]) -> None:
         """Decides for a whole training, by its first batch, and says so in the log.
@@ -56,14 +57,9 @@ class ChunkedStep:
         """What stands against the chunked form, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "FSDP or DeepSpeed keep the output layer in pieces"
-        if self.args.torch_compile:
-            return "a compiled network cannot leave its output layer out"
-        teacher = self.teacher
-        if teacher is not None and teacher.precision == "float32" and self.accelerator.mixed_precision != "no":
-            return "teacher_precision is 'float32', and the chunked form has one precision for both output layers"
-        if teacher is not None and len(teacher.modules) > 1:
-            return "several teachers teach as the mean of their probabilities, which no output layer gives"
-        student = self._bare_student()
+        if (why_not := self._why_no_hidden()) is not None:
+            return why_not
+        teacher, student = self.teacher, self._bare_student()
         layer = output_layer(student)
         if layer is None:
             return "the student has no output layer that is a plain nn.Linear"
@@ -75,14 +71,27 @@ class ChunkedStep:
         with self.accelerator.autocast():
             if not ends_in_output_layer(student, self._inputs_of_student(few)):
                 return "the student's logits are not what its output layer makes of hidden states"
-            if teacher is None:
-                return None
-            if not self._teacher_ends_in_output_layer(few):
-                return "the teacher's logits are not what its output layer makes of hidden states"
-            if self._columns is not None and output_layer(teacher.modules[0]).out_features < self._columns:
-                return "the student has more tokens than the teacher"
-            if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
-                return "the answers that are kept of the teacher are logits"
+        if teacher is None:
+            return None
+        if not self._teacher_ends_in_output_layer(inputs, labels):
+            return "the teacher's logits are not what its output layer makes of hidden states"
+        if self._columns is not None and output_layer(teacher.modules[0]).out_features < self._columns:
+            return "the student has more tokens than the teacher"
+        return None
+
+    def _why_no_hidden(self) -> str | None:
+        """What stands, before any batch, against hidden states in the place of a teacher's logits; or None."""
+        if self.args.torch_compile:
+            return "a compiled network cannot leave its output layer out"
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        if teacher.precision == "float32" and self.accelerator.mixed_precision != "no":
+            return "teacher_precision is 'float32', and the chunked form has one precision for both output layers"
+        if len(teacher.modules) > 1:
+            return "several teachers teach as the mean of their probabilities, which no output layer gives"
+        if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
+            return "the answers that are kept of the teacher are logits"
         return None
 
     def _chunked_sums(
@@ -133,7 +142,7 @@ class ChunkedStep:
         its logits would be more than the chunked loss ever makes."""
         layer = output_layer(self.teacher.modules[0])
         are_few = layer is None or labels.numel() * layer.out_features < CHUNKED_FROM
-        if are_few or not self._hidden_serves(inputs, labels):
+        if are_few or self._why_no_hidden() or not self._teacher_ends_in_output_layer(inputs, labels):
             yield self._teacher_items(self._ask_teacher(inputs), labels)
             return
         with _answering_hidden(self.teacher) as layer:
@@ -143,20 +152,14 @@ class ChunkedStep:
             with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().own_precision():
                 yield self._over_student_classes(layer(hidden_rows)), targets
 
-    def _hidden_serves(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
-        teacher = self.teacher
-        if teacher.precision == "float32" or len(teacher.modules) > 1 or self.args.torch_compile:
-            return False
-        if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
-            return False
-        few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}
-        with self.accelerator.autocast():
-            return self._teacher_ends_in_output_layer(few)
-
-    def _teacher_ends_in_output_layer(self, few: Mapping[str, Any]) -> bool:
-        frozen = self._frozen_teacher()
-        frozen.prepare(few)
-        return ends_in_output_layer(frozen.modules[0], few, frozen)
+    def _teacher_ends_in_output_layer(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+        if self._teacher_ends is None:  # found out once, since a teacher does not change
+            few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}
+            frozen = self._frozen_teacher()
+            frozen.prepare(few)
+            with self.accelerator.autocast():
+                self._teacher_ends = ends_in_output_layer(frozen.modules[0], few, frozen)
+        return self._teacher_ends
 
     def _frozen_teacher(self) -> FrozenTeacher:
         return self.teacher.frozen if isinstance(self.teacher, CachedTeacher) else self.teacher
