@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -68,20 +68,30 @@ def warn_of_unknown_words(name: str, words: Mapping[str, Sequence[str]], ids: Ma
         share = unknown.total() / len(own)
         if share <= UNKNOWN_FROM:
             continue
-        reasons = []
-        for what, (spelling, remedy) in _SPELLINGS.items():
-            known = {spelling(word) for word in ids}
-            count = sum(times for word, times in unknown.items() if spelling(word) in known)
-            if count > unknown.total() / 4:
-                reasons.append(f"{count:,} of them are there but for {what}: {remedy}.")
         examples = ", ".join(repr(word) for word, _ in unknown.most_common(3))
         warn(
             logger,
             f"--dataset {name!r}: {share:.1%} of the tokens of the split {split!r} ({unknown.total():,}) are not in "
             f"the vocabulary of the training split and are read as '<unk>', which makes its perplexity lower than "
             f"that of the text; the most frequent are {examples}. "
-            + (" ".join(reasons) or "Is it written in the same way, in the same language?"),
+            + (written_otherwise(unknown, ids) or "Is it written in the same way, in the same language?"),
         )
+
+
+def written_otherwise(unknown: Counter[str], ids: Collection[str]) -> str:
+    """Which words would be known if they were spelled in another way, and what to do; empty where those are few.
+
+    Args:
+        unknown: how often each word occurs.
+        ids: the words that are known.
+    """
+    reasons = []
+    for what, (spelling, remedy) in _SPELLINGS.items():
+        known = {spelling(word) for word in ids}
+        count = sum(times for word, times in unknown.items() if spelling(word) in known)
+        if count > unknown.total() / 4:
+            reasons.append(f"{count:,} of them are there but for {what}: {remedy}.")
+    return " ".join(reasons)
 
 
 def warn_of_marked_lines(name: str, lines: Sequence[str]) -> None:

@@ -22,7 +22,13 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from born_again.data.coverage import token_coverage, warn, warn_of_marked_lines, warn_of_unknown_words
+from born_again.data.coverage import (
+    token_coverage,
+    warn,
+    warn_of_marked_lines,
+    warn_of_unknown_words,
+    written_otherwise,
+)
 from born_again.data.grammar import EOS, grammar_corpus, grammar_entropy
 
 logger = logging.getLogger(__name__)
@@ -113,10 +119,12 @@ def load_text(
         if unknown is None and None in numbers:
             word = text[numbers.index(None)]
             line = next(number for number, line in enumerate(lines[split], 1) if word in line.split())
+            missing = Counter(word for word in text if word not in ids)
+            remedy = written_otherwise(missing, ids) or f"write {UNK} for rare words in all splits"
             raise ValueError(
                 f"--dataset {str(dataset)!r}: the word {word!r} in line {line} of the split {split!r} is not in the "
-                f"training split, which has no {UNK!r} to stand for it; expected every word there: write "
-                f"{UNK} for rare words in all splits"
+                f"training split, which has no {UNK!r} to stand for it; {missing.total():,} of its {len(text):,} "
+                f"tokens are not. Expected every word there: {remedy}"
             )
         tokens[split] = torch.tensor(numbers[: limits[split]])
     kept = {split: text[: limits[split]] for split, text in texts.items()}

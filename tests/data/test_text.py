@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -101,6 +102,13 @@ def test_limits_keep_the_first_tokens_and_the_vocabulary(tmp_path):
 def test_unknown_word_without_unk(tmp_path):
     folder = write(tmp_path / "f", train="a b\n", valid="a\nb\nb zebra a\n", test="a\n")
     with pytest.raises(ValueError, match="word 'zebra' in line 3 of the split 'validation'.*no '<unk>'.*write <unk>"):
+        load_text(folder)
+
+
+def test_a_text_without_unk_in_another_unicode_normalisation_is_refused_by_its_name(tmp_path):
+    text = "un café là\n"
+    folder = write(tmp_path, train=text, valid=text, test=unicodedata.normalize("NFD", text))
+    with pytest.raises(ValueError, match=r"2 of its 4 tokens are not.* 2 of them are there but for Unicode normalisa"):
         load_text(folder)
 
 
