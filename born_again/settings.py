@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import Trainer
 
 
-def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a teacher") -> None:
+def check_settings(
+    trainer: Trainer, student: nn.Module, where: str = "beside a teacher", teachers: Sequence[nn.Module] = ()
+) -> None:
     """Refuses what would change a loss that the trainer computes, or leave it without meaning.
 
     Args:
         trainer: with its arguments and label names.
         student: unwrapped.
         where: for the messages.
+        teachers: none where labels alone train.
 
     Raises:
         ValueError: several GPUs for one process, smoothed labels, a fused loss, another loss function, several
-            labels, or a student whose classes do not exclude each other.
+            labels, or a network whose classes do not exclude each other.
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -44,15 +49,24 @@ def check_settings(trainer: Trainer, student: nn.Module, where: str = "beside a 
             f"label_names: got {trainer.label_names}, expected one name, for example ['labels']: a student is taught "
             "one row of logits for each label."
         )
-    config = getattr(student, "config", None)
+    for whose, network in (("student's", student), *(("teacher's", teacher) for teacher in teachers)):
+        problem = _problem(network)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"problem_type: the {whose} config means {problem!r} {where}, by its problem_type or num_labels; "
+                "expected single-label classification or language modelling, whose classes exclude each other."
+            )
+
+
+def _problem(network: nn.Module) -> str | None:
+    """What a network of transformers is for, as its own loss would read its config; None for language models."""
+    find, config = getattr(network, "get_output_embeddings", None), getattr(network, "config", None)
+    if find is not None and find() is not None:
+        return None
     problem = getattr(config, "problem_type", None)
     if problem is None and getattr(config, "num_labels", None) == 1:
-        problem = "regression"  # transformers' own reading of a single label
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"problem_type: the student's config means {problem!r} {where}, by its problem_type or num_labels; "
-            "expected single-label classification or language modelling, whose classes exclude each other."
-        )
+        return "regression"  # transformers' own reading of a single label
+    return problem
 
 
 def narrow_weights(student: nn.Module) -> str | None:

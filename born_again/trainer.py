@@ -213,7 +213,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         self._check_tokens(frozen, student)
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
-        check_settings(self, student)
+        check_settings(self, student, teachers=frozen.modules)
         frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         teacher = with_kept_answers(frozen, self.args, self.train_dataset)
         # Nothing is refused from here on, and nothing was changed before.

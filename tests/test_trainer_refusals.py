@@ -75,6 +75,11 @@ def test_settings_without_meaning_beside_a_teacher(tmp_path):
                 setattr(model.config, name, value)
         with pytest.raises(ValueError, match="the student's config means .* expected single-label classification"):
             build(*pair, tmp_path)
+    teacher = sequence_classifier(3)
+    teacher.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="the teacher's config means 'multi_label_classification' beside a teacher"):
+        build(sequence_classifier(1), [sequence_classifier(2), teacher], tmp_path)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
     with pytest.raises(TypeError, match="args: got TrainingArguments beside a teacher"):
         BornAgainTrainer(Network(1), TrainingArguments(str(tmp_path), use_cpu=True), teacher=Network(2))
 
