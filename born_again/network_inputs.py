@@ -7,7 +7,8 @@ transformers calls it `pixel_values`; BERT reads token_type_ids, DistilBERT has 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 # What transformers calls the images, token ids or sound that a network reads, and what may come beside them.
 _MAIN = ("pixel_values", "input_ids", "input_values", "input_features")
 _BESIDE = ("attention_mask", "token_type_ids", "position_ids")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+_FOR_DECODERS = "labels_for_decoders"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not those that quantised weights are kept in
 
 
@@ -51,6 +54,10 @@ class NetworkInputs:
         main = getattr(network, "main_input_name", None)  # of transformers, where every argument has a default
         self._main = main if main in named and main in _MAIN else None
         self._first = self._main or next(iter(named), None)
+
+    def main(self, batch: Mapping[str, Any]) -> Any:
+        """The image, token ids or sound of a batch, under the name that this network gives it; None without."""
+        return self.renamed(batch).get(self._first or "input_ids")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -112,6 +119,55 @@ class NetworkInputs:
         if beside and any(name not in batch for name in self._tensors if name != self._first):
             return None  # a mask, perhaps, under another name too
         return named[0] if len(named) == 1 else None
+
+
+def makes_decoder_inputs(network: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a network is an encoder-decoder that makes of labels what its decoder reads, and a batch has none."""
+    find = getattr(network, "get_output_embeddings", None)
+    if not getattr(getattr(network, "config", None), "is_encoder_decoder", False) or find is None or find() is None:
+        return False  # a classifier's decoder reads the input
+    return all(batch.get(name) is None for name in _DECODER_INPUTS)
+
+
+def decoder_inputs(network: nn.Module, batch: Mapping[str, Any], labels: Tensor) -> dict[str, Tensor]:
+    """The decoder inputs that an encoder-decoder makes of its labels, where a batch has none.
+
+    Args:
+        network: that torch.compile may have been given.
+        batch: named inputs.
+        labels: (batch, time), int64.
+
+    Returns:
+        {"decoder_input_ids": (batch, time)}, as DataCollatorForSeq2Seq has them made; empty for other networks, and
+        where how they are made is not known.
+    """
+    if labels.dim() != 2 or not makes_decoder_inputs(network, batch):
+        return {}
+    if hasattr(network, "prepare_decoder_input_ids_from_labels"):
+        return {"decoder_input_ids": network.prepare_decoder_input_ids_from_labels(labels=labels)}
+    base = unwrapped(network)
+    shift = getattr(sys.modules[type(base).__module__], "shift_tokens_right", None)
+    if shift is None:
+        return {}
+    start = base.config.decoder_start_token_id
+    return {"decoder_input_ids": shift(labels, base.config.pad_token_id, start)}
+
+
+def with_labels_for_decoders(
+    networks: Iterable[nn.Module], batch: Mapping[str, Any], labels: Tensor
+) -> Mapping[str, Any]:
+    """A batch of which `with_decoder_inputs` makes, for each of these networks, what its decoder reads."""
+    if labels.dim() != 2 or not any(makes_decoder_inputs(network, batch) for network in networks):
+        return batch
+    return {**batch, _FOR_DECODERS: labels}
+
+
+def with_decoder_inputs(network: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch in which the network's own decoder inputs stand for the labels of `with_labels_for_decoders`."""
+    if _FOR_DECODERS not in batch:
+        return batch
+    without = {name: value for name, value in batch.items() if name != _FOR_DECODERS}
+    return {**without, **decoder_inputs(network, without, batch[_FOR_DECODERS])}
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

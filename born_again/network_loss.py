@@ -8,7 +8,6 @@ cross-entropy. Names of classes tell none of it for certain.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from born_again.network_inputs import forward_parameters, unwrapped
-from born_again.objectives import IGNORED
-from born_again.teacher import logits_of, widened
+from born_again.network_inputs import decoder_inputs, forward_parameters, makes_decoder_inputs, unwrapped
+from born_again.objectives import IGNORED, widened
+from born_again.teacher import logits_of
 
 # By what share a network's own loss may differ from the cross-entropy of its logits: rounding, in their dtype.
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 _ROUNDING_OF_NARROW = 2e-2
 _AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 _POSITIONS = 64
 
 
@@ -80,7 +78,7 @@ def network_loss(
         try:
             logits = logits_of(call(**inputs, **derived))
         except Exception as error:
-            if derived or not _lacks_decoder_inputs(network, inputs):
+            if derived or not makes_decoder_inputs(network, inputs):
                 raise
             raise ValueError(
                 f"model: {kind} is an encoder-decoder that gives no logits for {', '.join(inputs)} alone ({error}), "
@@ -127,29 +125,6 @@ def network_loss(
     )
 
 
-def decoder_inputs(network: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Tensor]:
-    """The decoder inputs that an encoder-decoder makes of its labels, where a batch has none.
-
-    Args:
-        network: unwrapped.
-        inputs: of the batch.
-        labels: (batch, time), int64.
-
-    Returns:
-        {"decoder_input_ids": (batch, time)}, as DataCollatorForSeq2Seq has them made; empty for other networks.
-    """
-    if labels.dim() != 2 or not _lacks_decoder_inputs(network, inputs) or network.get_output_embeddings() is None:
-        return {}
-    if hasattr(network, "prepare_decoder_input_ids_from_labels"):
-        return {"decoder_input_ids": network.prepare_decoder_input_ids_from_labels(labels=labels)}
-    base = unwrapped(network)
-    shift = getattr(sys.modules[type(base).__module__], "shift_tokens_right", None)
-    if shift is None:
-        return {}
-    start = base.config.decoder_start_token_id
-    return {"decoder_input_ids": shift(labels, base.config.pad_token_id, start)}
-
-
 def declares_shift(network: nn.Module) -> bool:
     """Whether a network is called a causal language model: what is believed where no batch can tell.
 
@@ -160,13 +135,6 @@ def declares_shift(network: nn.Module) -> bool:
     names = {kind.__name__ for kind in type(network).__mro__}
     causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     return causal and not getattr(network.config, "is_encoder_decoder", False)
-
-
-def _lacks_decoder_inputs(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    config = getattr(network, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and all(
-        inputs.get(name) is None for name in _DECODER_INPUTS
-    )
 
 
 def first_row(value: Any, rows: int) -> Any:

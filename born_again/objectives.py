@@ -241,8 +241,8 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
     labels = _checked_labels(labels, student_logits)
     counted = labels != IGNORED  # (items,)
     target = labels.where(counted, 0).unsqueeze(-1)  # (items, 1)
-    log_q = _widen(student_logits).log_softmax(-1)
-    log_p = _widen(teacher_logits).log_softmax(-1)
+    log_q = widened(student_logits).log_softmax(-1)
+    log_p = widened(teacher_logits).log_softmax(-1)
     p = log_p.exp()
     difference = log_q.exp().sub_(p)  # (items, classes)
     on_target = difference.gather(-1, target).squeeze(-1)  # (items,)
@@ -259,7 +259,8 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
     return {name: values.where(counted, 0).sum() for name, values in terms.items()}
 
 
-def _widen(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """Logits of any float dtype in float32, or wider where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

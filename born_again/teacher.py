@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from born_again.inference_form import put_in_inference_form
-from born_again.network_inputs import NetworkInputs, cast_floating, forward_parameters, input_dtype, unwrapped
+from born_again.network_inputs import (
+    NetworkInputs,
+    cast_floating,
+    forward_parameters,
+    input_dtype,
+    makes_decoder_inputs,
+    unwrapped,
+    with_decoder_inputs,
+)
+from born_again.objectives import widened
 from born_again.pixels import Preprocessing, TeacherPixels
 
 logger = logging.getLogger(__name__)
@@ -41,6 +50,7 @@ class FrozenTeacher:
         modules: the networks that answer; in the inference form, from the first batch on, private copies.
         inputs: what of a batch each of them reads.
         precision: see `in_form`.
+        columns: how many classes of several networks are averaged, where they have more (padded vocabularies).
 
     Raises:
         TypeError: something that is no nn.Module.
@@ -56,6 +66,7 @@ class FrozenTeacher:
         self.inputs = [NetworkInputs(module, "teacher") for module in self.modules]
         self._pixels = [TeacherPixels() for _ in self.modules]
         self.precision = PRECISIONS[0]
+        self.columns: int | None = None
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
         self._memory_format: torch.memory_format | None = None
@@ -101,16 +112,9 @@ class FrozenTeacher:
         Raises:
             ValueError: another number of channels; a list of another length.
         """
-        if not isinstance(processors, list | tuple):
-            processors = [processors] * len(self.modules)
-        if len(processors) != len(self.modules):
-            raise ValueError(
-                f"teacher_processing_class: got a list of {len(processors)} for {len(self.modules)} teachers, "
-                "expected one for each, in their order."
-            )
         self._pixels = [
             TeacherPixels(module, given, processor, say)
-            for module, processor in zip(self.modules, processors, strict=True)
+            for module, processor in zip(self.modules, self.processors(processors), strict=True)
         ]
         return self
 
@@ -138,7 +142,8 @@ class FrozenTeacher:
         options = None if self._compile is None else {name: str(value) for name, value in self._compile.items()}
         facts = {"precision": self.precision, "dtype": str(self._dtype), "compile": options}
         changes = [pixels.facts for pixels in self._pixels]
-        return {**facts, "pixels": changes} if any(changes) else facts
+        cut = {"columns": self.columns} if self.columns is not None and len(self.modules) > 1 else {}
+        return {**facts, **({"pixels": changes} if any(changes) else {}), **cut}
 
     @property
     def is_compiled(self) -> bool:
@@ -186,9 +191,46 @@ class FrozenTeacher:
 
     def _in_inference_form(self, index: int, inputs: Mapping[str, Any]) -> nn.Module:
         network = self._place(_copied(self.modules[index]))
-        arguments = cast_floating(self.inputs[index].of(self._pixels[index](inputs)), input_dtype(network))
+        arguments = self.arguments(index, inputs, network)
         with self._pixels[index].naming_sizes(inputs):
             return put_in_inference_form(network, arguments, self._dtype)
+
+    def arguments(self, index: int, inputs: Mapping[str, Any], network: nn.Module | None = None) -> dict[str, Any]:
+        """What of a batch a network is called with, by name.
+
+        Args:
+            index: of the network.
+            inputs: see `__call__`.
+            network: in its place, another form of it, before `prepare` is done.
+
+        Raises:
+            ValueError: inputs that are missing, and cannot be made.
+        """
+        dtype = self._dtypes[index] if network is None else input_dtype(network)
+        network = self.modules[index] if network is None else network
+        batch = with_decoder_inputs(network, inputs)
+        if batch is not inputs and makes_decoder_inputs(network, batch):
+            raise ValueError(
+                f"teacher: {type(unwrapped(network)).__name__} is an encoder-decoder, and how it makes decoder inputs "
+                "of labels is not known; expected decoder_input_ids in the batch, which are the labels shifted to the "
+                "right."
+            )
+        return cast_floating(self.inputs[index].of(self._pixels[index](batch)), dtype)
+
+    def processors(self, given: Any) -> list[Any]:
+        """What is given as teacher_processing_class, for each network.
+
+        Raises:
+            ValueError: a list of another length.
+        """
+        if not isinstance(given, list | tuple):
+            return [given] * len(self.modules)
+        if len(given) != len(self.modules):
+            raise ValueError(
+                f"teacher_processing_class: got a list of {len(given)} for {len(self.modules)} teachers, expected one "
+                "for each, in their order."
+            )
+        return list(given)
 
     def check_against(self, student: nn.Module, tokens: int | None = None) -> None:
         """Refuses a teacher that cannot teach this student.
@@ -246,7 +288,14 @@ class FrozenTeacher:
             The logits, and the states after this window.
         """
         logits, after = self.answers_on(inputs, states)
-        return (logits[0] if len(logits) == 1 else mean_log_probabilities(logits)), after
+        return self.as_one(logits), after
+
+    def as_one(self, logits: Sequence[Tensor]) -> Tensor:
+        """The answer of all networks: the logits of one as they are, else the mean of their probabilities."""
+        if len(logits) == 1:
+            return logits[0]
+        # Before they are averaged: a probability of padding, which no text has, is each network's own.
+        return mean_log_probabilities([part[..., : self.columns] for part in logits])
 
     @torch.no_grad()
     def answers_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
@@ -296,7 +345,7 @@ class FrozenTeacher:
     def _output(self, called: Any, index: int, inputs: Mapping[str, Any]) -> Any:
         if self.modules[index].training:
             self.modules[index].eval()
-        arguments = cast_floating(self.inputs[index].of(self._pixels[index](inputs)), self._dtypes[index])
+        arguments = self.arguments(index, inputs)
         with self._pixels[index].naming_sizes(inputs):
             output = called(**arguments)
         if self._compile is not None and self._compile.get("mode") in _CUDA_GRAPH_MODES:
@@ -374,11 +423,6 @@ def mean_log_probabilities(logits: Sequence[Tensor]) -> Tensor:
         )
     log_probabilities = torch.stack([widened(part).log_softmax(-1) for part in logits])  # (networks, ..., classes)
     return log_probabilities.logsumexp(0) - math.log(len(logits))  # (..., classes)
-
-
-def widened(logits: Tensor) -> Tensor:
-    """Logits of any float dtype in float32, or wider where they are."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -463,13 +507,17 @@ def _check_same_classes(teacher: nn.Module, student: nn.Module, tokens: int | No
 def _check_padded(theirs: int, ours: int, tokens: int | None) -> None:
     if tokens is not None and tokens <= min(theirs, ours):
         return
-    known = "of which that of the teacher is not known" if tokens is None else f"which has {tokens}"
+    known, remedy = f"which has {tokens}", "call resize_token_embeddings(len(tokenizer)) on the network that has fewer"
+    if tokens is None:
+        known = "of which that of the teacher is not known"
+        remedy = (
+            "with one tokenizer, give it to the trainer as processing_class and as teacher_processing_class, or call "
+            "resize_token_embeddings(len(tokenizer)) on the network that has more"
+        )
     raise ValueError(
         f"teacher: has {theirs} tokens, the student {ours} (config.vocab_size); expected the same number, or that "
-        f"both only pad the vocabulary of one tokenizer, {known}, since the student is taught token by token. With "
-        "one tokenizer, give it to the trainer as processing_class and as teacher_processing_class, or call "
-        "resize_token_embeddings(len(tokenizer)) on the network that has more; else build the student for the "
-        "teacher's tokenizer."
+        f"both only pad the vocabulary of one tokenizer, {known}, since the student is taught token by token: "
+        f"{remedy}; else build the student for the teacher's tokenizer."
     )
 
 

@@ -20,9 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
 from born_again.fit import TeacherAccuracy, changed, sums_of_rows
+from born_again.label_positions import check_decoder_inputs, copied_labels, shift_beside
 from born_again.labels import LabelRange, class_numbers
-from born_again.network_inputs import NetworkInputs, unwrapped
-from born_again.network_loss import NetworkLoss, declares_shift, decoder_inputs, network_loss
+from born_again.network_inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
+from born_again.network_loss import NetworkLoss, declares_shift, network_loss
 from born_again.objectives import (
     IGNORED,
     at_least_tiny,
@@ -46,6 +47,7 @@ from born_again.vocabulary import (
     ignored_ends,
     ignored_ends_warning,
     padding_that_ends_texts,
+    student_tokenizer,
     token_count,
     tokenizer_beside,
     tokenizer_of,
@@ -101,8 +103,9 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
             transformers.Trainer, in its order. With a teacher `args` are BornAgainTrainingArguments.
         teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
             put in eval mode, frozen, moved to the training device, and never saved.
-        teacher_processing_class: the teacher's tokenizer; its words are compared with those of processing_class where
-            both are given. Or its image processor, or a list with one for each teacher: where it normalises images
+        teacher_processing_class: the teacher's tokenizer, or None for the one in the folder it was loaded from; it is
+            compared with the student's, of processing_class, of the data_collator or of the student's folder. Or its
+            image processor, or a list with one for each teacher: where it normalises images
             otherwise than the student's are, the teacher is given its own pixel values (see `born_again.pixels`).
             Networks around timm say that in their config, without it.
         **kwargs: what a newer transformers.Trainer takes beside these.
@@ -122,6 +125,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
     """
 
     in_lineage = False
+    _reads_streams = False  # whose labels are the tokens to predict, position by position
     _labels_where = "with loss_normalization 'step'"  # in refusals, where labels alone train
 
     def __init__(
@@ -226,11 +230,12 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
 
     def _check_tokens(self, frozen: FrozenTeacher, student: nn.Module) -> None:
         """Refuses a teacher that would read other tokens in a batch than those that the student's tokenizer meant."""
-        tokenizer = tokenizer_of(self.processing_class)
-        given = tokenizer_of(self._teacher_processing_class)
+        tokenizer = student_tokenizer(self.processing_class, self.data_collator, student)
+        processors = frozen.processors(self._teacher_processing_class)
         counts, differences = [], []
-        for network in frozen.modules if tokenizer is not None else ():
-            theirs = tokenizer_beside(network) if given is None else given
+        for network, given in zip(frozen.modules, processors, strict=True) if tokenizer is not None else ():
+            theirs = tokenizer_of(given)
+            theirs = tokenizer_beside(network) if theirs is None else theirs
             if theirs is not None:
                 check_same_tokenizer(theirs, tokenizer)
                 counts.append(max(token_count(theirs), token_count(tokenizer)))
@@ -242,7 +247,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
             self._warn(difference)
         theirs, ours = vocabulary_size(frozen.modules[0]), vocabulary_size(student)
         if None not in (theirs, ours) and theirs != ours:
-            self._columns = ours
+            self._columns = frozen.columns = ours
             if theirs < ours and self.args.objective == "dkpp":
                 raise ValueError(
                     f"objective: got 'dkpp' for a student of {ours} tokens and a teacher of {theirs}, expected the "
@@ -281,7 +286,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         self._network_loss: NetworkLoss | None = None  # until a batch tells
         # Of a student that is none of transformers its teachers tell, whose logits its own are compared with.
         is_known = isinstance(unwrapped(student), PreTrainedModel) or self.teacher is None
-        known = [student] if is_known else self.teacher.modules
+        known = [student] if is_known else self._teachers
         self._shifts_labels = self._loss_shifts_labels or any(map(declares_shift, known))
         # The loss of a micro-batch is already its share of the whole step's.
         self.loss_is_scaled_for_ga = True
@@ -294,11 +299,9 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         """Has Trainer keep these columns of a dataset, beside those that it keeps for the student."""
         student = self._student_inputs
         self._kept_columns, self._signature_columns = names, None  # which Trainer may have found before
-        self._columns_of_others = names - {*student.names}
-        if student.takes_any:
-            # It is called as Trainer would call it. Collators that pad make a mask, whether the dataset had it or not.
-            unseen = self._columns_of_others - {"attention_mask"} if self.args.remove_unused_columns else set()
-            self._columns_of_others = unseen
+        # With **kwargs it is called as Trainer would call it; collators that pad make a mask in any case.
+        unseen = names - {*student.names, "attention_mask"}
+        self._columns_of_others = unseen if student.takes_any and self.args.remove_unused_columns else set()
 
     def _set_signature_columns_if_needed(self) -> None:
         is_new = self._signature_columns is None
@@ -504,7 +507,8 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
 
     def _inputs_of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch without labels the student is called with: nothing that is there for the teacher alone."""
-        batch = self._student_inputs.renamed(without_view_keys(inputs))
+        batch = with_decoder_inputs(self._bare_student(), without_view_keys(inputs))
+        batch = self._student_inputs.of(batch)
         return {name: value for name, value in batch.items() if name not in self._columns_of_others}
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -524,25 +528,43 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         inputs = {key: value for key, value in inputs.items() if key != name}
         if self._network_loss is None:
             self._learn_what_labels_do(inputs, labels)
-        return {**inputs, **decoder_inputs(self._bare_student(), inputs, labels)}, labels
+        return with_labels_for_decoders([self._bare_student(), *self._teachers], inputs, labels), labels
+
+    @property
+    def _teachers(self) -> list[nn.Module]:
+        return [] if self.teacher is None else self.teacher.modules
 
     def _learn_what_labels_do(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Finds out on the first batch how the student's own loss, which is not computed, comes from its logits.
 
         Raises:
-            ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost.
+            ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost. A teacher that
+                predicts other tokens at its positions. Labels from which the student would learn to copy its input.
         """
         student, sharded = self._bare_student(), self.is_fsdp_enabled or self.is_deepspeed_enabled
-        inputs, labels = self._inputs_of_student(self._prepare_inputs(inputs)), self._prepare_input(labels)
+        batch, labels = self._prepare_inputs(inputs), self._prepare_input(labels)
+        inputs = self._inputs_of_student(batch)
         weight = next(student.parameters(), labels)
         if weight.device != labels.device or (sharded and not self.accelerator._models):
             return  # not prepared yet, as where the teacher is measured first: a later batch tells
         with self.accelerator.autocast():
-            self._network_loss = network_loss(
-                student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None
-            )
-        if self._network_loss.shifts_labels is not None:
-            self._shifts_labels = self._network_loss.shifts_labels
+            found = network_loss(student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None)
+        if not self._reads_streams:
+            self._learn_positions(student, found.shifts_labels, batch, labels)
+        self._network_loss = found
+
+    def _learn_positions(
+        self, student: nn.Module, shift: bool | None, batch: Mapping[str, Any], labels: Tensor
+    ) -> None:
+        ids = self._student_inputs.main(batch)
+        if self.teacher is not None:
+            check_decoder_inputs(student, self._teachers, batch, labels)
+            with self.accelerator.autocast():
+                shift = shift_beside(self._frozen_teacher(), student, shift, batch, labels, ids)
+        if shift is not None:
+            self._shifts_labels = shift
+        if (warning := copied_labels(student, self._shifts_labels or shift, ids, labels)) is not None:
+            self._warn(warning)
 
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """What the student would have added to its loss: a mixture of experts the balance of its router."""

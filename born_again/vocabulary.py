@@ -69,7 +69,15 @@ def check_same_tokens(teacher: Any, student: Any) -> None:
     _check_ids(theirs, ours)
 
 
-def check_same_tokenizer(teacher: Any, student: Any) -> None:
+def student_tokenizer(processing_class: Any, data_collator: Any, student: nn.Module) -> Any | None:
+    """The tokenizer that a student's batches are made with, as far as that is known."""
+    for given in (processing_class, data_collator):
+        if (tokenizer := tokenizer_of(given)) is not None:
+            return tokenizer
+    return tokenizer_beside(student)
+
+
+def check_same_tokenizer(teacher: Any, student: Any, remedy: str | None = None) -> None:
     """Refuses a teacher whose tokenizer would have given it another input than the student's gives both.
 
     Compared are the tokens by id, but for a padding token that only one has; what is made of texts (normalisation,
@@ -78,6 +86,8 @@ def check_same_tokenizer(teacher: Any, student: Any) -> None:
     Args:
         teacher: tokenizer of transformers, or an object with `get_vocab()` alone, whose tokens are compared.
         student: the same.
+        remedy: for the message, what to do where the teacher was trained with the student's tokenizer all the same;
+            None speaks of a trainer's arguments.
 
     Raises:
         ValueError: they differ; names both and a text that they read differently.
@@ -93,19 +103,19 @@ def check_same_tokenizer(teacher: Any, student: Any) -> None:
         raise ValueError(
             f"teacher: its tokenizer has {len(theirs)} tokens, the student's {len(ours)}; expected the same, since "
             f"the student is taught token by token, and only one of them has {(theirs | ours)[lacking]!r} (id "
-            f"{lacking}): {_REMEDY}"
+            f"{lacking}): {_REMEDY} {remedy or _VOUCH}"
         )
-    _check_ids(theirs, ours)
+    _check_ids(theirs, ours, f" {remedy or _VOUCH}")
     if not (callable(teacher) and callable(student)):
         return
     for text in _probes(ours):
-        _check_same_reading(teacher, student, text)
+        _check_same_reading(teacher, student, text, remedy or _VOUCH)
     sides = [getattr(tokenizer, "padding_side", None) for tokenizer in (teacher, student)]
     if sides[0] != sides[1]:
         raise ValueError(
             f"teacher: its tokenizer pads on the {sides[0]}, the student's on the {sides[1]}, which moves every token "
             f"to another position; expected the same: set padding_side={sides[0]!r} on the student's tokenizer. "
-            f"{_VOUCH}"
+            f"{remedy or _VOUCH}"
         )
 
 
@@ -193,7 +203,10 @@ def ignored_ends_warning(ends: int, token: str) -> str:
 
 
 _REMEDY = "train teacher and student with one tokenizer, loaded from the teacher's folder."
-_VOUCH = "Where the teacher was trained with the student's tokenizer, give that as teacher_processing_class too."
+_VOUCH = (
+    "Where the teacher was trained with the student's tokenizer, give that as processing_class and as "
+    "teacher_processing_class."
+)
 
 
 def _has_any(folder: str | Path, names: tuple[str, ...]) -> bool:
@@ -204,12 +217,12 @@ def _by_id(tokenizer: Any) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
-def _check_ids(theirs: dict[int, str], ours: dict[int, str]) -> None:
+def _check_ids(theirs: dict[int, str], ours: dict[int, str], remedy: str = "") -> None:
     for index in sorted(ours):
         if theirs.get(index) != ours[index]:
             raise ValueError(
                 f"teacher: its tokenizer has {theirs.get(index)!r} for id {index}, the student's {ours[index]!r}; "
-                f"expected the same tokens in the same order: {_REMEDY}"
+                f"expected the same tokens in the same order: {_REMEDY}{remedy}"
             )
 
 
@@ -219,7 +232,7 @@ def _probes(tokens: dict[int, str]) -> Iterator[str]:
     yield from (_PROBE, sample, sample.upper(), "a")
 
 
-def _check_same_reading(teacher: Any, student: Any, text: str) -> None:
+def _check_same_reading(teacher: Any, student: Any, text: str, remedy: str) -> None:
     if _read(teacher, text) == _read(student, text):
         return
     bare = _read(teacher, text, add_special_tokens=False), _read(student, text, add_special_tokens=False)
@@ -230,7 +243,7 @@ def _check_same_reading(teacher: Any, student: Any, text: str) -> None:
     raise ValueError(
         f"teacher: its tokenizer {what} the student's: {word!r} is {theirs} for the teacher's ({_name(teacher)}), "
         f"{ours} for the student's ({_name(student)}); expected the same, since both read one batch: {_REMEDY} "
-        + _VOUCH
+        + remedy
     )
 
 

@@ -211,7 +211,11 @@ def build_runner(
                 "one it was trained with, which is compared with the text's; save it there with save_pretrained."
             )
         tokenizer = AutoTokenizer.from_pretrained(spec.teacher, revision=spec.teacher_revision)
-        check_same_tokenizer(tokenizer, data.tokenizer)
+        check_same_tokenizer(
+            tokenizer,
+            data.tokenizer,
+            f"Where the teacher was trained on this text's words, save their tokenizer in {spec.teacher!r}.",
+        )
         network = load_language_model(spec.teacher, spec.teacher_revision)
         if (limit := positions(network)) is not None and limit < window:
             raise ValueError(

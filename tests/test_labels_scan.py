@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import transformers
 from tiny_families import TASKS, batch_for, build, networks
 
-from born_again.network_loss import NetworkLoss, decoder_inputs, network_loss
+from born_again.network_inputs import decoder_inputs
+from born_again.network_loss import NetworkLoss, network_loss
 
 # Half a minute for 550 classes on two idle cores, a few minutes beside other work.
 pytestmark = pytest.mark.slow

@@ -47,6 +47,7 @@ LAYERS = {
     "fit": 3,
     "labels": 3,
     "network_loss": 4,
+    "label_positions": 5,
     "output_layer": 4,
     "training_args": 4,
     "teacher_cache": 5,

@@ -93,12 +93,42 @@ def test_the_tokenizer_beside_a_teacher_in_its_folder_is_compared(tmp_path):
     tokenizer(lower=True).save_pretrained(tmp_path / "teacher")
     teacher = GPT2LMHeadModel.from_pretrained(tmp_path / "teacher", dtype=torch.float64)
     with pytest.raises(
-        ValueError, match=r"reads text otherwise .*\(.*teacher\).*give that as teacher_processing_class"
+        ValueError,
+        match=r"reads text otherwise .*\(.*teacher\).*give that as processing_class and as teacher_processing_class",
     ):
         pair(tmp_path, None, tokenizer(), teacher=teacher)
     # The user knows better; and a network of that configuration that was never in that folder is no such teacher.
     pair(tmp_path, tokenizer(), tokenizer(), teacher=teacher)
     pair(tmp_path, None, tokenizer(lower=True), teacher=teacher)
+
+
+def test_the_students_tokenizer_is_found_in_its_collator_and_beside_its_weights(tmp_path):
+    other = tokenizer(lower=True)
+    collator = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
+    args, message = arguments(tmp_path), "reads text otherwise than the student's"
+    with pytest.raises(ValueError, match=message):
+        BornAgainTrainer(
+            language_model(1), args, data_collator=collator, teacher=language_model(2), teacher_processing_class=other
+        )
+    for name, own in (("student", tokenizer()), ("teacher", other)):
+        language_model(1).save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+    student, teacher = (
+        GPT2LMHeadModel.from_pretrained(tmp_path / name, dtype=torch.float64) for name in ("student", "teacher")
+    )
+    with pytest.raises(ValueError, match=rf"{message}.*/teacher\).*/student\)"):
+        pair(tmp_path, None, None, student=student, teacher=teacher)
+    pair(tmp_path, None, None, student=student)  # of whose teacher no tokenizer is known
+    pair(tmp_path, other, other, student=student, teacher=teacher)
+
+
+def test_every_teacher_has_its_own_tokenizer(tmp_path):
+    teachers = [language_model(2), language_model(3)]
+    pair(tmp_path, [tokenizer(), None], tokenizer(), teacher=teachers)
+    with pytest.raises(ValueError, match="reads text otherwise than the student's"):
+        pair(tmp_path, [tokenizer(), tokenizer(lower=True)], tokenizer(), teacher=teachers)
+    with pytest.raises(ValueError, match="teacher_processing_class: got a list of 1 for 2 teachers, expected one for"):
+        pair(tmp_path, [tokenizer()], tokenizer(), teacher=teachers)
 
 
 def test_what_may_be_meant_is_only_said(tmp_path, caplog):
@@ -210,12 +240,25 @@ def test_a_teacher_with_padded_tokens_teaches_as_the_one_without(tmp_path, monke
     assert found[0][1] == found[1][1]
 
 
-@pytest.mark.parametrize("cache", ["off", "memory"])
-def test_windows_of_a_padded_teacher_are_cached_as_they_are(tmp_path, cache):
+def test_several_padded_teachers_teach_as_those_without(tmp_path):
+    """Each without its padding, however probable that is, before they are averaged."""
     found = []
-    narrow = language_model(2)
+    narrow = [language_model(2), language_model(3)]
+    for teachers in (narrow, [widened(teacher, WORDS + 6) for teacher in narrow]):
+        ours = pair(tmp_path, tokenizer(), tokenizer(), teacher=teachers)
+        ours.train()
+        found.append(grown(ours))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert ours.teacher.facts["columns"] == WORDS
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_windows_of_a_padded_teacher_are_cached_as_they_are(tmp_path, cache, count):
+    found = []
+    narrow = [language_model(2), language_model(3)][:count]
     text = torch.randint(0, WORDS, (90,), generator=torch.Generator().manual_seed(3))
-    for teacher in (narrow, widened(narrow, WORDS + 6)):
+    for teacher in (narrow, [widened(network, WORDS + 6) for network in narrow]):
         ours = BornAgainLMTrainer(
             language_model(1),
             arguments(

@@ -33,8 +33,9 @@ from born_again.lineage.members import (
     read_ensemble,
 )
 from born_again.lineage.schema import is_repo_id
+from born_again.objectives import widened
 from born_again.pixels import renormalized
-from born_again.teacher import logits_of, mean_log_probabilities, widened
+from born_again.teacher import logits_of, mean_log_probabilities
 
 _GENERATION_FOLDER = re.compile("gen[0-9]+")
 # A loss of each member, a tuple in place of names, one cache that every member would write into.

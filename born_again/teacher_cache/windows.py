@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from born_again.output_layer import output_layer, without_output_layer
-from born_again.teacher import FrozenTeacher, mean_log_probabilities
+from born_again.teacher import FrozenTeacher
 from born_again.teacher_cache.answers import KeptAnswers
 from born_again.teacher_cache.cached_teacher import CachedTeacher, keys_of
 
@@ -147,7 +147,7 @@ class CachedWindows(CachedTeacher):
         if self._keeps_hidden:
             with torch.no_grad(), self.frozen.own_precision():
                 hidden = [self._applied(layer, part) for layer, part in zip(self._layers, hidden, strict=True)]
-        return hidden[0] if len(hidden) == 1 else mean_log_probabilities(hidden)
+        return self.frozen.as_one(hidden)
 
     def _applied(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """The layer's output, as under autocast where that is on, but without casting its weights every time."""
