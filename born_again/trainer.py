@@ -24,13 +24,7 @@ from born_again.label_positions import check_decoder_inputs, copied_labels, shif
 from born_again.labels import LabelRange, class_numbers
 from born_again.network_inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
 from born_again.network_loss import NetworkLoss, declares_shift, network_loss
-from born_again.objectives import (
-    IGNORED,
-    at_least_tiny,
-    item_weights,
-    objective_items,
-    watched_items,
-)
+from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, watched_items
 from born_again.pixels import preprocessing_of_training, wrong_config
 from born_again.schedule import multi_step_schedule
 from born_again.settings import check_settings, narrow_weights
@@ -41,16 +35,11 @@ from born_again.teacher_cache.choice import with_kept_answers
 from born_again.training_args import LOSS_NORMALIZATIONS, BornAgainTrainingArguments, check_choice
 from born_again.view_keys import emitting_view_keys, without_view_keys
 from born_again.vocabulary import (
-    check_padding,
-    check_same_tokenizer,
-    differences_to_know,
+    compare_tokenizers,
     ignored_ends,
     ignored_ends_warning,
     padding_that_ends_texts,
     student_tokenizer,
-    token_count,
-    tokenizer_beside,
-    tokenizer_of,
 )
 
 if TYPE_CHECKING:
@@ -232,18 +221,10 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         """Refuses a teacher that would read other tokens in a batch than those that the student's tokenizer meant."""
         tokenizer = student_tokenizer(self.processing_class, self.data_collator, student)
         processors = frozen.processors(self._teacher_processing_class)
-        counts, differences = [], []
-        for network, given in zip(frozen.modules, processors, strict=True) if tokenizer is not None else ():
-            theirs = tokenizer_of(given)
-            theirs = tokenizer_beside(network) if theirs is None else theirs
-            if theirs is not None:
-                check_same_tokenizer(theirs, tokenizer)
-                counts.append(max(token_count(theirs), token_count(tokenizer)))
-                differences += differences_to_know(theirs, tokenizer)
-            check_padding(network, tokenizer)
+        counts, differences = compare_tokenizers(frozen.modules, processors, tokenizer)
         # Without the teacher's tokenizer another number of tokens may be another vocabulary.
         frozen.check_against(student, max(counts) if len(counts) == len(frozen.modules) else None)
-        for difference in dict.fromkeys(differences):
+        for difference in differences:
             self._warn(difference)
         theirs, ours = vocabulary_size(frozen.modules[0]), vocabulary_size(student)
         if None not in (theirs, ours) and theirs != ours:

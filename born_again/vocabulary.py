@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +261,31 @@ def _shown(tokenizer: Any, text: str) -> Any:
 
 def _name(tokenizer: Any) -> str:
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def compare_tokenizers(
+    teachers: Sequence[nn.Module], processors: Sequence[Any], tokenizer: Any
+) -> tuple[list[int], list[str]]:
+    """Refuses teachers that would read other tokens than those that the student's tokenizer means.
+
+    Args:
+        teachers: the networks.
+        processors: one for each, what the user gave; a tokenizer beside its weights stands in for none.
+        tokenizer: the student's; without one nothing is compared.
+
+    Returns:
+        How many tokens each pair of tokenizers has, for teachers with one; and differences to tell the user.
+
+    Raises:
+        ValueError: another tokenizer, or another padding.
+    """
+    counts, differences = [], []
+    for network, given in zip(teachers, processors, strict=True) if tokenizer is not None else ():
+        theirs = tokenizer_of(given)
+        theirs = tokenizer_beside(network) if theirs is None else theirs
+        if theirs is not None:
+            check_same_tokenizer(theirs, tokenizer)
+            counts.append(max(token_count(theirs), token_count(tokenizer)))
+            differences += differences_to_know(theirs, tokenizer)
+        check_padding(network, tokenizer)
+    return counts, list(dict.fromkeys(differences))
