@@ -121,7 +121,8 @@ class BaseTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """Trainer's, which for a norm that clips nothing multiplies every gradient by one."""
         if grad_norm is None and self.accelerator.scaler is None:
-            if self.accelerator.distributed_type in _WHOLE_GRADIENTS and not self._has_mixed_mesh_grads(model):
+            on_several_meshes = getattr(self, "_has_mixed_mesh_grads", lambda model: False)  # a newer Trainer's
+            if self.accelerator.distributed_type in _WHOLE_GRADIENTS and not on_several_meshes(model):
                 gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
                 return torch.nn.utils.get_total_norm(gradients)
         return super()._get_grad_norm(model, grad_norm)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import platform
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +114,21 @@ def compiler_of(args: TrainingArguments) -> tuple[str, str] | None:
     """
     plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     return None if plugin.backend == DynamoBackend.NO else (plugin.backend.value.lower(), plugin.mode)
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch tells of the processor, with its name as "cpu_name"; an older torch tells only what is read here."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+        "cpu_name": next(iter(names), platform.machine()),
+    }
 
 
 def float32_precision(device: str) -> dict[str, str]:

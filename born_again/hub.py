@@ -7,30 +7,33 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, get_session
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 
 from born_again.lineage.folders import WEIGHTS_NAME
 from born_again.lineage.manifest import LineageError, file_sha256
 from born_again.lineage.publication import GENERATION_FILES
 from born_again.models.saved import INDEX_NAME, read_settings
 
+# What huggingface_hub talks HTTP with: httpx until 1.x, httpx2 from 2.0, with the same names in both.
+HTTP_LIBRARY = sys.modules[HTTPError.__module__]
 _LONGEST_TITLE = 59  # of a collection
 # huggingface_hub waits for an answer without end; uploading takes as long as it takes, silence does not.
-_SILENCE = httpx2.Timeout(120.0, connect=30.0)  # seconds
+_SILENCE = HTTP_LIBRARY.Timeout(120.0, connect=30.0)  # seconds
 _OTHER_WEIGHTS = (INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGE = (".safetensors", ".png")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -43,7 +46,7 @@ class HubError(RuntimeError):
 
 # What the Hub, the way to it, and the files here may raise. HfHubHTTPError is an OSError; what a gateway sends in
 # place of JSON, and a card that the Hub refuses, are ValueErrors.
-FAILURES = (OSError, httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, ValueError, LineageError, HubError)
+FAILURES = (OSError, HTTPError, HTTP_LIBRARY.InvalidURL, HFValidationError, ValueError, LineageError, HubError)
 
 
 def without_progress_bars() -> contextlib.AbstractContextManager[Any]:
@@ -117,15 +120,19 @@ class Hub:
             HubError: it does not.
             OSError: the Hub cannot be reached.
         """
+        # Not by ModelCard.validate(), which asks huggingface.co whatever HF_ENDPOINT is, until huggingface_hub 2.
         _give_up_on_silence()
-        try:
-            ModelCard(f"---\nlicense: {license}\n---\n").validate(repo_type="model")
-        except ValueError as error:
-            if isinstance(error, json.JSONDecodeError):
-                raise
+        response = get_session().post(
+            f"{self._client.endpoint}/api/validate-yaml",
+            json={"repoType": "model", "content": f"---\nlicense: {license}\n---\n"},
+            headers={"Accept": "text/plain"},
+        )
+        if response.status_code == 400:
             raise HubError(
-                f"hub_license: got {license!r}, expected one that the Hub knows, such as apache-2.0, or none: {error}"
-            ) from error
+                f"hub_license: got {license!r}, expected one that the Hub knows, such as apache-2.0, or none: "
+                f"{response.text}"
+            )
+        hf_raise_for_status(response)
 
     def make_repo(self, repo: str) -> None:
         """Makes a repository, and its branch, where they are missing.
@@ -293,7 +300,7 @@ class Hub:
     def explain(self, error: BaseException) -> str:
         """What went wrong in one line and what to do, without the token in it."""
         text = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, httpx2.TransportError):
+        if isinstance(error, HTTP_LIBRARY.TransportError):
             text = f"{self._client.endpoint} cannot be reached ({text})"
         token = self._token or get_token()
         if token and token.strip():
@@ -304,7 +311,7 @@ class Hub:
 
 def _give_up_on_silence() -> None:
     session = get_session()
-    if session.timeout == httpx2.Timeout(None):  # else somebody has chosen another
+    if session.timeout == HTTP_LIBRARY.Timeout(None):  # else somebody has chosen another
         session.timeout = _SILENCE
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from born_again.allocator import keep_freed_memory
 from born_again.environment import PRECISIONS, launcher_chooses_precision
-from born_again.hub import HubError
+from born_again.hub import HTTP_LIBRARY, HubError
 from born_again.lineage.computation import check_arguments
 from born_again.lineage.machine import (
     how_it_computes,
@@ -250,7 +250,7 @@ def train(
 def launch(start: Callable[[], Any]) -> None:
     """Runs a script's start, turning errors of ours into one line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request to the Hub
+    logging.getLogger(HTTP_LIBRARY.__name__).setLevel(logging.WARNING)  # a line for each request to the Hub
     try:
         status = start()
     except (ValueError, LineageError, HubError, FloatingPointError, OSError) as error:

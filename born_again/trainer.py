@@ -164,7 +164,7 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
         self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
-        self._owns_loss = False
+        self._owns_loss, self._network_scales_loss = False, self.model_accepts_loss_kwargs
         self._labels = LabelRange(*(self.label_names or [])[:1])
         self._evaluated: Tensor | None = None  # sums of losses and of items, (2,), while an evaluation goes on
         self._row_sums: Tensor | None = None  # of the batch that was evaluated last, (rows, 2)
@@ -251,7 +251,8 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
             check_settings(self, student, self._labels_where)
             self._own_the_loss(student)
         elif how == "trainer" and self.teacher is None:
-            self._owns_loss, self.loss_is_scaled_for_ga = False, type(self).loss_is_scaled_for_ga
+            self._owns_loss, self.model_accepts_loss_kwargs = False, self._network_scales_loss
+            vars(self).pop("loss_is_scaled_for_ga", None)
             self._kept_columns, self._signature_columns = set(), None
 
     def _warn(self, text: str) -> None:
@@ -269,8 +270,8 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
         is_known = isinstance(unwrapped(student), PreTrainedModel) or self.teacher is None
         known = [student] if is_known else self._teachers
         self._shifts_labels = self._loss_shifts_labels or any(map(declares_shift, known))
-        # The loss of a micro-batch is already its share of the whole step's.
-        self.loss_is_scaled_for_ga = True
+        # A micro-batch's loss is already its share of the whole step's; an older Trainer reads the second name alone.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
         self.label_names = self.label_names or ["labels"]
 

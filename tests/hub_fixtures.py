@@ -64,7 +64,6 @@ def replace_settings(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     replaced = {
         "ENDPOINT": hub.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_URL_HOSTS": constants.HF_URL_HOSTS | {"127.0.0.1"},
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_TELEMETRY": True,
@@ -73,12 +72,17 @@ def replace_settings(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
         "HUGGINGFACE_HUB_CACHE": str(cache),
         "HF_TOKEN_PATH": str(hub.home / "token"),
         "HF_STORED_TOKENS_PATH": str(hub.home / "stored_tokens"),
-        "AGENT_HARNESSES_PATH": str(hub.home / ".agent_harnesses.json"),
     }
+    # What only a newer huggingface_hub has.
+    if hasattr(constants, "HF_URL_HOSTS"):
+        replaced["HF_URL_HOSTS"] = constants.HF_URL_HOSTS | {"127.0.0.1"}
+    if hasattr(constants, "AGENT_HARNESSES_PATH"):
+        replaced["AGENT_HARNESSES_PATH"] = str(hub.home / ".agent_harnesses.json")
     for name, value in replaced.items():
         patch.setattr(constants, name, value)
     http = huggingface_hub.utils._http
-    patch.setattr(http, "_HUB_ORIGINS", http._HUB_ORIGINS | {http._url_origin(hub.endpoint)})
+    if hasattr(http, "_HUB_ORIGINS"):
+        patch.setattr(http, "_HUB_ORIGINS", http._HUB_ORIGINS | {http._url_origin(hub.endpoint)})
     patch.setattr(hf_api.api, "endpoint", hub.endpoint)
     files = huggingface_hub.hf_file_system.hffs
     patch.setattr(files, "endpoint", hub.endpoint)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import datasets
-import httpx2
 import huggingface_hub
 import numpy as np
 import pytest
@@ -33,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash
 
+from born_again.hub import HTTP_LIBRARY
 from born_again.models.image_classifier import create_image_classifier, load_image_classifier, save_image_classifier
 
 REPO = "born-again/net-gen0"
@@ -118,7 +118,7 @@ def test_an_unchanged_folder_makes_no_commit_and_a_changed_file_travels_alone(hu
     assert repository.at(first.oid).files["config.json"].data == b'{"architecture": "net"}'
 
 
-@pytest.mark.parametrize(("how", "error"), [("500", HfHubHTTPError), ("drop", httpx2.RemoteProtocolError)])
+@pytest.mark.parametrize(("how", "error"), [("500", HfHubHTTPError), ("drop", HTTP_LIBRARY.RemoteProtocolError)])
 def test_a_commit_that_fails_leaves_no_commit(hub, api, folder, how, error):
     hub.fail("commit", how)
     with pytest.raises(error):
@@ -139,7 +139,7 @@ def test_a_gateway_answers_in_html(hub, api, folder):
 
 def test_a_lost_answer_leaves_a_commit_that_the_client_knows_nothing_of(hub, api, folder):
     hub.fail(UPLOAD.index("commit"), "lost")
-    with pytest.raises(httpx2.RemoteProtocolError):
+    with pytest.raises(HTTP_LIBRARY.RemoteProtocolError):
         push(api, folder, commit_message="Generation 0")
     assert hub.made() == UPLOAD and hub.requests[-1].status is None
     assert history(api) == ["Generation 0", "initial commit"]
@@ -183,7 +183,7 @@ def test_slow_answers_and_a_delay_for_all(hub, api):
     assert 0.1 <= time.perf_counter() - started
     hub.delay = 0.0
     hub.fail("whoami", "slow", seconds=30)
-    with pytest.raises(httpx2.TimeoutException):
+    with pytest.raises(HTTP_LIBRARY.TimeoutException):
         huggingface_hub.get_session().get(f"{hub.endpoint}/api/whoami-v2", timeout=0.1)
 
 
@@ -195,7 +195,7 @@ def test_an_unknown_fault_is_refused(hub):
 def test_a_hub_that_goes_down_and_comes_back_keeps_what_it_has(hub, api, folder):
     push(api, folder)
     hub.stop()
-    with pytest.raises(httpx2.TransportError):
+    with pytest.raises(HTTP_LIBRARY.TransportError):
         api.model_info(REPO)
     hub.start()
     assert api.model_info(REPO).sha == hub.store.repositories["model", REPO].branches["main"]
@@ -441,7 +441,7 @@ def test_a_secret_is_found_wherever_it_went(hub, api):
 def test_what_would_leave_the_machine_is_refused_and_seen(hub):
     session = huggingface_hub.get_session()
     assert session.get("http://datasets-server.127.0.0.1:1/info?dataset=a").status_code == 404
-    with pytest.raises(httpx2.ProxyError):
+    with pytest.raises(HTTP_LIBRARY.ProxyError):
         session.get("https://example.com/")
     assert [request.path for request in hub.outside] == [
         "http://datasets-server.127.0.0.1:1/info?dataset=a",
@@ -502,7 +502,7 @@ def test_everything_is_undone(tmp_path):
 def test_without_the_fixture_a_server_still_serves_plain_http():
     with HubServer() as server:
         home = server.home
-        with httpx2.Client(trust_env=False) as client:
+        with HTTP_LIBRARY.Client(trust_env=False) as client:
             assert client.get(f"{server.endpoint}/api/whoami-v2").status_code == 401
             assert client.get(f"{server.endpoint}/api/nothing").status_code == 404
             assert client.post(f"{server.endpoint}/api/repos/create", content=b"{").status_code in (400, 401)

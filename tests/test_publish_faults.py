@@ -7,7 +7,6 @@ import random
 import shutil
 import time
 
-import httpx2
 import pytest
 from hub_fixtures import redirected
 from hub_server import HubServer
@@ -26,7 +25,7 @@ from published import (
 )
 
 from born_again.cli import main
-from born_again.hub import HubError
+from born_again.hub import HTTP_LIBRARY, HubError
 from born_again.lineage.manifest import Manifest
 from born_again.lineage.publication import unpublished
 from born_again.publishing import publish_lineage
@@ -203,13 +202,13 @@ def test_slow_answers(fresh, folder, made, caplog):
 )
 def test_a_hub_that_goes_silent_is_not_waited_for_for_ever(fresh, folder, made, caplog, monkeypatch, endpoint):
     """What comes too late is carried out all the same, and must not undo or repeat what was done in between."""
-    monkeypatch.setattr("born_again.hub._SILENCE", httpx2.Timeout(0.3))
-    monkeypatch.setattr(get_session(), "timeout", httpx2.Timeout(None))
+    monkeypatch.setattr("born_again.hub._SILENCE", HTTP_LIBRARY.Timeout(0.3))
+    monkeypatch.setattr(get_session(), "timeout", HTTP_LIBRARY.Timeout(None))
     fresh.fail(endpoint, "slow", seconds=1.5)
     began = time.monotonic()
     left = attempt(fresh, folder, made, caplog)
     assert time.monotonic() - began < 1.5
-    get_session().timeout = httpx2.Timeout(30.0)
+    get_session().timeout = HTTP_LIBRARY.Timeout(30.0)
     assert (left == {}) == (endpoint in RETRIED) and attempt(fresh, folder, made, caplog) == {}
     time.sleep(max(0.0, began + 1.9 - time.monotonic()))
     heal(fresh, folder, made, caplog)

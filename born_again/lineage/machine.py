@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from born_again.environment import compiler_of, float32_precision
+from born_again.environment import compiler_of, cpu_capabilities, float32_precision
 from born_again.models.lstm_precision import computes_lstm
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def has_fast_bf16() -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return any(cpu_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def how_it_computes(args: TrainingArguments, network: nn.Module | None = None) -> str:
@@ -143,7 +143,7 @@ def hardware() -> str:
     """The accelerator, or the processor with how many threads torch uses."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU {torch.cpu.get_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
+    return f"CPU {cpu_capabilities().get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory() -> bool:

@@ -173,8 +173,10 @@ class DenseNetCifar(nn.Module):
         self.norm = BatchNormAct2d(chans, **dd)
         self.feature_info.append({"num_chs": chans, "reduction": 4, "module": "norm"})
         self.num_features = chans
-        self.head = ClassifierHead(chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        # A timm whose networks take neither is called without.
+        given = {name: value for name, value in dd.items() if value is not None}
+        self.head = ClassifierHead(chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **given)
+        self.head_hidden_size = chans * self.head.global_pool.feat_mult()
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -207,7 +209,7 @@ class DenseNetCifar(nn.Module):
         """Gives the network a new classifier, and another global pooling where one is named."""
         self.num_classes = num_classes
         self.head.reset(num_classes, pool_type=global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         if isinstance(self.head.fc, nn.Linear):
             nn.init.zeros_(self.head.fc.bias)
 

@@ -22,7 +22,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_arch_name, get_model_input_config, get_pretrained_cfg
+from timm.models import get_arch_name, get_pretrained_cfg
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -115,7 +115,7 @@ def create_image_classifier(
         raise ValueError(f"model_args={model_args} go into config.json; give what JSON can hold: {error}.") from error
 
     network = timm.create_model(name, num_classes=len(labels), **model_args)
-    input_config = get_model_input_config(network)
+    input_config = _input_config(network, model_args)
     channels, *sides = input_config["input_size"]
     defaults = network.pretrained_cfg
     config = TimmWrapperConfig.from_dict(
@@ -192,6 +192,20 @@ def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
                 f"({type(error).__name__}: {str(error)[:300]}); give --image_size {own}, for which it is made, or "
                 "another --model."
             ) from error
+
+
+def _input_config(network: nn.Module, model_args: dict[str, Any]) -> dict[str, Any]:
+    """input_size (channels, height, width) and fixed_input_size of a network as it was built with its arguments."""
+    if hasattr(timm.models, "get_model_input_config"):
+        return timm.models.get_model_input_config(network)
+    # In a timm that has no such function, pretrained_cfg is that of the architecture whatever it was built with.
+    own = network.pretrained_cfg
+    channels, *sides = own["input_size"]
+    size = model_args.get("img_size") or sides
+    return {
+        "input_size": (model_args.get("in_chans", channels), *([size] * 2 if isinstance(size, int) else size)),
+        "fixed_input_size": own.get("fixed_input_size", False),
+    }
 
 
 def _with_image_size(name: str, image_size: int | None, model_args: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from born_again.models.language_configs import IN_PACKAGE, CharCnnLstmConfig, LstmLMConfig
@@ -38,6 +39,10 @@ class RecurrentLMOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: State | None = None
+
+
+# What generate() carries the state as: beam search may follow the beams in its past_key_values and nothing else.
+_CARRIED = "past_key_values" if "past_key_values" in ALL_CACHE_NAMES else "state"
 
 
 class LockedDropout(nn.Module):
@@ -269,6 +274,7 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
                     "carried; leave one of them out."
                 )
             return {"input_ids": input_ids, "state": state}
+        state = kwargs.get(_CARRIED, state)
         if use_cache is False or state is None:
             return {"input_ids": input_ids}
         return {"input_ids": input_ids[:, -1:], "state": state}
@@ -279,7 +285,7 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
         # From version 5.24 on transformers carries nothing that is not called "cache".
         return {
             **super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs),
-            "state": outputs.state,
+            _CARRIED: outputs.state,
         }
 
     @staticmethod

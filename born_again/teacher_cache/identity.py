@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from born_again.environment import cpu_capabilities
+
 # Of a configuration: where it came from, not what it computes.
 _ORIGIN = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
@@ -37,9 +39,7 @@ def precision_of(device: torch.device) -> dict[str, Any]:
         "float32_matmul": torch.get_float32_matmul_precision(),
         "convolution_tf32": torch.backends.cudnn.allow_tf32 if on_cuda else None,
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
-        "cpu": None
-        if on_cuda
-        else [torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities().get("cpu_name")],
+        "cpu": None if on_cuda else [torch.backends.cpu.get_cpu_capability(), cpu_capabilities().get("cpu_name")],
         "threads": None if on_cuda else torch.get_num_threads(),  # sums are shared among them
         "torch": torch.__version__,
     }

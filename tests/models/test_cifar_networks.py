@@ -4,6 +4,7 @@ import ast
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -53,8 +54,13 @@ def _images(batch: int = 4, channels: int = 3) -> torch.Tensor:
     return torch.randn(batch, channels, 32, 32)
 
 
+def _without_weights(name: str, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
 def _size(name: str, num_classes: int) -> int:
-    network = timm.create_model(name, num_classes=num_classes, device="meta")
+    network = _without_weights(name, num_classes=num_classes)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -101,7 +107,7 @@ def test_parameter_count_of_the_paper(name, classes, millions, tolerance):
 @pytest.mark.parametrize("name", [*DENSENETS, *WIDE_RESNETS])
 def test_registered_configuration(name):
     assert timm.is_model(name)
-    network = timm.create_model(name, device="meta")
+    network = _without_weights(name)
     cfg = network.pretrained_cfg
     assert network.default_cfg is cfg
     assert (cfg["input_size"], cfg["crop_pct"], cfg["num_classes"]) == ((3, 32, 32), 1.0, 10)
@@ -159,10 +165,10 @@ def test_wide_block_adds_the_raw_input_or_a_projection_of_the_activated_one(out_
 
 
 def test_transitions_halve_channels_and_only_the_first_two_pool():
-    with_third = timm.create_model("densenet90_60_cifar", device="meta")
+    with_third = _without_weights("densenet90_60_cifar")
     assert [hasattr(getattr(with_third, f"transition{i}"), "pool") for i in (1, 2, 3)] == [True, True, False]
     assert with_third.num_features == with_third.transition3.norm.num_features // 2
-    assert not hasattr(timm.create_model("densenet112_33_cifar", device="meta"), "transition3")
+    assert not hasattr(_without_weights("densenet112_33_cifar"), "transition3")
 
 
 def test_initialisation_is_he_normal_over_fan_out():
