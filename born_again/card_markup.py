@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from born_again.lineage.schema import is_repo_id
 
@@ -45,15 +46,20 @@ def one_line(value: Any, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def plain(value: Any) -> str:
-    """A text in a line of Markdown or a cell of a table, without any effect as Markdown or HTML."""
+def plain(value: Any) -> Markup:
+    """A text in a line of Markdown or a cell of a table, without any effect as Markdown or HTML.
+
+    What is `Markup` already, such as what comes from here, is left as it is.
+    """
+    if isinstance(value, Markup):
+        return value
     text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKUP.sub(r"\\\1", text).replace("://", ":\\//")
     text = re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}\\.", text)
-    return _BEGINS_A_BLOCK.sub(lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], text)
+    return Markup(_BEGINS_A_BLOCK.sub(lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], text))
 
 
-def setting(value: Any) -> str:
+def setting(value: Any) -> Markup:
     """The value of an argument: `plain`, of a path in it the last part alone."""
     value = _without_folders(value)
     return plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -86,8 +92,7 @@ def is_hub_id(source: Any) -> bool:
 
 
 def front_matter(header: Mapping[str, Any]) -> str:
-    """YAML between two lines of dashes; entries that are None or empty are left out."""
-    kept = {name: value for name, value in header.items() if value not in (None, [], {})}
-    text = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    """YAML between two lines of dashes, as ModelCardData.to_yaml writes it but for the dumper."""
+    text = yaml.dump(dict(header), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
     # Inside of quotes the same text to YAML, and no tag to whatever shows the front matter as it stands.
     return "---\n" + text.rstrip().replace("<", "\\x3C") + "\n---"

@@ -1,38 +1,37 @@
-"""Facts in, card out: the README.md of a generation, from nothing but its lineage's manifest.
+"""Facts in, card out: the README.md of a generation or an ensemble, from nothing but its lineage's manifest.
 
-The fixed text is in the folder model_card_templates; what is said of a generation is made here. Text of users goes
-through `born_again.card_markup`.
+What people read is in the folder model_card_templates: a template of jinja2 for each task and one for ensembles, with
+card.md.jinja for what they share. What the Hub reads is a ModelCardData of huggingface_hub. Every value that a
+template shows goes through `born_again.card_markup.plain`, which ModelCard.from_template would not do.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from born_again.card_facts import (
-    IMAGES,
-    TEXT,
-    Kind,
-    base_model_of,
-    branch_of,
-    commit_of,
-    dataset_name,
-    datasets_of,
-    is_external,
-    license_of,
-    model_index,
-    provenance,
-    repo_of,
-    true_split,
+from markupsafe import Markup
+
+from born_again.card_markup import (
+    front_matter,
+    is_hub_id,
+    last_part,
+    local_name,
+    one_line,
+    plain,
+    setting,
 )
-from born_again.card_markup import front_matter, local_name, one_line, plain, setting
 from born_again.lineage.schema import is_repo_id
+from born_again.lineage.spec import EXTERNAL
 from born_again.lineage.table import results_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from jinja2 import Environment
 
 _OBJECTIVES = {
     "label": "the cross-entropy with the labels",
@@ -41,6 +40,41 @@ _OBJECTIVES = {
     "cwtm": "the cross-entropy with the labels, weighted by the teacher's confidence",
     "dkpp": "the cross-entropy with the teacher's distribution, its lesser entries permuted",
 }
+_HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "ptb": "ptb-text-only/ptb_text_only",
+}
+# Metric -> type and name in the Hub's index; a count is no metric.
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+    "error": ("error", "Error (1 - accuracy)"),
+    "nll": ("loss", "Negative log-likelihood (nats per item)"),
+    "ece": ("ece", "Expected calibration error"),
+    "perplexity": ("perplexity", "Perplexity"),
+}
+_COUNTS = ("tokens", "samples")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What cards of one kind of network have in common."""
+
+    task: str  # as the Hub calls it, and as its template is called
+    unit: str
+    libraries: tuple[str, ...]  # the first is the one that the Hub shows
+    # Networks of this package, which other libraries do not know. Of a Hub id or a folder it is not known here.
+    own: re.Pattern[str]
+
+
+_IMAGES = _Kind(
+    "image-classification",
+    "images",
+    ("timm", "transformers"),
+    re.compile(r"(test_)?(densenet|wide_resnet)\w*_cifar", re.ASCII),
+)
+_TEXT = _Kind("text-generation", "words", ("transformers",), re.compile(r"(test-)?(char-cnn-)?lstm(-\w+)?", re.ASCII))
 
 
 def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
@@ -58,12 +92,12 @@ def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve
     Raises:
         ValueError: a curve that is no plain file name.
     """
-    return _generation_card(manifest, generation, IMAGES, curve)
+    return _generation_card(manifest, generation, _IMAGES, curve)
 
 
 def language_model_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
     """The card of one generation of language models; takes, returns and raises what `image_classifier_card` does."""
-    return _generation_card(manifest, generation, TEXT, curve)
+    return _generation_card(manifest, generation, _TEXT, curve)
 
 
 def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -77,215 +111,153 @@ def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str
     Returns:
         Markdown with YAML front matter.
     """
-    spec, members = manifest["spec"], [manifest["generations"][index] for index in record["members"]]
+    members = [manifest["generations"][index] for index in record["members"]]
     is_text = any("perplexity" in values for member in members for values in member["metrics"].values())
-    kind = TEXT if is_text else IMAGES
-    repo = repo_of(manifest, "ensemble")
-    repos = [repo_of(manifest, index) for index in record["members"]]
-    are_known = repo is not None and None not in repos
-    title = f"{manifest['name']}, ensemble of {', '.join(f'gen{index}' for index in record['members'])}"
+    kind = _TEXT if is_text else _IMAGES
+    repo, repos = _repo_of(manifest, "ensemble"), [_repo_of(manifest, index) for index in record["members"]]
+    are_on_hub = repo is not None and None not in repos
+    commits = [_commit_of(member) for member in members]
     header = {
         "library_name": "born_again",
-        "pipeline_tag": kind.task,
-        "license": license_of(manifest),
         "tags": ["born-again-networks", "knowledge-distillation", "ensemble", kind.task],
-        "datasets": [] if all(map(is_external, members)) else datasets_of(manifest),
-        "base_model": repos if are_known else [],
-        "model-index": model_index(manifest, record["metrics"], kind, title),
+        "datasets": None if all(map(_is_external, members)) else _datasets_of(manifest),
+        "base_model": repos if are_on_hub else None,
         "born_again": {
             "members": list(record["members"]),
             "average": one_line(record["average"]),
             "weights_sha256": [member["weights_sha256"] for member in members],
-            **({"commits": [commit_of(member) for member in members]} if any(map(commit_of, members)) else {}),
+            **({"commits": commits} if any(commits) else {}),
         },
     }
-    lines = [f"- gen{member['index']}: {_recipe(member)}" for member in members]
-    if are_known:
-        lines = [f"{line}, {_link(own)}" for line, own in zip(lines, repos, strict=True)]
-    where = "in the repositories of the members" if are_known else "in the folders beside it"
+    facts = {
+        "title": f"{manifest['name']}, ensemble of {', '.join(f'gen{index}' for index in record['members'])}",
+        "record": members[-1],
+        "metrics": record["metrics"],
+        "average": record["average"],
+        "trained": members,
+        "repo": repo,
+        "repos": repos,
+        "are_on_hub": are_on_hub,
+    }
     seen = {**manifest, "generations": manifest["generations"][: max(record["members"]) + 1], "ensembles": [record]}
-    return _filled(
-        "ensemble",
-        front_matter=front_matter(header),
-        title=plain(title),
-        origin=f"The mean of the {plain(record['average'])} (equation 4 of the paper) of networks of one "
-        f"architecture, a {_model(spec)}, trained on {_dataset(manifest)} in one born-again lineage. There are no "
-        f"weights beside this card: the members are {where}, known by their hashes.",
-        members="\n".join(lines),
-        source=f'"{repo or "FOLDER"}"{_revision(manifest) if repo else ""}',
-        place="downloads its members" if repo else "its members, genK, stand beside FOLDER",
-        inputs="input_ids" if is_text else "pixel_values",
-        measured="Measured on the weights of the members, in float32; one run, one seed for each member."
-        if record["metrics"]
-        else "Not measured.",
-        results=_results(record["metrics"]),
-        lineage=f"{_lineage(seen, kind)} The gain of the ensemble is over the newest of its members.",
-        calibration=_calibration(record["metrics"]),
-        limits=_limits(manifest, record["metrics"], kind, members[-1]),
-        hardware=_hardware(members),
-        citation=_template("citation").template.rstrip(),
-    )
+    return _card("ensemble", seen, kind, header, facts)
 
 
-def _generation_card(manifest: Mapping[str, Any], generation: int, kind: Kind, curve: str | None) -> str:
+def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, curve: str | None) -> str:
     if curve is not None and not re.fullmatch(r"\w[\w.-]*", curve, re.ASCII):
         raise ValueError(f"curve: got {curve!r}, expected the name of a file beside the card, such as 'training.png'.")
-    spec, record = manifest["spec"], manifest["generations"][generation]
-    external, metrics = is_external(record), record["metrics"]
-    so_far = {**manifest, "generations": manifest["generations"][: generation + 1], "ensembles": []}
+    record, repo = manifest["generations"][generation], _repo_of(manifest, generation)
     newest = (manifest.get("hub") or {}).get("newest")
-    title = f"{manifest['name']}-gen{generation}"
     header = {
-        "library_name": kind.library,
-        "pipeline_tag": kind.task,
-        "license": license_of(manifest),
-        "tags": ["born-again-networks", "knowledge-distillation", kind.task, *kind.tags],
-        "datasets": [] if external else datasets_of(manifest),
-        "base_model": base_model_of(manifest, record),
-        "new_version": newest if is_repo_id(newest) and newest != repo_of(manifest, generation) else None,
-        "model-index": model_index(manifest, metrics, kind, title),
-        "born_again": provenance(manifest, record),
+        "library_name": kind.libraries[0],
+        "tags": ["born-again-networks", "knowledge-distillation", kind.task, *kind.libraries],
+        "datasets": None if _is_external(record) else _datasets_of(manifest),
+        "base_model": _base_model_of(manifest, record),
+        "new_version": newest if is_repo_id(newest) and newest != repo else None,
+        "born_again": _provenance(manifest, record),
     }
-    training = ["Elsewhere; how is not known here."] if external else _training(manifest, record, kind)
-    if curve is not None:
-        training += ["", f"![Training curve]({curve})"]
-    return _filled(
-        "generation",
-        front_matter=front_matter(header),
-        title=plain(title),
-        origin=" ".join(_origin(manifest, record)),
-        use=_use(manifest, record, kind),
-        measured=_measured(spec, record) if metrics else "Not measured.",
-        results=_results(metrics),
-        lineage=_lineage(so_far, kind),
-        calibration=_calibration(metrics),
-        training="\n".join(training),
-        limits=_limits(manifest, metrics, kind, record),
-        hardware=_hardware(so_far["generations"]),
-        citation=_template("citation").template.rstrip(),
+    parent = None if record["parent"] is None else manifest["generations"][record["parent"]]
+    seen = {**manifest, "generations": manifest["generations"][: generation + 1], "ensembles": []}
+    facts = {
+        "title": f"{manifest['name']}-gen{generation}",
+        "record": record,
+        "metrics": record["metrics"],
+        "trained": seen["generations"],
+        "repo": repo,
+        "parent_repo": parent and _repo_of(manifest, parent["index"]),
+        "parent_commit": parent and _commit_of(parent),
+        "curve": curve,
+    }
+    return _card(kind.task, seen, kind, header, facts)
+
+
+def _card(
+    template: str, manifest: Mapping[str, Any], kind: _Kind, header: Mapping[str, Any], facts: Mapping[str, Any]
+) -> str:
+    """Fills a template with these facts and those that all cards show, and puts what the Hub reads before it."""
+    from huggingface_hub import ModelCardData
+
+    results = _eval_results(manifest, facts["metrics"], kind)
+    data = ModelCardData(
+        **header,
+        pipeline_tag=kind.task,
+        license=_license_of(manifest),
+        model_name=one_line(facts["title"]) if results else None,
+        eval_results=results or None,
     )
+    # As a terminal shows it, but for its texts of users.
+    records = [{**record, "objective": str(plain(record["objective"]))} for record in manifest["generations"]]
+    is_measured = any(record["metrics"] for record in records)
+    repo, branch, model = facts["repo"], _branch_of(manifest), manifest["spec"]["model"]
+    shared = {
+        "spec": manifest["spec"],
+        "data": manifest["data"],
+        "kind": kind,
+        "counts": _counts(manifest["data"]),
+        "model": local_name(model),
+        "own_model": Markup(model) if kind.own.fullmatch(model) and not _is_external(facts["record"]) else None,
+        "dataset": _dataset_name(manifest),
+        "test_split": _true_split(manifest, "test"),
+        "table": Markup(results_table({**manifest, "generations": records})) if is_measured else "",
+        "teacher": records[0],
+        "all_external": all(map(_is_external, records)),
+        "source": Markup(f'"{repo}"' + (branch and f', revision="{branch}"') if repo else '"FOLDER"'),
+        "timm": Markup(f"hf-hub:{repo}" + (branch and f"@{branch}") if repo else "local-dir:FOLDER"),
+        "is_private": repo and (manifest.get("hub") or {}).get("private"),
+    }
+    text = _environment().get_template(f"{template}.md.jinja").render(shared, **facts)
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return f"{front_matter(data.to_dict())}\n\n{text}\n"
 
 
 @cache
-def _template(name: str) -> Template:
-    folder = resources.files("born_again").joinpath("model_card_templates")
-    return Template(folder.joinpath(f"{name}.md").read_text(encoding="utf-8"))
+def _environment() -> Environment:
+    from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined, UndefinedError
 
+    def escaped(value: Any) -> Markup:
+        if isinstance(value, Undefined):
+            raise UndefinedError(f"a card's template shows what its manifest does not hold: {value._undefined_name}")
+        return plain(value)
 
-def _filled(name: str, **values: str) -> str:
-    """One pass over the template: what is filled in is not looked at again, whatever a user has written there."""
-    return re.sub(r"\n{3,}", "\n\n", _template(name).substitute(values))
-
-
-def _use(manifest: Mapping[str, Any], record: Mapping[str, Any], kind: Kind) -> str:
-    repo, branch, model = repo_of(manifest, record["index"]), branch_of(manifest), manifest["spec"]["model"]
-    values = {
-        "source": f'"{repo}"{_revision(manifest)}' if repo else '"FOLDER"',
-        "timm": (f"hf-hub:{repo}" + (f"@{branch}" if branch else "")) if repo else "local-dir:FOLDER",
-    }
-    parts = [_filled(f"use_{kind.templates}", **values)]
-    if repo and (manifest.get("hub") or {}).get("private"):
-        parts.insert(0, "The repository is private: `hf auth login` comes first.")
-    if not is_external(record) and kind.own.fullmatch(model):
-        values |= {"model": model, "type": "char_cnn_lstm" if "char-cnn" in model else "lstm_lm"}
-        parts.append(_filled(f"{'alone' if repo else 'local'}_{kind.templates}", **values))
-    return "\n\n".join(part.rstrip() for part in parts)
-
-
-def _revision(manifest: Mapping[str, Any]) -> str:
-    return f', revision="{branch}"' if (branch := branch_of(manifest)) else ""
-
-
-def _link(repo: str) -> str:
-    return f"[{repo}](https://huggingface.co/{repo})"
-
-
-def _origin(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
-    spec, parent = manifest["spec"], record["parent"]
-    if is_external(record):
-        source = record.get("source", {})
-        revision = f" at {plain(source['revision'])}" if source.get("revision") else ""
-        yield f"A copy of {plain(local_name(str(source.get('path_or_repo'))))}{revision}, which was trained elsewhere:"
-        yield "generation 0 of a born-again lineage, the teacher of generation 1."
-        return
-    what = f"A {_model(spec)} trained from scratch on {_dataset(manifest)}"
-    if parent is None:
-        yield f"{what} by its labels: generation 0 of a born-again lineage, the teacher of generation 1."
-        return
-    # Of a network trained elsewhere it is not known.
-    same = "" if spec.get("teacher") and parent == 0 else " of the same architecture"
-    fit = record.get("teacher_fit") or {}
-    known = ""
-    if fit.get("perplexity") is not None:
-        known = f", whose perplexity on a sample of the training text is {fit['perplexity']:.2f}"
-    elif fit.get("accuracy") is not None:
-        known = f", which is right on {fit['accuracy']:.2%} of a sample of the training set"
-    yield f"{what} with another seed, taught by generation {parent}{same}{known}. Objective: {_objective(record)}."
-    repo, commit = repo_of(manifest, parent), commit_of(manifest["generations"][parent])
-    if repo is None:
-        yield "No weights were taken from its teacher."
-        return
-    yield f"Its teacher is {_link(repo)}{f' at commit {commit}' if commit else ''}; `base_model` names it, though no"
-    yield "weights were taken from it."
-
-
-def _measured(spec: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    if is_external(record):
-        return "Measured on the weights beside this card, in float32."
-    chosen = "after the last step"
-    if spec["training"].get("load_best_model_at_end"):
-        chosen = "of the checkpoint that was best in the evaluations during training"
-        if "validation" in record["metrics"]:
-            chosen = "of the checkpoint that was best on validation"
-    return f"Measured on the weights beside this card, in float32, {chosen}; one run, one seed."
-
-
-def _results(metrics: Mapping[str, Mapping[str, float | int | None]]) -> str:
-    return "\n".join(
-        f"- {plain(split)} {plain(metric)}: {_shown(value)}"
-        for split, values in metrics.items()
-        for metric, value in values.items()
+    environment = Environment(
+        loader=PackageLoader("born_again", "model_card_templates"),
+        autoescape=True,  # what is no Markup is escaped, by finalize
+        finalize=escaped,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.tests["external"] = _is_external
+    environment.globals["objective"] = _objective
+    environment.filters |= {
+        "local_name": local_name,
+        "setting": setting,
+        "in_brackets": _in_brackets,
+        "link": lambda repo: Markup(f"[{repo}](https://huggingface.co/{repo})"),
+        "shown": _shown,
+        "paragraph": lambda text: Markup(" ".join(text.split())),
+    }
+    return environment
 
 
-def _lineage(manifest: Mapping[str, Any], kind: Kind) -> str:
-    """As `results_table` prints it in a terminal, its objectives escaped."""
-    records = [{**record, "objective": plain(record["objective"])} for record in manifest["generations"]]
-    if not any(record["metrics"] for record in records):
-        return "Not measured."
-    seeds = "" if all(map(is_external, manifest["generations"])) else " One run, one seed for each generation."
-    return f"{results_table({**manifest, 'generations': records})}\n\n{kind.legend}{seeds}"
+def _is_external(record: Mapping[str, Any]) -> bool:
+    return record["objective"] == EXTERNAL
 
 
-def _calibration(metrics: Mapping[str, Mapping[str, float | None]]) -> str:
-    sentences = []
-    for split, values in metrics.items():
-        if (ece := values.get("ece")) is not None:
-            sentences.append(
-                f"On {plain(split)} the confidence in the predicted class is off the accuracy by {100 * ece:.2f} "
-                "percentage points on average (expected calibration error), in whichever direction."
-            )
-            if (nll := values.get("nll")) is not None:
-                sentences.append(f"The mean negative log-likelihood of the true class is {nll:.4f} nats.")
-    return " ".join(sentences) or "Not measured."
+def _objective(record: Mapping[str, Any]) -> Markup:
+    meaning = _OBJECTIVES.get(record["objective"])
+    return Markup(f"{plain(record['objective'])}{f' ({meaning})' if meaning else ''}")
 
 
-def _training(manifest: Mapping[str, Any], record: Mapping[str, Any], kind: Kind) -> list[str]:
-    spec, data = manifest["spec"], manifest["data"]
-    parameters = f"; {record['parameters']:,} parameters" if record.get("parameters") else ""
-    return [
-        f"- objective: {_objective(record)}",
-        f"- seed: {record['seed']}",
-        f"- architecture: {_model(spec)}{_settings(spec.get('model_args'))}{parameters}",
-        f"- data: {_dataset(manifest)}{_settings(spec.get('data_args'))}{_sizes(data, kind)}",
-        *(f"- {plain(key)}: {setting(value)}" for key, value in spec["training"].items()),
-        f"- versions: {', '.join(f'{plain(name)} {plain(version)}' for name, version in record['versions'].items())}",
-    ]
-
-
-def _settings(values: Mapping[str, Any] | None) -> str:
+def _in_brackets(values: Mapping[str, Any] | None) -> Markup:
     inside = ", ".join(f"{plain(key)} {setting(value)}" for key, value in (values or {}).items())
-    return f" ({inside})" if inside else ""
+    return Markup(f" ({inside})" if inside else "")
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _counts(data: Mapping[str, Any]) -> dict[str, int]:
@@ -294,106 +266,120 @@ def _counts(data: Mapping[str, Any]) -> dict[str, int]:
     return {split: count for split, count in held.items() if type(count) is int} if isinstance(held, dict) else {}
 
 
-def _share(data: Mapping[str, Any], split: str, name: str) -> float:
-    """A fraction of a split's tokens, see `born_again.data.coverage`; 0 where it is not known."""
-    for key in ("coverage", split, name):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data if isinstance(data, float) and 0 < data <= 1 else 0.0
+# ---- Where things are on the Hub ----
 
 
-def _sizes(data: Mapping[str, Any], kind: Kind) -> str:
-    counts = ", ".join(f"{plain(split)} {count:,}" for split, count in _counts(data).items())
-    return f"; {kind.unit}: {counts}" if counts else ""
+def _repo_of(manifest: Mapping[str, Any], index: int | str) -> str | None:
+    """The repository of a generation or, by "ensemble", of the ensemble; None where it is not known."""
+    held, pattern = manifest.get("hub") or {}, "{name}-ensemble"
+    if isinstance(index, int):
+        own = (manifest["generations"][index].get("hub") or {}).get("repo")
+        if is_repo_id(own):
+            return own
+        pattern = held.get("pattern") or "{name}-gen{index}"
+    # No str.format: a pattern is read from a file, and could ask for attributes.
+    name = str(pattern).replace("{name}", manifest["name"]).replace("{index}", str(index))
+    repo = f"{held.get('namespace')}/{name}"
+    return repo if held.get("namespace") and is_repo_id(repo) else None
 
 
-def _limits(
-    manifest: Mapping[str, Any],
-    metrics: Mapping[str, Mapping[str, float | None]],
-    kind: Kind,
-    record: Mapping[str, Any],
-) -> str:
-    spec, data = manifest["spec"], manifest["data"]
-    dataset, count = _dataset(manifest), _counts(data).get("test", 0)
-    sentences = [
-        f"Measured on {dataset} and on nothing else: not on other data, not for robustness, fairness or any use."
-        if metrics
-        else f"Not measured, neither on {dataset} nor on anything else."
+def _commit_of(record: Mapping[str, Any]) -> str | None:
+    commit = (record.get("hub") or {}).get("commit")
+    return commit if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{7,64}", commit) else None
+
+
+def _branch_of(manifest: Mapping[str, Any]) -> str:
+    """Empty for the default branch."""
+    branch = (manifest.get("hub") or {}).get("branch")
+    return branch if isinstance(branch, str) and re.fullmatch(r"\w[\w./-]{0,95}", branch, re.ASCII) else ""
+
+
+def _license_of(manifest: Mapping[str, Any]) -> str | None:
+    name = (manifest.get("hub") or {}).get("license")
+    return one_line(name) if isinstance(name, str) else None
+
+
+def _hub_dataset(manifest: Mapping[str, Any]) -> str | None:
+    """The Hub id of the dataset; None for one that is embedded or a folder."""
+    name, data = manifest["spec"]["dataset"], manifest["data"]
+    if name in _HUB_DATASETS:
+        return _HUB_DATASETS[name]
+    # Images from the Hub come with the commit they were read at, which a folder does not have.
+    from_the_hub = "image_column" not in data or isinstance(data.get("revision"), str)
+    return name if from_the_hub and is_hub_id(name) else None
+
+
+def _dataset_name(manifest: Mapping[str, Any]) -> str:
+    """The dataset as it may be shown: of a folder the last part."""
+    name = manifest["spec"]["dataset"]
+    return name if _hub_dataset(manifest) else last_part(name)
+
+
+def _datasets_of(manifest: Mapping[str, Any]) -> list[str] | None:
+    return [name] if (name := _hub_dataset(manifest)) else None
+
+
+def _base_model_of(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
+    if record["parent"] is not None:
+        return _repo_of(manifest, record["parent"])
+    source = record.get("source", {}).get("path_or_repo") if _is_external(record) else None
+    return source if is_hub_id(source) else None
+
+
+# ---- Front matter ----
+
+
+def _provenance(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {
+        "generation": record["index"],
+        "objective": one_line(record["objective"]),
+        "seed": record["seed"],
+        "weights_sha256": record["weights_sha256"],
+        "spec_sha256": manifest.get("spec_sha256"),
+    }
+    if record["parent"] is not None:
+        parent = manifest["generations"][record["parent"]]
+        about = {
+            "generation": record["parent"],
+            "weights_sha256": parent["weights_sha256"],
+            "repo": _repo_of(manifest, record["parent"]),
+            "commit": _commit_of(parent),
+        }
+        facts["parent"] = {name: value for name, value in about.items() if value is not None}
+    if not _is_external(record):
+        facts["versions"] = {one_line(name): one_line(version) for name, version in record["versions"].items()}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _true_split(manifest: Mapping[str, Any], split: str) -> str:
+    """What the dataset calls a split: "validation" for "test", where it has no test split."""
+    name = manifest["data"].get("test_split")
+    return name if split == "test" and isinstance(name, str) else split
+
+
+def _eval_results(
+    manifest: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], kind: _Kind
+) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    hub_id, shown = _hub_dataset(manifest), one_line(_dataset_name(manifest))
+    data_args = manifest["spec"].get("data_args") or {}
+    limit = data_args.get("max_eval_samples")
+    revision = manifest["data"].get("revision") or data_args.get("dataset_revision")
+    return [
+        EvalResult(
+            task_type=kind.task,
+            task_name=kind.task.replace("-", " ").capitalize(),
+            dataset_type=hub_id or shown,
+            dataset_name=shown,
+            dataset_split=one_line(_true_split(manifest, split)),
+            dataset_revision=one_line(revision) if hub_id and isinstance(revision, str) else None,
+            dataset_args={"max_eval_samples": limit} if type(limit) is int else None,
+            metric_type=_METRICS[name][0] if name in _METRICS else one_line(name),
+            metric_name=_METRICS[name][1] if name in _METRICS else one_line(name),
+            metric_value=value,
+        )
+        for split, values in metrics.items()
+        for name, value in values.items()
+        if name not in _COUNTS and value is not None and math.isfinite(value)
     ]
-    if not is_external(record):
-        sentences.append(
-            "With one seed for each generation the spread between seeds is not known, and a small gain may be chance."
-        )
-    accuracy = metrics.get("test", {}).get("accuracy")
-    if count and accuracy is not None and 0 <= accuracy <= 1:
-        error = 100 * math.sqrt(accuracy * (1 - accuracy) / count)
-        sentences.append(
-            f"The test split has {count:,} images, from which alone the accuracy has a standard error of {error:.2f} "
-            "percentage points."
-        )
-    elif count and metrics:
-        sentences.append(f"The test split has {count:,} {kind.unit}.")
-    if (split := true_split(manifest, "test")) != "test":
-        sentences.append(f"The dataset has no test split: what is called test here is its split {plain(split)}.")
-    purposes = {"max_train_samples": "for training", "max_eval_samples": "of each split measured"}
-    if is_external(record):
-        del purposes["max_train_samples"]
-    for name, purpose in purposes.items():
-        if (limit := (spec.get("data_args") or {}).get(name)) is not None:
-            sentences.append(f"No more than {setting(limit)} {kind.unit} were taken {purpose}.")
-    if is_external(manifest["generations"][0]):
-        sentences.append("What generation 0 was trained on is not known here, nor whether the test split was in it.")
-    if kind is IMAGES and "image_column" in data and not is_external(record):  # read by load_images
-        size = setting((spec.get("data_args") or {}).get("image_size", 32))
-        sentences.append(
-            f"It was trained on images of {size}x{size} pixels, to which others were squashed whatever their "
-            "proportions; on images read in another way it is less accurate."
-        )
-    elif kind is IMAGES and kind.own.fullmatch(spec["model"]) and not is_external(record):
-        sentences.append("The network is made for images of 32x32 pixels.")
-    if kind is TEXT and type(data.get("vocabulary")) is int:
-        sentences.append(f"It reads and writes the {data['vocabulary']:,} words of its vocabulary and no others.")
-        unknown = _share(data, "test", "unknown")
-        if unknown:
-            sentences.append(
-                f"Of the tokens of the test split {unknown:.2%} are not among them and were read as `<unk>`, which "
-                "makes perplexities lower than those of the text."
-            )
-    return " ".join(sentences)
-
-
-def _hardware(records: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(f"- gen{record['index']}: {_place(record)}" for record in records)
-
-
-def _place(record: Mapping[str, Any]) -> str:
-    if is_external(record):
-        return "trained elsewhere"
-    parts = [plain(record.get("hardware") or "hardware not recorded"), f"{record['seconds']:,.0f} seconds of training"]
-    if record.get("steps"):
-        parts.append(f"{record['steps']:,} steps")
-    if record.get("peak_memory_mib"):
-        parts.append(f"peak memory {record['peak_memory_mib']:,} MiB")
-    return "; ".join(parts)
-
-
-def _model(spec: Mapping[str, Any]) -> str:
-    return plain(local_name(spec["model"]))
-
-
-def _dataset(manifest: Mapping[str, Any]) -> str:
-    return plain(dataset_name(manifest))
-
-
-def _objective(record: Mapping[str, Any]) -> str:
-    meaning = _OBJECTIVES.get(record["objective"])
-    return plain(record["objective"]) + (f" ({meaning})" if meaning else "")
-
-
-def _recipe(record: Mapping[str, Any]) -> str:
-    return "trained elsewhere" if is_external(record) else f"{plain(record['objective'])}, seed {record['seed']}"
-
-
-def _shown(value: float | int | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

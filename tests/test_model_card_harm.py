@@ -8,9 +8,10 @@ from card_manifests import HUB, IMAGE_METRICS, TEXT_METRICS, codes, data_of, ens
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from born_again.card_markup import one_line, plain
-from born_again.model_card import ensemble_card, image_classifier_card, language_model_card
+from born_again.model_card import _environment, ensemble_card, image_classifier_card, language_model_card
 
 HARM = [
     "</td><script>alert(1)</script>",
@@ -77,6 +78,7 @@ def check_card(card: str, usual: str) -> None:
     """Of a card with a text of a user, and the same card with harmless words in its place."""
     card.encode()
     held, expected = data_of(card), data_of(usual)
+    assert ModelCard(str(ModelCard(card))).data.to_dict() == held  # also as the Hub's library writes it
     matter = card.split("\n---\n")[0]
     assert set(expected) - {"license"} <= set(held) and "&id" not in matter and "<" not in matter
     body, usual_body = (ModelCard(text).text for text in (card, usual))
@@ -103,6 +105,13 @@ def test_text_of_users_stays_text(text):
 @given(st.text("\\`*_{}[]()<>#+-=.!|~&$'\": \n\t%@/ab1é\u2028\U0001f600", min_size=1, max_size=40))
 def test_any_text_of_users_stays_text(text):
     check_harmless(text)
+
+
+def test_a_template_cannot_show_what_is_not_there_nor_leave_a_value_as_it_is():
+    template = _environment().from_string("{{ 'a' if held else held }}{{ held }}{% if not lost.deeper %}!{% endif %}")
+    assert template.render(held="|") == r"a\|!"
+    with pytest.raises(UndefinedError, match="shows what its manifest does not hold: held"):
+        template.render()
 
 
 def test_front_matter_holds_the_text_itself():

@@ -33,7 +33,6 @@ LAYERS = {
     "pixels": 1,
     "card_markup": 2,
     "objectives": 2,
-    "card_facts": 3,
     "model_card": 4,
     "chunked": 3,
     "models": 3,
