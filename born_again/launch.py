@@ -23,7 +23,8 @@ from born_again.lineage.machine import (
     precision_problem,
     precision_words,
 )
-from born_again.lineage.manifest import LineageError, Manifest
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.processes import on_first_process
 from born_again.lineage.publication import HubSettings
 from born_again.lineage.runner import Generation, LineageRunner
@@ -165,6 +166,32 @@ def _restore(flags: LineageFlags, training: BornAgainTrainingArguments, settings
         if not flags.hub_defer:
             raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
         logging.getLogger(__name__).warning("%s It begins anew.", error)
+
+
+def teacher_named(source: str, load: Callable[[], nn.Module]) -> nn.Module:
+    """Loads what --teacher names.
+
+    Args:
+        source: folder or Hub id.
+        load: loads it.
+
+    Raises:
+        ValueError: it is the folder of several networks, or cannot be loaded; says what --teacher takes.
+    """
+    for name, what in ((ENSEMBLE_NAME, "an ensemble"), (MANIFEST_NAME, "a lineage")):
+        if (Path(source) / name).is_file():
+            raise ValueError(
+                f"--teacher {source!r} is the folder of {what}, expected a single network; give the folder of one "
+                "generation, such as OUTPUT_DIR/gen2."
+            )
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--teacher {source!r} cannot be loaded ({error}); expected the folder of a generation or of a network "
+            "with config.json and model.safetensors (of timm: save_for_hf with safe_serialization=True), or "
+            f"'owner/name' on the Hub; check the spelling, a folder is looked for from {str(Path.cwd())!r}."
+        ) from error
 
 
 def publishing(flags: LineageFlags, training: BornAgainTrainingArguments) -> BackgroundPublisher | None:

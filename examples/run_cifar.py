@@ -35,7 +35,16 @@ from born_again.data.images import ImageData, load_images
 from born_again.data.mirroring import doubt_of_mirroring, may_mirror
 from born_again.data.placement import fits_on_gpu
 from born_again.environment import take_from_launcher
-from born_again.launch import LineageFlags, go_on, hub_settings, launch, of_generation, publishing, train
+from born_again.launch import (
+    LineageFlags,
+    go_on,
+    hub_settings,
+    launch,
+    of_generation,
+    publishing,
+    teacher_named,
+    train,
+)
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, use_cores
@@ -222,7 +231,7 @@ def build_runner(
         )
 
     def take_teacher() -> nn.Module:
-        teacher = load_image_classifier(spec.teacher, spec.teacher_revision)
+        teacher = teacher_named(spec.teacher, lambda: load_image_classifier(spec.teacher, spec.teacher_revision))
         height, width, channels = data.test.pixels.shape[1:]
         check_image_shape(teacher, channels, (height, width))
         if (asked := read_otherwise(teacher.config.pretrained_cfg, data.interpolation)) is not None:

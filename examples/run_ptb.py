@@ -26,7 +26,16 @@ from born_again.curve import draw_curve
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
 from born_again.environment import take_from_launcher
-from born_again.launch import LineageFlags, go_on, hub_settings, launch, of_generation, publishing, train
+from born_again.launch import (
+    LineageFlags,
+    go_on,
+    hub_settings,
+    launch,
+    of_generation,
+    publishing,
+    teacher_named,
+    train,
+)
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, use_cores
@@ -205,6 +214,7 @@ def build_runner(
         return {split: evaluate_language_model(model, text, training.device) for split, text in texts.items()}
 
     def take_teacher() -> nn.Module:
+        network = teacher_named(spec.teacher, lambda: load_language_model(spec.teacher, spec.teacher_revision))
         if Path(spec.teacher).is_dir() and not has_tokenizer(spec.teacher):  # transformers would make an empty one
             raise ValueError(
                 f"teacher: {spec.teacher!r} has no tokenizer (tokenizer.json or tokenizer_config.json), expected the "
@@ -216,7 +226,6 @@ def build_runner(
             data.tokenizer,
             f"Where the teacher was trained on this text's words, save their tokenizer in {spec.teacher!r}.",
         )
-        network = load_language_model(spec.teacher, spec.teacher_revision)
         if (limit := positions(network)) is not None and limit < window:
             raise ValueError(
                 f"teacher: {spec.teacher!r} was made for texts of {limit} tokens, and the window is {window}; "

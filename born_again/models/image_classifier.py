@@ -274,6 +274,7 @@ def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassif
     settings = (
         read_settings(Path(source)) if is_folder else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
     )
+    is_timms = _take_from_timm(settings)
     if settings.get("model_type") != "timm_wrapper" or settings.get("num_classes") == 0:
         raise ValueError(
             f"path_or_repo={source!r} holds a model of type {settings.get('model_type')!r} with "
@@ -294,13 +295,28 @@ def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassif
             f"path_or_repo={source!r}: config.json has model_args {reserved}, which would bring in other weights or "
             "another number of classes, expected arguments of the network alone; take them out."
         )
+    config = TimmWrapperConfig.from_dict(copy.deepcopy(settings))
     if is_folder:
-        config = TimmWrapperConfig.from_dict(copy.deepcopy(settings))
         check_size(lambda: TimmWrapperForImageClassification(config), Path(source))
+    own = {"config": config} if is_timms else {}  # transformers would read what timm has written as it stands
     model, report = TimmWrapperForImageClassification.from_pretrained(
-        source, revision=revision, use_safetensors=True, output_loading_info=True
+        source, revision=revision, use_safetensors=True, output_loading_info=True, **own
     )
     return model, settings, report
+
+
+def _take_from_timm(settings: dict[str, Any]) -> bool:
+    """Brings what timm's own save_for_hf writes, in place, to what transformers reads; whether it is that.
+
+    It names no model_type, and has the number of classes in model_args too, which the wrapper passes by itself.
+    """
+    if "model_type" in settings or "architecture" not in settings or not isinstance(settings.get("num_classes"), int):
+        return False
+    settings["model_type"] = "timm_wrapper"
+    if isinstance(arguments := settings.get("model_args"), dict):
+        kept = {name: value for name, value in arguments.items() if name != "num_classes"}
+        settings["model_args"] = kept if arguments.get("num_classes") == settings["num_classes"] else arguments
+    return True
 
 
 def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import arguments
 from transformers import set_seed
@@ -95,6 +96,36 @@ def test_a_teacher_of_other_images_is_refused_before_anything_is_kept(tmp_path, 
     with pytest.raises(ValueError, match=message):
         start(*words)
     assert not (tmp_path / "out" / "gen0").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("ensemble/ensemble.json", "is the folder of an ensemble, expected a single network; give the folder of one"),
+        ("lineage/lineage.json", "is the folder of a lineage, expected a single network; give the folder of one"),
+        ("nowhere", "cannot be loaded .* expected the folder of a generation or .* is looked for from '/"),
+    ],
+)
+def test_a_teacher_that_is_no_single_network_is_refused_by_its_flag(tmp_path, what, message):
+    path = tmp_path / what
+    if path.suffix:
+        path.parent.mkdir()
+        path.write_text("{}")
+        path = path.parent
+    with pytest.raises(ValueError, match=f"--teacher '{path}' {message}"):
+        start("--output_dir", tmp_path / "out", "--teacher", path)
+
+
+def test_a_teacher_saved_by_timm_is_taken(tmp_path):
+    network = timm.create_model("test_wide_resnet_cifar", num_classes=10, proj_drop_rate=0.1)
+    labels = {"label_names": [str(digit) for digit in range(10)]}
+    options = {"model_config": labels, "model_args": {"num_classes": 10, "proj_drop_rate": 0.1}}
+    timm.models.save_for_hf(network, tmp_path / "teacher", safe_serialization=True, **options)
+    words = ["--max_train_samples", 64, "--max_eval_samples", 32, "--generations", 0]
+    start(*words, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "teacher")
+    taken = load_image_classifier(tmp_path / "out" / "gen0").timm_model
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, taken.state_dict()[name])
 
 
 @pytest.mark.slow
