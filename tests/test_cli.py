@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -246,6 +247,17 @@ def test_data_that_has_moved_is_asked_for_and_compared_by_its_hash(run, images):
     assert "give --dataset" in error
     status, result, _ = run("evaluate", images / "gen1", "--dataset", "digits", "--json")
     assert (status, result["agrees"], result["compared"]) == (0, True, True)
+
+
+def test_data_in_a_folder_named_from_elsewhere_is_asked_for(run, images):
+    """ "photos/birds" may be a folder where the lineage was trained, or a repository of the Hub."""
+    content = json.loads((images / "lineage.json").read_text())
+    content["spec"]["dataset"] = content["data"]["source"] = "photos/birds"
+    content["spec_sha256"] = spec_sha256(content["spec"])
+    (images / "lineage.json").write_text(json.dumps(content))
+    status, _, error = run("evaluate", images / "gen1")
+    assert status == 2 and "measured on 'photos/birds', which cannot be read here" in error
+    assert f"it is looked for from {os.getcwd()!r}" in error and "give --dataset" in error
 
 
 def test_data_that_is_not_the_networks_is_refused(run, images, text_lineages, tmp_path):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,14 @@ def remeasure(
             raise
         result["note"] += f", and do not load ({error})"
         return result
+    read = partial(_read, is_recorded=dataset is None)
     if getattr(model.config, "model_type", None) == "timm_wrapper":
         if subject.manifest is None:
             arguments, doubt = _preprocessing(model.config.pretrained_cfg or {}, arguments)
             result |= {"data_args": arguments, "note": f"{result['note']}{doubt}"}
-        measured, items, fingerprint = _measure_images(model, name, arguments, batch_size or _IMAGE_BATCH, place)
+        measured, items, fingerprint = _measure_images(model, read, name, arguments, batch_size or _IMAGE_BATCH, place)
     else:
-        measured, items, fingerprint = _measure_text(model, subject, name, arguments, batch_size, place)
+        measured, items, fingerprint = _measure_text(model, read, subject, name, arguments, batch_size, place)
     result |= {"items": items, "test_split": fingerprint.get("test_split", "test")}
     recorded = None
     if subject.recorded is not None and not is_changed:
@@ -311,6 +313,24 @@ def _is_gone(dataset: str) -> bool:
     return is_path and not os.path.exists(os.path.expanduser(dataset))
 
 
+def _read(load: Callable[..., Any], dataset: str, *, is_recorded: bool, **options: Any) -> Any:
+    """Reads the data; of "folder/name" in a record nobody knows whether it was a folder where the lineage was trained.
+
+    Raises:
+        ValueError: what `load` raises; where it is for want of a folder, says from where that was looked for.
+    """
+    try:
+        return load(dataset, **options)
+    except (ValueError, ConnectionError) as error:
+        if not is_recorded or dataset.count("/") != 1 or os.path.exists(os.path.expanduser(dataset)):
+            raise
+        raise ValueError(
+            f"dataset: got none, and the lineage was measured on {dataset!r}, which cannot be read here ({error}). If "
+            f"it is a folder, it is looked for from {os.getcwd()!r}: go where the lineage was trained, or give "
+            "--dataset with the place where the same data is. What is compared is its sha256."
+        ) from error
+
+
 def _loader_arguments(arguments: Mapping[str, Any], own: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
     for name in others:
         if name in arguments:
@@ -341,7 +361,12 @@ def _preprocessing(saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> tu
 
 
 def _measure_images(
-    model: nn.Module, dataset: str, arguments: Mapping[str, Any], batch_size: int, device: torch.device
+    model: nn.Module,
+    read: Callable[..., Any],
+    dataset: str,
+    arguments: Mapping[str, Any],
+    batch_size: int,
+    device: torch.device,
 ) -> _Measured:
     options = _loader_arguments(arguments, _OF_IMAGES, _OF_TEXT)
     saved = model.config.pretrained_cfg or {}
@@ -351,7 +376,7 @@ def _measure_images(
             "path: its config.json has no mean and std of the images it was trained on, expected both in "
             "pretrained_cfg; save it by save_image_classifier."
         )
-    data = load_images(dataset, **options)
+    data = read(load_images, dataset, **options)
     names = dict(model.config.id2label)
     for index in range(max(len(names), len(data.label_names))):
         theirs = data.label_names[index] if index < len(data.label_names) else None
@@ -367,6 +392,7 @@ def _measure_images(
 
 def _measure_text(
     model: nn.Module,
+    read: Callable[..., Any],
     subject: _Subject,
     dataset: str,
     arguments: Mapping[str, Any],
@@ -375,7 +401,7 @@ def _measure_text(
 ) -> _Measured:
     options = _loader_arguments(arguments, _OF_TEXT, _OF_IMAGES)
     tokenizer = AutoTokenizer.from_pretrained(subject.tokenizer, revision=subject.revision, trust_remote_code=False)
-    data = load_text(dataset, **options)
+    data = read(load_text, dataset, **options)
     try:
         check_same_tokens(tokenizer, data.tokenizer)
     except ValueError as error:
