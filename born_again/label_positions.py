@@ -21,6 +21,47 @@ _TO_SHIFT = (
 )
 
 
+class LabelsOfNetworks:
+    """What BornAgainTrainer needs to find out, on its first batch, what labels are to its networks; a part of it, in a
+    file of its own."""
+
+    def _learn_what_labels_do(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Finds out on the first batch how the student's own loss, which is not computed, comes from its logits.
+
+        Raises:
+            ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost. A teacher that
+                predicts other tokens at its positions. Labels from which the student would learn to copy its input.
+        """
+        student, sharded = self._bare_student(), self.is_fsdp_enabled or self.is_deepspeed_enabled
+        batch, labels = self._prepare_inputs(inputs), self._prepare_input(labels)
+        inputs = self._inputs_of_student(batch)
+        weight = next(student.parameters(), labels)
+        if weight.device != labels.device or (sharded and not self.accelerator._models):
+            return  # not prepared yet, as where the teacher is measured first: a later batch tells
+        with self.accelerator.autocast():
+            found = network_loss(student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None)
+        if not self._reads_streams:
+            self._learn_positions(student, found.shifts_labels, self._student_inputs.main(inputs), batch, labels)
+        self._network_loss = found
+
+    def _learn_positions(
+        self, student: nn.Module, shift: bool | None, ids: Any, batch: Mapping[str, Any], labels: Tensor
+    ) -> None:
+        if self.teacher is not None:
+            check_decoder_inputs(student, self._teachers, batch, labels)
+            with self.accelerator.autocast():
+                shift = shift_beside(self._frozen_teacher(), student, shift, batch, labels, ids)
+        if shift is not None:
+            self._shifts_labels = shift
+        if (warning := copied_labels(student, self._shifts_labels or shift, ids, labels)) is not None:
+            self._warn(warning)
+
+    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
+        """What the student would have added to its loss: a mixture of experts the balance of its router."""
+        weight = 0.0 if self._network_loss is None else self._network_loss.auxiliary_weight
+        return weight * outputs["aux_loss"] if weight else 0.0
+
+
 def shift_beside(
     teacher: FrozenTeacher,
     student: nn.Module,

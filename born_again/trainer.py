@@ -20,10 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from born_again.base_trainer import BaseTrainer, explaining_errors
 from born_again.divergence import DivergenceGuard
 from born_again.fit import TeacherAccuracy, changed, sums_of_rows
-from born_again.label_positions import check_decoder_inputs, copied_labels, shift_beside
+from born_again.label_positions import LabelsOfNetworks
 from born_again.labels import LabelRange, class_numbers
 from born_again.network_inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
-from born_again.network_loss import NetworkLoss, declares_shift, network_loss
+from born_again.network_loss import NetworkLoss, declares_shift
 from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, watched_items
 from born_again.pixels import preprocessing_of_training, wrong_config
 from born_again.schedule import multi_step_schedule
@@ -63,7 +63,7 @@ _TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
+class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
@@ -515,43 +515,6 @@ class BornAgainTrainer(TeacherAccuracy, ChunkedStep, BaseTrainer):
     @property
     def _teachers(self) -> list[nn.Module]:
         return [] if self.teacher is None else self.teacher.modules
-
-    def _learn_what_labels_do(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Finds out on the first batch how the student's own loss, which is not computed, comes from its logits.
-
-        Raises:
-            ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost. A teacher that
-                predicts other tokens at its positions. Labels from which the student would learn to copy its input.
-        """
-        student, sharded = self._bare_student(), self.is_fsdp_enabled or self.is_deepspeed_enabled
-        batch, labels = self._prepare_inputs(inputs), self._prepare_input(labels)
-        inputs = self._inputs_of_student(batch)
-        weight = next(student.parameters(), labels)
-        if weight.device != labels.device or (sharded and not self.accelerator._models):
-            return  # not prepared yet, as where the teacher is measured first: a later batch tells
-        with self.accelerator.autocast():
-            found = network_loss(student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None)
-        if not self._reads_streams:
-            self._learn_positions(student, found.shifts_labels, batch, labels)
-        self._network_loss = found
-
-    def _learn_positions(
-        self, student: nn.Module, shift: bool | None, batch: Mapping[str, Any], labels: Tensor
-    ) -> None:
-        ids = self._student_inputs.main(batch)
-        if self.teacher is not None:
-            check_decoder_inputs(student, self._teachers, batch, labels)
-            with self.accelerator.autocast():
-                shift = shift_beside(self._frozen_teacher(), student, shift, batch, labels, ids)
-        if shift is not None:
-            self._shifts_labels = shift
-        if (warning := copied_labels(student, self._shifts_labels or shift, ids, labels)) is not None:
-            self._warn(warning)
-
-    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
-        """What the student would have added to its loss: a mixture of experts the balance of its router."""
-        weight = 0.0 if self._network_loss is None else self._network_loss.auxiliary_weight
-        return weight * outputs["aux_loss"] if weight else 0.0
 
     def _shift(self, labels: Tensor) -> Tensor:
         """Aligns labels with logits: in causal language models position i predicts token i + 1, the last nothing."""
