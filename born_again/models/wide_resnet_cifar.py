@@ -175,9 +175,7 @@ class WideResNetCifar(nn.Module):
             self.feature_info.append({"num_chs": chans, "reduction": 2 ** (i - 1), "module": tap})
         self.norm = BatchNormAct2d(chans, **dd)
         self.num_features = chans
-        # A timm whose networks take neither is called without.
-        given = {name: value for name, value in dd.items() if value is not None}
-        self.head = ClassifierHead(chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **given)
+        self.head = ClassifierHead(chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = chans * self.head.global_pool.feat_mult()
         self._init_weights()
 

@@ -340,6 +340,23 @@ def test_columns_refused(tmp_path):
     assert load_images(folder, image_column="left", label_column="place").train.labels.tolist() == [1, 0]
 
 
+def test_splits_without_rows_are_refused(tmp_path):
+    rows, none = rows_of(range(2), [0, 1]), {"image": [], "label": []}
+    features = datasets.Features(PLAIN)
+    full, hollow = datasets.Dataset.from_dict(rows, features), datasets.Dataset.from_dict(none, features)
+    with pytest.raises(ValueError, match="split 'test' is empty; expected at least one row"):
+        decode.choose_splits("hollow", {"train": full, "test": hollow})
+    try:
+        folder = write_parquet(tmp_path / "hollow", {"train": rows, "test": none}, PLAIN)
+        datasets.DatasetDict({"train": full, "test": hollow}).save_to_disk(str(tmp_path / "saved"))
+    except ZeroDivisionError:
+        pytest.skip("this datasets writes no file without rows")
+    with pytest.raises(ValueError, match='hollow.* is refused by `datasets` .*"test".* no empty split'):
+        load_images(folder)
+    with pytest.raises(ValueError, match="saved' is refused by `datasets` .* no empty split"):
+        load_images(str(tmp_path / "saved"))
+
+
 def test_splits_refused(tmp_path):
     rows = rows_of(range(2), [0, 1])
     folder = write_parquet(tmp_path / "alone", {"train": rows}, PLAIN)
@@ -348,17 +365,6 @@ def test_splits_refused(tmp_path):
     folder = write_parquet(tmp_path / "tests", {"test": rows}, PLAIN)
     with pytest.raises(ValueError, match="has the splits test; expected one called 'train'"):
         load_images(folder)
-    folder = write_parquet(tmp_path / "hollow", {"train": rows, "test": {"image": [], "label": []}}, PLAIN)
-    with pytest.raises(ValueError, match='hollow.* is refused by `datasets` .*"test".* no empty split'):
-        load_images(folder)
-    features = datasets.Features(PLAIN)
-    full = datasets.Dataset.from_dict(rows, features)
-    hollow = datasets.Dataset.from_dict({"image": [], "label": []}, features)
-    datasets.DatasetDict({"train": full, "test": hollow}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="saved' is refused by `datasets` .* no empty split"):
-        load_images(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="split 'test' is empty; expected at least one row"):
-        decode.choose_splits("hollow", {"train": full, "test": hollow})
 
 
 def test_labels_refused(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ print(json.dumps(["left", sorted(path.name for path in folder.iterdir() if path.
 """
 
 
+def notices_a_cut_write() -> bool:
+    """Whether torch.save looks at what closing the file gave."""
+    try:
+        torch.save(1, "/dev/full")
+    except RuntimeError:
+        return True
+    return False
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_what_the_libraries_raise_when_a_write_fails(tmp_path):
     command = [sys.executable, "-c", FAILURES, str(tmp_path), str(LIMIT)]
@@ -96,7 +106,7 @@ def test_what_the_libraries_raise_when_a_write_fails(tmp_path):
         "torch.save, file object": TOO_LARGE,
         "torch.save, older format": TOO_LARGE,
         "torch.save, full": FULL,
-        "torch.save, little, full": FULL,
+        "torch.save, little, full": FULL if notices_a_cut_write() else "nothing was raised",
         "torch.save, chained": FULL,
         "safetensors": TOO_LARGE,
         "save_pretrained": TOO_LARGE,
@@ -164,6 +174,10 @@ def test_a_library_that_hides_the_number_is_read(tmp_path):
         assert disk_problem(SafetensorError(other), tmp_path) is None
 
 
+@pytest.mark.skipif(
+    "strerror" not in str(caught(torch.save, {}, tempfile.gettempdir())),
+    reason="this torch does not tell why a file cannot be opened",
+)
 def test_torch_tells_why_a_file_cannot_be_opened(tmp_path):
     is_a_folder = caught(torch.save, {}, tmp_path)
     assert "open file failed with strerror: Is a directory" in str(is_a_folder)
@@ -231,6 +245,8 @@ def test_a_cut_write_on_a_disk_without_room_says_so(tmp_path, monkeypatch):
 
     if not Path("/dev/full").exists():
         pytest.skip("needs Linux")
+    if not notices_a_cut_write():
+        pytest.skip("this torch does not notice that the little it wrote was cut")
     error = caught(torch.save, {"a": torch.zeros(9)}, "/dev/full")
     assert disk_problem(error, tmp_path) == FULL
     monkeypatch.setattr("os.statvfs", lambda folder: Full)
