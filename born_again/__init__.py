@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from born_again import models as models
+    from born_again.hub.publishing import publish_lineage as publish_lineage
     from born_again.lineage.ensemble import LineageEnsemble as LineageEnsemble
-    from born_again.lineage.loading import load_generation as load_generation
+    from born_again.lineage.evaluation import load_generation as load_generation
     from born_again.lineage.runner import LineageRunner as LineageRunner
     from born_again.lineage.spec import LineageSpec as LineageSpec
-    from born_again.lm_trainer import BornAgainLMTrainer as BornAgainLMTrainer
     from born_again.models.char_cnn_lstm import CharCnnLstmConfig as CharCnnLstmConfig
     from born_again.models.char_cnn_lstm import CharCnnLstmForCausalLM as CharCnnLstmForCausalLM
     from born_again.models.image_classifier import create_image_classifier as create_image_classifier
     from born_again.models.lstm_lm import LstmLMConfig as LstmLMConfig
     from born_again.models.lstm_lm import LstmLMForCausalLM as LstmLMForCausalLM
-    from born_again.publishing import publish_lineage as publish_lineage
-    from born_again.trainer import BornAgainTrainer as BornAgainTrainer
-    from born_again.training_args import BornAgainTrainingArguments as BornAgainTrainingArguments
+    from born_again.training.arguments import BornAgainTrainingArguments as BornAgainTrainingArguments
+    from born_again.training.lm_trainer import BornAgainLMTrainer as BornAgainLMTrainer
+    from born_again.training.trainer import BornAgainTrainer as BornAgainTrainer
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it; the imports above say the same to type checkers.
 _HOME = {
-    "BornAgainTrainer": "born_again.trainer",
-    "BornAgainLMTrainer": "born_again.lm_trainer",
-    "BornAgainTrainingArguments": "born_again.training_args",
+    "BornAgainTrainer": "born_again.training.trainer",
+    "BornAgainLMTrainer": "born_again.training.lm_trainer",
+    "BornAgainTrainingArguments": "born_again.training.arguments",
     "LineageSpec": "born_again.lineage.spec",
     "LineageRunner": "born_again.lineage.runner",
     "LineageEnsemble": "born_again.lineage.ensemble",
@@ -44,8 +44,8 @@ _HOME = {
     "LstmLMForCausalLM": "born_again.models.lstm_lm",
     "CharCnnLstmConfig": "born_again.models.char_cnn_lstm",
     "CharCnnLstmForCausalLM": "born_again.models.char_cnn_lstm",
-    "load_generation": "born_again.lineage.loading",
-    "publish_lineage": "born_again.publishing",
+    "load_generation": "born_again.lineage.evaluation",
+    "publish_lineage": "born_again.hub.publishing",
 }
 
 __all__ = [*_HOME, "models"]  # pyright: ignore[reportUnsupportedDunderAll]

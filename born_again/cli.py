@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: after --help.
     """
     # Imported here and in the commands: each loads what it needs, and status no network.
-    from born_again.lineage.schema import LineageError
+    from born_again.lineage.manifest import LineageError
 
     try:
         arguments = _parser().parse_args(argv)
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_of_the_hub(error: RuntimeError) -> bool:
-    from born_again.hub import HubError
+    from born_again.hub.client import HubError
 
     return isinstance(error, HubError)
 
@@ -224,7 +224,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from born_again.lineage.machine import use_cores
-    from born_again.lineage.remeasure import TOLERANCE, remeasure
+    from born_again.lineage.reevaluation import TOLERANCE, remeasure
 
     use_cores(None)  # as the runs are, so that sums are taken in the same order
     disable_progress_bar()
@@ -285,7 +285,7 @@ def _value(value: float | None) -> str:
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from born_again.lineage.publication import render_cards
+    from born_again.hub.files import render_cards
 
     for path in render_cards(arguments.output_dir):
         print(path)
@@ -293,7 +293,7 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    from born_again.publishing import publish_lineage
+    from born_again.hub.publishing import publish_lineage
 
     names = ("namespace", "name_pattern", "private", "branch", "license")
     left = publish_lineage(arguments.output_dir, **{name: getattr(arguments, name) for name in names})

@@ -27,15 +27,11 @@ from born_again import (
     LineageSpec,
     create_image_classifier,
 )
-from born_again.curve import draw_curve
 from born_again.data.augment import usual_padding
 from born_again.data.decode import EMBEDDED, warn
-from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
-from born_again.data.images import ImageData, load_images
-from born_again.data.mirroring import doubt_of_mirroring, may_mirror
-from born_again.data.placement import fits_on_gpu
-from born_again.environment import take_from_launcher
-from born_again.launch import (
+from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch, fits_on_gpu
+from born_again.data.images import ImageData, doubt_of_mirroring, load_images, may_mirror
+from born_again.hub.launch import (
     LineageFlags,
     go_on,
     hub_settings,
@@ -45,16 +41,18 @@ from born_again.launch import (
     teacher_named,
     train,
 )
+from born_again.hub.model_card import ensemble_card, image_classifier_card
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.remeasure import images_to_measure
+from born_again.lineage.reevaluation import images_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
-from born_again.model_card import ensemble_card, image_classifier_card
 from born_again.models.image_classifier import check_image_size, load_image_classifier, save_image_classifier
-from born_again.pixels import check_image_shape, read_otherwise
+from born_again.report.figures import draw_curve
+from born_again.teacher.preprocessing import check_image_shape, read_otherwise
+from born_again.training.environment import take_from_launcher
 
 IMAGE_SIZE = 32
 

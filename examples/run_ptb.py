@@ -22,11 +22,9 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
-from born_again.curve import draw_curve
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
-from born_again.environment import take_from_launcher
-from born_again.launch import (
+from born_again.hub.launch import (
     LineageFlags,
     go_on,
     hub_settings,
@@ -36,21 +34,23 @@ from born_again.launch import (
     teacher_named,
     train,
 )
+from born_again.hub.model_card import ensemble_card, language_model_card
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.remeasure import texts_to_measure
+from born_again.lineage.reevaluation import texts_to_measure
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
-from born_again.model_card import ensemble_card, language_model_card
 from born_again.models.language_models import (
     check_language_model,
     create_language_model,
     is_recurrent,
     load_language_model,
 )
+from born_again.report.figures import draw_curve
 from born_again.teacher import carries_state, positions, vocabulary_size
-from born_again.vocabulary import check_same_tokenizer, has_tokenizer
+from born_again.teacher.tokenizers import check_same_tokenizer, has_tokenizer
+from born_again.training.environment import take_from_launcher
 
 
 @dataclass

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from born_again.cli import main
 from born_again.data.text import load_text
 from born_again.lineage.lock import FolderLock
-from born_again.lineage.remeasure import texts_to_measure
+from born_again.lineage.reevaluation import texts_to_measure
 from born_again.lineage.spec import spec_sha256
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -1,4 +1,6 @@
-"""The torch Dataset that serves a split in ready batches, its collator, and what tells it the epoch."""
+"""Whether the images of a training are kept beside the network."""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
@@ -11,11 +13,13 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import TrainerCallback
 
 from born_again.data.augment import PADDING, count_views, draw_views, identity_view, render_views
+from born_again.data.images import ImageData
 
 if TYPE_CHECKING:
     from born_again.data.images import ImageSplit
 
-VIEW_KEYS = "view_keys"  # as in born_again.view_keys
+
+VIEW_KEYS = "view_keys"  # as in born_again.teacher.cache.cached_teacher
 
 
 class ImageDataset(Dataset):
@@ -35,7 +39,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        split: "ImageSplit",
+        split: ImageSplit,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         *,
@@ -183,3 +187,21 @@ class EpochCallback(TrainerCallback):
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch or 0))
+
+
+# Of the memory of a GPU that is free; the networks come afterwards.
+_SHARE = 0.25
+
+
+def fits_on_gpu(data: ImageData, device: torch.device, workers: int = 0) -> bool:
+    """Whether a dataset can be on the device of its training, where batches are then made without a transfer.
+
+    It can if that is a CUDA device, the dataset takes at most a quarter of the memory that is free there, and no
+    worker process makes the batches, since workers cannot hold what is on a GPU. Its DataLoader must not pin memory.
+
+    Args:
+        data: in main memory.
+        device: of the training.
+        workers: of the DataLoader.
+    """
+    return device.type == "cuda" and not workers and data.nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]

@@ -5,8 +5,13 @@ decoding 128 files. Augmentation and normalisation are in `born_again.data.augme
 `born_again.data.image_dataset`.
 """
 
+from __future__ import annotations
+
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +30,48 @@ from born_again.data.decode import (
     resolved_revision,
     warn,
 )
-from born_again.data.mirroring import may_mirror
+
+# Of digits and letters, of which some are others when mirrored, and all are no digit or letter that there is.
+_WRITTEN = frozenset(
+    "digit digits letter letters character characters alphabet alphabets captcha captchas ocr usps svhn omniglot "
+    "mnist emnist kmnist k49mnist qmnist notmnist kkanji kuzushiji mnistm hasy hasyv2 chars74k multimnist".split()
+)
+# Of MNIST's format, but of clothes.
+_NOT_WRITTEN = frozenset(("fashion", "medical", "med"))
+_OPPOSITES = {"left": "right", "east": "west", "clockwise": "counterclockwise", "forward": "backward"}
+
+
+def may_mirror(dataset: str) -> bool:
+    """False for data sets known to be of digits or letters, by the last part of the name; True for all others.
+
+    Args:
+        dataset: "digits", "owner/name" of the Hub, or a folder.
+    """
+    words = set(re.findall(r"[a-z]+(?:[0-9]+[a-z]*)*|[0-9]+", Path(dataset).name.lower()))
+    return not words & _WRITTEN or bool(words & _NOT_WRITTEN)
+
+
+def doubt_of_mirroring(label_names: Sequence[str]) -> str | None:
+    """What in the names of the classes says that a mirrored image may be of another class; None where nothing does.
+
+    Args:
+        label_names: name of each class.
+    """
+    names = [name.lower() for name in label_names]
+    if all(re.fullmatch(r"\d|[a-z]", name) for name in names):
+        return f"classes called {_some(label_names)} may be digits or letters"
+    for name in names:
+        for one, other in _OPPOSITES.items():
+            swapped = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name)
+            if swapped != name and swapped in names:
+                pair = [label_names[names.index(each)] for each in (name, swapped)]
+                return f"classes {pair[0]!r} and {pair[1]!r} may be mirror images of each other"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
 
 _SMALLEST_IMAGE = 8
 _SUM_CHUNK = 4_096
@@ -46,7 +92,7 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> "ImageSplit":
+    def to(self, device: torch.device | str) -> ImageSplit:
         """The split on another device, where batches are then cut, mirrored and normalised."""
         return ImageSplit(self.pixels.to(device), self.labels.to(device))
 
@@ -69,7 +115,7 @@ class ImageData:
         fingerprint: JSON-able: source, revision (the commit where the Hub gave one), image_column, label_column, rows
             by split, and the sha256 of shapes, pixels and labels of both splits; test_split where that which `test`
             holds is called otherwise in the dataset.
-        flip: whether mirroring keeps the class, as far as the name says: see `born_again.data.mirroring.may_mirror`.
+        flip: whether mirroring keeps the class, as far as the name says: see `born_again.data.images.may_mirror`.
         interpolation: what brought an image of another size to this one, as timm calls it.
     """
 
@@ -82,7 +128,7 @@ class ImageData:
     flip: bool
     interpolation: str = "bilinear"
 
-    def to(self, device: torch.device | str) -> "ImageData":
+    def to(self, device: torch.device | str) -> ImageData:
         """The dataset with both splits on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
@@ -109,8 +155,8 @@ def load_images(
 ) -> ImageData:
     """Read an image classification dataset into memory.
 
-    Images of any kind become RGB as `born_again.data.rgb.to_rgb` says (upright, transparency blended with white); an
-    image of another size is squashed to the square by Pillow's bilinear filter, whatever its proportions. The test
+    Images of any kind become RGB as `born_again.data.decode.to_rgb` says (upright, transparency over white); an image
+    of another size is squashed to the square by Pillow's bilinear filter, whatever its proportions. The test
     split is the one called test, else validation.
 
     Args:

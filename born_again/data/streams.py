@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 IGNORED = -100
-VIEW_KEYS = "view_keys"  # as in born_again.view_keys
+VIEW_KEYS = "view_keys"  # as in born_again.teacher.cache.cached_teacher
 
 
 class TokenStreams(Dataset):

@@ -1,9 +1,10 @@
-"""Generations of one lineage that answer together: the paper's born-again ensemble (BANE, equation 4)."""
+"""The ensembles that a runner measures once its generations are trained: the paper's Ens*2 and Ens*3."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, cached_file
 
-from born_again.files import write_atomically
-from born_again.lineage.loading import load_generation
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+from born_again._files import write_atomically
+from born_again.lineage.evaluation import finite, load_generation
+from born_again.lineage.machine import on_first_process
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, is_repo_id
 from born_again.lineage.members import (
     AVERAGES,
     ENSEMBLE_NAME,
@@ -32,10 +34,9 @@ from born_again.lineage.members import (
     own_pixels,
     read_ensemble,
 )
-from born_again.lineage.schema import is_repo_id
 from born_again.objectives import widened
-from born_again.pixels import renormalized
 from born_again.teacher import logits_of, mean_log_probabilities
+from born_again.teacher.preprocessing import renormalized
 
 _GENERATION_FOLDER = re.compile("gen[0-9]+")
 # A loss of each member, a tuple in place of names, one cache that every member would write into.
@@ -179,7 +180,7 @@ class LineageEnsemble(nn.Module):
             folder: in the lineage's folder, such as OUTPUT_DIR/ensemble; made if needed, an ensemble's is replaced.
             metrics: of the ensemble by split, for the card: {"test": {"accuracy": ...}}.
             write_card: from (manifest content, record of the ensemble) to the text of README.md, such as
-                `born_again.model_card.ensemble_card`; None writes none, and removes that of an ensemble before.
+                `born_again.hub.model_card.ensemble_card`; None writes none, and removes that of an ensemble before.
 
         Raises:
             LineageError: a folder elsewhere, or one that holds or will hold something else; a member that the
@@ -341,3 +342,64 @@ class LineageEnsemble(nn.Module):
         if self.sequential:
             self._conversions.append(fn)
         return super()._apply(fn, recurse)
+
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "ensemble"
+_AVERAGE = "probabilities"
+
+
+def missing_ensembles(manifest: Manifest, counts: Sequence[int]) -> list[list[int]]:
+    """The newest students, so many of them, that the manifest has no ensemble of.
+
+    Args:
+        manifest: of the lineage.
+        counts: how many members each ensemble has; one with more than there are students is left out.
+
+    Returns:
+        Indices of the members of each.
+    """
+    students = [record["index"] for record in manifest.generations if record["parent"] is not None]
+    known = [(record["members"], record["average"]) for record in manifest.content.get("ensembles", [])]
+    wanted = [students[-count:] for count in sorted(set(counts)) if 1 <= count <= len(students)]
+    return [members for members in wanted if (members, _AVERAGE) not in known]
+
+
+def measure_ensemble(
+    manifest: Manifest,
+    members: Sequence[int],
+    evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]],
+    write_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+) -> None:
+    """Measures the mean probability of some generations as a generation is measured, and saves it.
+
+    Its record goes into the manifest, which the caller writes; OUTPUT_DIR/ensemble, which holds no weights, becomes
+    this ensemble. Networks that `load_generation` does not load are warned of, and recorded without metrics.
+
+    Args:
+        manifest: of the lineage, its generations finished.
+        members: their indices.
+        evaluate: from a network to metrics by split.
+        write_card: see `LineageEnsemble.save_pretrained`.
+
+    Raises:
+        LineageError: a member's weights are missing or changed.
+    """
+    folder = Path(manifest.path).parent
+    try:
+        ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE)
+    except ValueError as error:
+        logger.warning("The ensemble of generations %s is not measured: %s", members, error)
+        metrics = {}
+    else:
+        metrics = {split: finite(values) for split, values in evaluate(ensemble).items()}
+        on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics, write_card))
+    record = {
+        "members": list(members),
+        "average": _AVERAGE,
+        "weights_sha256": [manifest.generations[index]["weights_sha256"] for index in members],
+        "metrics": metrics,
+    }
+    with manifest.lock:
+        manifest.content.setdefault("ensembles", []).append(record)

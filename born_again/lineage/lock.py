@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from born_again.lineage.schema import LineageError
+from born_again.lineage.manifest import LineageError
 
 try:
     import fcntl

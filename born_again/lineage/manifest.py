@@ -5,14 +5,337 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from born_again.files import write_atomically
-from born_again.lineage.schema import FORMAT, VERSION, LineageError, read_manifest
-from born_again.lineage.spec import LineageSpec
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from born_again._files import write_atomically
+from born_again.lineage.spec import LineageSpec, spec_sha256
+
+FORMAT = "born_again.lineage"
+VERSION = 1
+# Far above any lineage, and low enough that reading a file that is none cannot fill the memory or the stack.
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 32
+MAX_INTEGER = 2**63 - 1
+
+
+class LineageError(RuntimeError):
+    """A lineage that cannot go on as asked: another experiment's folder, changed weights, an unreadable manifest."""
+
+
+def is_repo_id(value: Any) -> bool:
+    """Whether this is namespace/name as the Hub allows it, which needs no escaping anywhere."""
+    from huggingface_hub.errors import HFValidationError  # when there is one: both imports take their time
+    from huggingface_hub.utils import validate_repo_id
+
+    # Some versions of the validator let a newline at the end pass, and letters that are not ASCII.
+    if not isinstance(value, str) or "/" not in value or not value.isascii() or value != value.strip():
+        return False
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
+# ---- The fields; what a description says is expected of one stands in the error ----
+
+
+def _object_of(kind: Any) -> Any:
+    """JSON objects with values of one kind; stops at the first that is wrong, as pydantic does in lists alone."""
+    adapter = TypeAdapter(kind, config=ConfigDict(strict=True))
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        for value in values.values():
+            adapter.validate_python(value)
+        return values
+
+    return Annotated[dict[str, Any], AfterValidator(check)]
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+_Numbers = _object_of(float | None)
+_Metrics = _object_of(_Numbers)
+
+_TEXT = "a text that is not empty"
+_COUNT = "a whole number of 0 or more"
+_NUMBERS = "an object of numbers or null"
+_SHA256 = "a SHA-256 (64 of 0-9 and a-f)"
+_HUB_STATE = "an object with status 'pending' or 'published', and plain texts for its repository and commit"
+
+
+class _Fields(BaseModel):
+    """Of an object in the file: nothing is converted, and fields that a later version added are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _HubState(_Fields):
+    status: Literal["pending", "published"]
+    repo: str | None = None
+    commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    slug: str | None = None
+    message: str | None = None
+    card_sha256: str | None = None
+    items: _Texts = []
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> _HubState:
+        # What waits may have been begun under a name that the Hub refuses.
+        if self.status == "published" and self.repo is not None and not is_repo_id(self.repo):
+            raise ValueError("repo")
+        return self
+
+
+class _Hub(_Fields):
+    namespace: _Text = Field(description=_TEXT)
+    pattern: _Text = Field(description=_TEXT)
+    ensemble: _HubState = Field(None, description=_HUB_STATE)
+    collection: _HubState = Field(None, description=_HUB_STATE)
+
+
+class _Restart(_Fields):
+    from_generation: _Count
+
+
+class _Computation(_Fields):
+    mixed_precision: _Text
+
+
+class _Finished(_Fields):
+    index: Any = Field(description="its place in the list")
+    status: Literal["training", "finished"] = Field(description="'training' or 'finished'")
+    weights_sha256: _Sha256 = Field(description=_SHA256)
+    metrics: _Metrics = Field(description=f"{_NUMBERS}, by split")
+    seed: int | None = Field(description="a whole number, or null where it is not known")
+    objective: _Text = Field(description=_TEXT)
+    seconds: Annotated[float, Field(ge=0)] = Field(description="a number of 0 or more")
+    versions: _object_of(str) = Field(description="an object of texts")
+    parent: Any = Field(description="the generation that taught it")
+    hardware: str = Field("", description="a text")
+    hub: _HubState | None = Field(None, description=f"{_HUB_STATE}, or null")
+    teacher_fit: _Numbers | None = Field(None, description=_NUMBERS)
+    loss_normalization: Literal["trainer", "step"] = Field("step", description="'trainer' or 'step'")
+    parameters: _Count = Field(0, description=_COUNT)
+    steps: _Count = Field(0, description=_COUNT)
+    checkpoints: _Texts = Field([], description="a list of texts")
+    source: dict[str, Any] = Field({}, description="an object")
+    computation: _Computation = Field(None, description="an object with mixed_precision, a text")
+    peak_memory_mib: _Count | None = Field(None, description=f"{_COUNT}, or null")
+
+
+class _Training(_Finished):
+    weights_sha256: _Sha256 | None = Field(description=f"{_SHA256} or null")
+
+
+class _Ensemble(_Fields):
+    members: Annotated[list[_Count], Field(min_length=1, fail_fast=True)] = Field(description="indices of generations")
+    weights_sha256: Any = Field(description="the hashes of its members")
+    average: _Text = Field(description=_TEXT)
+    metrics: _Metrics = Field(description=f"{_NUMBERS}, by split")
+
+
+class _Header(_Fields):
+    format: Literal["born_again.lineage"] = Field(description=repr(FORMAT))
+    version: Annotated[int, Field(ge=1)] = Field(description="a whole number above 0")
+
+
+class _Manifest(_Fields):
+    spec: dict[str, Any] = Field(description="an object")
+    name: Any = Field(description="that of the spec")
+    spec_sha256: Any = Field(description="the hash of the spec")
+    data: dict[str, Any] = Field(description="an object")
+    generations: list[Any] = Field(description="a list")
+    ensembles: list[Any] = Field([], description="a list")
+    hub: dict[str, Any] = Field({}, description="an object")
+    restart: _Restart = Field(None, description=f"an object with from_generation, {_COUNT}")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads and checks a lineage.json.
+
+    Fields that this version does not know are kept: a later one may have added them.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LineageError: it is no file of this folder, no strict JSON, of a newer version, or a field is missing or wrong;
+            names the field, what it holds and what was expected.
+    """
+    content = _decode(path, _read_bytes(path))
+    try:
+        _check_plain(content)
+        if not isinstance(content, dict):
+            raise _Wrong("format", f"an object with {FORMAT!r} in it", content)
+        _check_fields(_Header, content)
+        if content["version"] > VERSION:
+            raise LineageError(
+                f"{path}: has version {content['version']}, this born_again reads up to {VERSION}; upgrade born-again."
+            )
+        _check_fields(_Manifest, content)
+        _check_spec(path, content)
+        for index, record in enumerate(content["generations"]):
+            _check_record(index, record, is_last=index == len(content["generations"]) - 1)
+        for index, record in enumerate(content.get("ensembles", [])):
+            _check_ensemble(f"ensembles[{index}]", record, content["generations"])
+        if "hub" in content:
+            _check_fields(_Hub, content["hub"], "hub")
+    except _Wrong as wrong:
+        raise LineageError(f"{path}: {wrong}; restore the file from a copy.") from None
+    return content
+
+
+class _Wrong(Exception):
+    """A field that is not what it should be."""
+
+    def __init__(self, field: str, expected: str, *got: Any, shown: str = "nothing") -> None:
+        shown = _shown(got[0]) if got else shown
+        super().__init__(f"the field {_shown(field)} is wrong, expected {expected}, got {shown}")
+
+
+def _check_fields(model: type[_Fields], values: Any, place: str = "") -> None:
+    if not isinstance(values, dict):
+        raise _Wrong(place, "an object", values)
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        name = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
+        got = [values[name]] if name in values else []
+        raise _Wrong(f"{place}.{name}" if place else name, model.model_fields[name].description, *got) from None
+
+
+def _check_spec(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        spec = LineageSpec.from_dict(content["spec"])
+    except ValueError as error:
+        raise LineageError(
+            f"{path}: the field 'spec' is wrong: {str(error):.1000} Restore the file from a copy."
+        ) from error
+    if content["name"] != spec.name:
+        raise _Wrong("name", f"that of the spec, {spec.name!r}", content["name"])
+    # The spec as it stands: fields that later versions add have defaults, which are not part of an older hash.
+    expected, count = spec_sha256(content["spec"]), len(content["generations"])
+    if content["spec_sha256"] != expected:
+        raise _Wrong("spec_sha256", f"the hash of the spec, {expected}", content["spec_sha256"])
+    if count > spec.generations + 1:
+        at_most = f"at most the teacher and the {spec.generations} students of the spec"
+        raise _Wrong("generations", at_most, shown=f"{count} of them")
+
+
+def _check_record(index: int, record: Any, is_last: bool) -> None:
+    place = f"generations[{index}]"
+    is_training = isinstance(record, dict) and record.get("status") == "training"
+    _check_fields(_Training if is_training else _Finished, record, place)
+    for name, expected in (("index", index), ("parent", index - 1 if index else None)):
+        if type(record[name]) is not type(expected) or record[name] != expected:  # True is no 1
+            raise _Wrong(f"{place}.{name}", json.dumps(expected), record[name])
+    if is_training and not is_last:
+        raise _Wrong(f"{place}.status", "'finished', since the generation after it has begun", record["status"])
+
+
+def _check_ensemble(place: str, record: Any, generations: list[dict[str, Any]]) -> None:
+    _check_fields(_Ensemble, record, place)
+    weights = {index: own["weights_sha256"] for index, own in enumerate(generations) if own["weights_sha256"]}
+    members = record["members"]
+    if len(set(members)) < len(members) or not weights.keys() >= {*members}:
+        raise _Wrong(f"{place}.members", "indices of generations", members)
+    if record["weights_sha256"] != [weights[member] for member in members]:
+        raise _Wrong(f"{place}.weights_sha256", "the hashes of its members", record["weights_sha256"])
+
+
+def _check_plain(content: Any) -> None:
+    """Nothing that could not be computed with, walked through or written again."""
+    pending = [("", content, 1)]  # no recursion: the depth is what is in question
+    while pending:
+        field, value, depth = pending.pop()
+        if isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise _Wrong(field, f"at most {MAX_DEPTH} levels of objects and lists", shown="more")
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(key, int):
+                    pending.append((f"{field}[{key}]", item, depth + 1))
+                    continue
+                if not _is_text(key):
+                    raise _Wrong(field, "names of valid Unicode", key)
+                pending.append((f"{field}.{key}" if field else key, item, depth + 1))
+        elif isinstance(value, str) and not _is_text(value):
+            raise _Wrong(field, "valid Unicode", value)
+        elif isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise _Wrong(field, "a number of at most 64 bits", value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise _Wrong(field, "a finite number", value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        return False
+    return True
+
+
+def _read_bytes(path: Path) -> bytes:
+    remedy = "restore it from a copy, or use another folder."
+    try:
+        if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+            raise LineageError(
+                f"{path}: is a link out of its folder, expected a file in it; put the file itself there, or use "
+                "another folder."
+            )
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file, expected that of a lineage; check the folder.")
+        if not path.is_file():
+            raise LineageError(f"{path}: is no file, expected the manifest of a lineage; {remedy}")
+        if path.stat().st_size > MAX_BYTES:
+            raise LineageError(
+                f"{path}: has {path.stat().st_size:,} bytes, expected at most {MAX_BYTES:,} of a manifest; {remedy}"
+            )
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        if isinstance(error, LineageError):
+            raise
+        raise LineageError(
+            f"{path}: cannot be read ({error}), expected the manifest of a lineage; {remedy}"
+        ) from error
+
+
+def _decode(path: Path, raw: bytes) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the name {_shown(repeated)} stands twice in one object")
+        return dict(pairs)
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=no_constant)
+    # ValueError is also what an integer of thousands of digits gives.
+    except (ValueError, RecursionError) as error:
+        raise LineageError(f"{path}: is not JSON ({error}); restore it from a copy, or use another folder.") from error
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
 
 __all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256"]
 

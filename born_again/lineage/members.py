@@ -14,11 +14,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from born_again.lineage.manifest import LineageError, Manifest, file_sha256
-from born_again.lineage.schema import is_repo_id
-from born_again.pixels import Preprocessing, Renormalization, preprocessing_of_network
+from born_again.lineage.manifest import LineageError, Manifest, file_sha256, is_repo_id
 from born_again.teacher import carries_state
-from born_again.vocabulary import check_same_tokens
+from born_again.teacher.preprocessing import Preprocessing, Renormalization, preprocessing_of_network
+from born_again.teacher.tokenizers import check_same_tokens
 
 ENSEMBLE_NAME = "ensemble.json"
 FORMAT = "born_again.ensemble"

@@ -14,45 +14,54 @@ from accelerate import PartialState
 from torch import nn
 from transformers import set_seed
 
-from born_again.lineage.callbacks import KeepRecord, SaveAfterEvaluation, StopAndSave, checkpoint_names
-from born_again.lineage.computation import (
-    check_arguments,
-    check_computation,
-    computation_of,
-    computation_warning,
+from born_again.lineage.callbacks import (
+    Interrupted,
+    Interruption,
+    KeepRecord,
+    SaveAfterEvaluation,
+    StopAndSave,
+    checkpoint_names,
 )
 from born_again.lineage.disk import disk_message, disk_problem
-from born_again.lineage.ensembles import measure_ensemble, missing_ensembles
+from born_again.lineage.ensemble import measure_ensemble, missing_ensembles
 from born_again.lineage.evaluation import by_split, finite
-from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights, last_checkpoint, put_in_place
-from born_again.lineage.interruption import Interrupted, Interruption
+from born_again.lineage.folders import (
+    CHECKPOINTS_NAME,
+    CURVE_NAME,
+    WEIGHTS_NAME,
+    check_restart,
+    check_weights,
+    clear_checkpoints_after,
+    is_leftover,
+    last_checkpoint,
+    put_in_place,
+    remove_leftovers,
+    remove_what_served,
+    start_again,
+    tidy,
+)
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
+    check_arguments,
+    check_computation,
     collect_memory,
+    computation_of,
+    computation_warning,
     hardware,
+    on_first_process,
     peak_memory_mib,
     release_memory,
     reset_peak_memory,
     versions,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
-from born_again.lineage.processes import on_first_process
-from born_again.lineage.restart import check_restart, start_again
 from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
-from born_again.lineage.tidying import (
-    CHECKPOINTS_NAME,
-    clear_checkpoints_after,
-    is_leftover,
-    remove_leftovers,
-    remove_what_served,
-    tidy,
-)
-from born_again.pixels import check_prepared_as
 from born_again.teacher import FrozenTeacher
+from born_again.teacher.preprocessing import check_prepared_as
 
 if TYPE_CHECKING:
-    from born_again.publishing import BackgroundPublisher
-    from born_again.trainer import BornAgainTrainer
+    from born_again.hub.publishing import BackgroundPublisher
+    from born_again.training.trainer import BornAgainTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +118,7 @@ class LineageRunner:
         keep_checkpoints: keeps the checkpoints of finished generations.
         take_teacher: gives the network trained elsewhere that the spec names as teacher; it is saved and measured as
             generation 0, and not trained.
-        from_generation: starts again from this generation, see `born_again.lineage.restart`; the same command after
+        from_generation: starts again from this generation, see `born_again.lineage.folders`; the same command after
             a crash goes on with what it has started.
         ensembles: how many of the newest students answer together, as their mean probability, once all are trained:
             each is measured by `evaluate`, without which there are none, and the last is saved in OUTPUT_DIR/ensemble.

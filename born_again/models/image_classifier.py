@@ -26,7 +26,7 @@ from timm.models import get_arch_name, get_pretrained_cfg
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
-from born_again.files import replaced_atomically
+from born_again._files import replaced_atomically
 from born_again.models.saved import check_index, check_settings, check_size, loading, read_settings
 
 __all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]

@@ -30,7 +30,7 @@ from born_again.data.images import ImageSplit
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import load_text, vocabulary_of
 from born_again.models.language_models import create_language_model
-from born_again.teacher_cache.cached_teacher import CachedTeacher
+from born_again.teacher.cache.cached_teacher import CachedTeacher
 from tests.benchmarks.training import STATISTICS, classifier
 
 WAYS = ("labels alone", "teacher, cached", "teacher, live")

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from born_again.allocator import keep_freed_memory
-from born_again.chunked import Head, chunked_objective
+from born_again.lineage.machine import keep_freed_memory
 from born_again.objectives import OBJECTIVES, watched_items
+from born_again.objectives.chunked import Head, chunked_objective
 from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
 
 FORMS = ("torch", "plain", "chunked")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from born_again.allocator import keep_freed_memory
+from born_again.lineage.machine import keep_freed_memory
 from born_again.objectives import OBJECTIVES, at_least_tiny, objective_items, watched_items
 from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
 

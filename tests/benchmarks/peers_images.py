@@ -22,10 +22,9 @@ from torchvision.transforms import v2
 from transformers import DefaultDataCollator, Trainer, TrainingArguments
 
 from born_again import BornAgainTrainer, BornAgainTrainingArguments, create_image_classifier
-from born_again.allocator import keep_freed_memory
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
-from born_again.lineage.machine import has_fast_bf16
+from born_again.lineage.machine import has_fast_bf16, keep_freed_memory
 from tests.benchmarks.peers_run import Attach, Logits, Run, Watch, stand_ins
 
 STATISTICS = ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default_data_collator
 
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments
-from born_again.allocator import keep_freed_memory
 from born_again.data.text import word_tokenizer
-from born_again.lineage.machine import has_fast_bf16
+from born_again.lineage.machine import has_fast_bf16, keep_freed_memory
 from tests.benchmarks.peers_images import (
     DocumentedTrainer,
     soft_cross_entropy,

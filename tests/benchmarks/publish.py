@@ -29,10 +29,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from born_again import BornAgainTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
 from born_again.data.image_dataset import ImageDataset, collate_batch
-from born_again.launch import of_generation
-from born_again.lineage.publication import HubSettings
+from born_again.hub.files import HubSettings
+from born_again.hub.launch import of_generation
+from born_again.hub.publishing import BackgroundPublisher
 from born_again.models.image_classifier import load_image_classifier, save_image_classifier
-from born_again.publishing import BackgroundPublisher
 from tests.benchmarks.training import classifier, images
 
 MEASURED_STEPS = 20
@@ -41,7 +41,7 @@ MEASURED_STEPS = 20
 @contextlib.contextmanager
 def slow_hub(folder: Path, delay: float) -> Iterator[tuple[object, str]]:
     """A Hub that this process talks to, and a token of it."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from hub_fixtures import redirected
     from hub_server import HubServer
 

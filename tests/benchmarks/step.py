@@ -5,8 +5,8 @@
 bf16 autocast, channels_last for images, SGD; images by BAN, text by BAN+L with the state carried and gradients
 clipped. `inference` is the teacher in its inference form. The loops have a process of their own, in which malloc is as
 it comes; `kept` is the loop in the process of the trainers, which on a CPU keeps freed memory for the next step
-(born_again.allocator), and tells how much of the difference that is. Repeats alternate; the first of each is a warm-up
-that is not counted. `mid` is the median; ratios are of pairs of one repeat.
+(born_again.lineage.machine), and tells how much of the difference that is. Repeats alternate; the first of each is a
+warm-up that is not counted. `mid` is the median; ratios are of pairs of one repeat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from born_again.allocator import keep_freed_memory
+from born_again.lineage.machine import keep_freed_memory
 from tests.benchmarks.training import ImageTask, TextTask
 
 TASKS = {

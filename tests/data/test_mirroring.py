@@ -2,7 +2,7 @@
 
 import pytest
 
-from born_again.data.mirroring import doubt_of_mirroring, may_mirror
+from born_again.data.images import doubt_of_mirroring, may_mirror
 
 WRITTEN = """digits mnist ylecun/mnist ./data/MNIST /home/me/mnist_png/ ufldl-stanford/svhn Svhn-cropped
     tanganke/emnist_letters Royc30ne/emnist-byclass

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from born_again.data import placement
-from born_again.data.image_dataset import ImageDataset, collate_batch
+from born_again.data import image_dataset
+from born_again.data.image_dataset import ImageDataset, collate_batch, fits_on_gpu
 from born_again.data.images import ImageData, ImageSplit
-from born_again.data.placement import fits_on_gpu
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 GPU = torch.device("cuda", 0)
@@ -24,7 +23,7 @@ def data():
 def test_images_go_to_a_gpu_where_they_fit(data, monkeypatch):
     free = 4 * data.nbytes
     assert data.nbytes == 8 * (3072 + 8)
-    monkeypatch.setattr(placement.torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(image_dataset.torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
     assert fits_on_gpu(data, GPU)
     assert not fits_on_gpu(data, GPU, workers=2)
     assert not fits_on_gpu(data, torch.device("cpu"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from born_again.data.rgb import read_image, to_rgb
+from born_again.data.decode import read_image, to_rgb
 
 SIZE = 12
 RNG = np.random.default_rng(0)

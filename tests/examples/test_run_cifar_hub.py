@@ -15,8 +15,8 @@ from lineage_folders import lineage, network
 from secret_search import places_of
 
 from born_again.cli import main as command_line
+from born_again.hub.publishing import publish_lineage
 from born_again.lineage.manifest import Manifest
-from born_again.publishing import publish_lineage
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
 # cifar100 of the Hub, as there is no --dataset.

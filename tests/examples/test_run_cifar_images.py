@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import pipeline
 
 from born_again.data.image_dataset import ImageDataset
-from born_again.lineage.remeasure import remeasure
+from born_again.lineage.reevaluation import remeasure
 from born_again.lineage.spec import DATA_SOURCE
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"

@@ -21,7 +21,7 @@ from born_again.data.grammar import grammar_corpus, grammar_entropy, sample_gram
 from born_again.data.text import load_text
 from born_again.lineage.machine import has_fast_bf16
 from born_again.lineage.manifest import LineageError
-from born_again.lineage.remeasure import remeasure
+from born_again.lineage.reevaluation import remeasure
 from born_again.lineage.runner import Generation
 from born_again.models.language_configs import LstmLMConfig
 

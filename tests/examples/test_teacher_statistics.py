@@ -15,7 +15,7 @@ from born_again import BornAgainTrainer, LineageEnsemble, create_image_classifie
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import load_images
 from born_again.lineage.evaluation import evaluate_classifier
-from born_again.lineage.remeasure import images_to_measure, remeasure
+from born_again.lineage.reevaluation import images_to_measure, remeasure
 from born_again.models.image_classifier import load_image_classifier, save_image_classifier
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"

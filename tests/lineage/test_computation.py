@@ -10,13 +10,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import Network, arguments, sequence_classifier, vectors
-from lineage.tiny_lineage import Crash, hashes, runner, spec
+from tiny_lineage import Crash, hashes, runner, spec
 
 from born_again import BornAgainTrainer
-from born_again.environment import float32_precision, take_from_launcher
-from born_again.lineage.computation import check_arguments, computation_of
-from born_again.lineage.machine import how_it_computes, peak_memory_mib, precision_problem, reset_peak_memory
+from born_again.lineage.machine import (
+    check_arguments,
+    computation_of,
+    how_it_computes,
+    peak_memory_mib,
+    precision_problem,
+    reset_peak_memory,
+)
 from born_again.lineage.manifest import LineageError, Manifest
+from born_again.training.environment import float32_precision, take_from_launcher
 
 
 def trainer_of(folder, **changes):

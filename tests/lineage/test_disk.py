@@ -26,7 +26,7 @@ import tokenizers, torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 from born_again.lineage.disk import disk_problem
-from born_again.files import write_atomically
+from born_again._files import write_atomically
 
 folder, text = Path(sys.argv[1]), "x" * 100_000
 weights = {"a": torch.zeros(20_000)}

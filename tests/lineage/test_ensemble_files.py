@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 from lineage_folders import copy, inputs, lineage, members, network
 
 from born_again import LineageEnsemble
+from born_again.hub.model_card import ensemble_card
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
-from born_again.model_card import ensemble_card
 
 
 @pytest.fixture(autouse=True)

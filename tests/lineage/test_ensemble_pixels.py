@@ -11,7 +11,7 @@ from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.manifest import LineageError
-from born_again.teacher_cache.identity import network_sha256
+from born_again.teacher.cache.outputs import network_sha256
 
 THEIRS = [0.2, 0.5, 0.7], [0.11, 0.6, 0.33]
 OURS = [0.5] * 3, [0.25] * 3

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from processes import found_by
 
-from born_again.lineage.processes import on_first_process
+from born_again.lineage.machine import on_first_process
 
-SCRIPT = Path(__file__).parents[1] / "two_failing_processes.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "two_failing_processes.py"
 
 
 def test_an_error_of_the_first_process_reaches_the_other(tmp_path):

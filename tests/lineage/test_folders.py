@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lineage.tiny_lineage import Crash, hashes, runner, spec
 from safetensors.torch import load_file, save_file
+from tiny_lineage import Crash, hashes, runner, spec
 
 from born_again.lineage.folders import last_checkpoint, sync_checkpoint
 

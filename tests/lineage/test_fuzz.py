@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lineage.manifests import content, record, training
+from manifests import content, record, training
 
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.members import read_ensemble

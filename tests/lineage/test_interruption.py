@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from lineage.tiny_lineage import STEPS, Crash, hashes, runner, spec
+from tiny_lineage import STEPS, Crash, hashes, runner, spec
 from transformers import TrainerCallback
 
-from born_again.lineage import interruption
+from born_again.lineage import callbacks
+from born_again.lineage.callbacks import Interrupted, Interruption
 from born_again.lineage.folders import last_checkpoint
-from born_again.lineage.interruption import Interrupted, Interruption
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 
 
 def handlers():
-    return [signal.getsignal(signum) for signum in interruption.SIGNALS]
+    return [signal.getsignal(signum) for signum in callbacks.SIGNALS]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
             super().on_step_begin(args, state, control)
             super().on_step_begin(args, state, control)
 
-    monkeypatch.setattr(interruption, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(callbacks, "ONE_REQUEST_SECONDS", 0.0)
     before = handlers()
     with pytest.raises(KeyboardInterrupt):
         runner(tmp_path / "out", spec=spec(generations=0), crash=Twice(0, 1)).run()

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, ViTConfi
 
 import born_again
 from born_again.data.text import word_tokenizer
-from born_again.lineage import loading
+from born_again.lineage import evaluation
 from born_again.models.image_classifier import create_image_classifier, save_image_classifier
 from born_again.models.language_models import create_language_model
 
@@ -124,7 +124,7 @@ def test_a_revision_of_a_repository_is_what_is_read(kind, monkeypatch):
     monkeypatch.setattr(PretrainedConfig, "get_config_dict", config)
     for name in ("load_image_classifier", "load_language_model"):
         load = lambda source, revision, name=name: asked.append((name, source, revision))  # noqa: E731
-        monkeypatch.setattr(loading, name, load)
+        monkeypatch.setattr(evaluation, name, load)
     born_again.load_generation("owner/name", revision="v2")
     loader = "load_image_classifier" if kind == "timm_wrapper" else "load_language_model"
     assert asked == [("owner/name", "v2"), (loader, "owner/name", "v2")]

@@ -11,7 +11,7 @@ import pytest
 
 from born_again.lineage import lock
 from born_again.lineage.lock import FolderLock
-from born_again.lineage.schema import LineageError
+from born_again.lineage.manifest import LineageError
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import arguments
-from lineage.tiny_lineage import runner
+from tiny_lineage import runner
 
-from born_again import allocator
-from born_again.launch import train
+from born_again.hub.launch import train
+from born_again.lineage import machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -87,7 +87,7 @@ def measured(folder, *, leak=False):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
         # Left alone, glibc learns to keep blocks as large as our weights for itself, in some runs and not in others.
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
@@ -115,8 +115,8 @@ def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_pat
         return SimpleNamespace(mallopt=lambda *_: 1)
 
     asked = []
-    monkeypatch.setattr(allocator, "ctypes", SimpleNamespace(CDLL=c_library))
-    monkeypatch.setattr(allocator, "_SETTINGS_OF_THE_USER", ())
+    monkeypatch.setattr(machine, "ctypes", SimpleNamespace(CDLL=c_library))
+    monkeypatch.setattr(machine, "_SETTINGS_OF_THE_USER", ())
     if frozen_before:
         gc.freeze()
     try:

@@ -2,14 +2,14 @@
 
 import json
 
+import manifests
 import pytest
 import torch
-from lineage import manifests
-from lineage.tiny_lineage import Crash, hashes, runner, spec
+from tiny_lineage import Crash, hashes, runner, spec
 
 from born_again import LineageSpec
+from born_again.lineage.folders import check_restart, start_again
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
-from born_again.lineage.restart import check_restart, start_again
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_a_crash_between_any_two_steps_loses_nothing(tmp_path, monkeypatch, mome
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr("born_again.lineage.restart.move_aside", crashing(start_again.__globals__["move_aside"]))
-        patch.setattr("born_again.lineage.restart._keep_copy", crashing(start_again.__globals__["_keep_copy"]))
+        patch.setattr("born_again.lineage.folders.move_aside", crashing(start_again.__globals__["move_aside"]))
+        patch.setattr("born_again.lineage.folders._keep_copy", crashing(start_again.__globals__["_keep_copy"]))
         patch.setattr(Manifest, "save", crashing(Manifest.save))
         with pytest.raises(KeyboardInterrupt):
             start_again(manifest, 1)

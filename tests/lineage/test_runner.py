@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import sequence_classifier
-from lineage.tiny_lineage import Crash, hashes, runner, spec
+from tiny_lineage import Crash, hashes, runner, spec
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from born_again import LineageRunner

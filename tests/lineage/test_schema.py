@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from lineage.manifests import SPEC, content, record, training
+from manifests import SPEC, content, record, training
 from pydantic import ValidationError
 
-from born_again.lineage.manifest import LineageError, Manifest
-from born_again.lineage.schema import MAX_BYTES, _Finished, is_repo_id
+from born_again.lineage.manifest import MAX_BYTES, LineageError, Manifest, _Finished, is_repo_id
 
 
 def read(folder, values):

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from born_again import LineageSpec
-from born_again.files import replaced_atomically, write_atomically
+from born_again._files import replaced_atomically, write_atomically
 from born_again.lineage.manifest import Manifest
 from born_again.lineage.spec import plain_name
 

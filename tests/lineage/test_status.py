@@ -9,13 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from lineage.manifests import content, record, training
-from lineage.tiny_lineage import STEPS, Crash, runner
+from manifests import content, record, training
+from tiny_lineage import STEPS, Crash, runner
 
 from born_again.lineage import lock, status
 from born_again.lineage.lock import LOCK_NAME, FolderLock, lock_holder
-from born_again.lineage.manifest import file_sha256
-from born_again.lineage.schema import LineageError
+from born_again.lineage.manifest import LineageError, file_sha256
 from born_again.lineage.status import lineage_status
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")

@@ -4,8 +4,8 @@ import math
 
 import yaml
 
-from born_again.lineage.table import results_table
-from born_again.model_card import image_classifier_card
+from born_again.hub.model_card import image_classifier_card
+from born_again.lineage.status import results_table
 
 
 def record(index, accuracy, **changes):

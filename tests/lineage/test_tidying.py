@@ -4,12 +4,12 @@ import logging
 import os
 import shutil
 
+import manifests
 import pytest
-from lineage import manifests
 
+from born_again.lineage.folders import clear_checkpoints_after, remove_leftovers, remove_what_served, tidy
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import Manifest
-from born_again.lineage.tidying import clear_checkpoints_after, remove_leftovers, remove_what_served, tidy
 
 
 def manifest(folder, *records):

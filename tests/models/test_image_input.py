@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
+from born_again.data.decode import to_rgb
 from born_again.data.image_dataset import ImageDataset
 from born_again.data.images import load_images
-from born_again.data.rgb import to_rgb
-from born_again.lineage.remeasure import images_to_measure
+from born_again.lineage.reevaluation import images_to_measure
 from born_again.models.image_classifier import (
     check_image_size,
     create_image_classifier,

@@ -139,7 +139,7 @@ import json, sys
 import torch
 from torch import nn
 
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = [sys.argv[2], f"{sys.argv[2]}/support"]
 from helpers import arguments
 from models.test_lstm_precision import CPU, ids, model
 from born_again import BornAgainTrainer

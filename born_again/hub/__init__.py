@@ -1,0 +1,1 @@
+"""The way to the Hub and back: client, publishing, restoring, model cards."""

@@ -1,0 +1,282 @@
+"""What of a lineage is published, where, and what still waits: facts and files, no network."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from born_again._files import write_atomically
+from born_again.hub.model_card import ensemble_card, image_classifier_card, language_model_card
+from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights
+from born_again.lineage.lock import FolderLock
+from born_again.lineage.manifest import LineageError, Manifest, is_repo_id
+from born_again.models.remote_code import remote_code
+from born_again.models.saved import read_settings
+
+# Nothing else ever leaves the folder of a generation: no training_args.bin, whose pickle may hold a token.
+GENERATION_FILES = (
+    WEIGHTS_NAME,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    CURVE_NAME,
+)
+_SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json")
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Where the generations of a lineage go.
+
+    Args:
+        namespace: user or organisation.
+        pattern: of a repository's name, with {name} of the lineage and {index} of the generation.
+        private: whether new repositories are.
+        branch: that is committed to, made where it is missing; None is the main one.
+        license: for the cards, such as "apache-2.0"; None says nothing.
+
+    Raises:
+        ValueError: a namespace or a pattern that gives no plain name, or the same one for two generations; a branch
+            or a license that is no plain name, or a private that is neither True nor False.
+    """
+
+    namespace: str
+    pattern: str = "{name}-gen{index}"
+    private: bool = False
+    branch: str | None = None
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.namespace, str) or not is_repo_id(f"{self.namespace}/name"):
+            raise ValueError(
+                f"hub_namespace: got {self.namespace!r}, expected the name of a user or an organisation, without '/'; "
+                "give the one that the token may write to."
+            )
+        names = [self._named("name", index) for index in (0, 1)] if isinstance(self.pattern, str) else []
+        if len(set(names)) < 2 or not all(is_repo_id(f"namespace/{name}") for name in names):
+            raise ValueError(
+                f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and, if it likes, "
+                "{name} in it, such as '{name}-gen{index}'."
+            )
+        if not isinstance(self.private, bool):
+            raise ValueError(f"private: got {self.private!r}, expected True or False.")
+        for field, example in (("branch", "main"), ("license", "apache-2.0")):
+            value = getattr(self, field)
+            if value is not None and not (
+                isinstance(value, str) and re.fullmatch(r"\w[\w./-]{0,95}", value, re.ASCII)
+            ):
+                raise ValueError(f"hub_{field}: got {value!r}, expected a plain name such as {example!r}, or None.")
+
+    def repo(self, name: str, index: int) -> str:
+        """The repository of a generation, namespace/name."""
+        return f"{self.namespace}/{self._named(name, index)}"
+
+    def _named(self, name: str, index: int) -> str:
+        # No str.format: a pattern may be read from a file, and could ask for attributes or for a name of gigabytes.
+        return self.pattern.replace("{name}", name).replace("{index}", str(index))
+
+    def ensemble_repo(self, name: str) -> str:
+        """The repository of the lineage's ensemble."""
+        return f"{self.namespace}/{name}-ensemble"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        return dataclasses.asdict(self)
+
+
+def unpublished(manifest: Manifest) -> dict[str, str]:
+    """What is finished and not on the Hub.
+
+    Args:
+        manifest: of the lineage.
+
+    Returns:
+        From "gen2", "ensemble" or "collection" to why: the message of the last attempt, or "not tried yet". The
+        ensemble and the collection come after every generation that is asked for is finished.
+    """
+    with manifest.lock:
+        waiting = {
+            f"gen{record['index']}": _why(record["hub"])
+            for record in manifest.generations
+            if record["status"] == "finished" and not is_published(record["hub"])
+        }
+        if is_complete(manifest):
+            held = manifest.content.get("hub") or {}
+            collection = held.get("collection")
+            if ensemble_to_publish(manifest) is not None:
+                waiting["ensemble"] = _why(held.get("ensemble"))
+            if waiting or not is_published(collection) or collection.get("items") != list(notes(manifest)):
+                waiting["collection"] = _why(collection)
+        return waiting
+
+
+def notes(manifest: Manifest) -> dict[str, str]:
+    """The repositories of a lineage's collection, in order, each with its note; all of them published."""
+    gathered = {}
+    for record in manifest.generations:
+        index, parent = record["index"], record["parent"]
+        origin = "the teacher" if parent is None else f"taught by generation {parent}"
+        gathered[record["hub"]["repo"]] = f"Generation {index}, {origin}."
+    ensemble = manifest.content["hub"].get("ensemble")
+    if is_published(ensemble):
+        gathered[ensemble["repo"]] = "The newest generations as one network."
+    return gathered
+
+
+def is_published(state: Mapping[str, Any] | None) -> bool:
+    """Whether the state of a generation, an ensemble or a collection says that it is on the Hub, and where."""
+    if not state or state.get("status") != "published":
+        return False
+    return bool(state.get("slug") or (state.get("repo") and state.get("commit")))
+
+
+def is_complete(manifest: Manifest) -> bool:
+    """Whether every generation that is asked for is finished."""
+    with manifest.lock:
+        records = manifest.generations
+        return len(records) > manifest.spec.generations and all(record["status"] == "finished" for record in records)
+
+
+def ensemble_to_publish(manifest: Manifest) -> dict[str, Any] | None:
+    """The newest measured ensemble, None where it is on the Hub or there is none."""
+    measured = [record for record in manifest.content.get("ensembles", []) if record["metrics"]]
+    if not measured:
+        return None
+    state = (manifest.content.get("hub") or {}).get("ensemble")
+    newest = measured[-1]
+    known = is_published(state) and state.get("weights_sha256") == newest["weights_sha256"]
+    return None if known else newest
+
+
+def _why(state: Mapping[str, Any] | None) -> str:
+    return (state or {}).get("message") or "not tried yet"
+
+
+def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str:
+    """The card of a generation, rendered from the manifest's content.
+
+    Args:
+        content: of lineage.json.
+        folder: of the generation; config.json tells the kind, and training.png is shown where it is.
+        index: of the generation.
+    """
+    is_image = read_settings(folder).get("model_type") == "timm_wrapper"
+    write = image_classifier_card if is_image else language_model_card
+    return write(content, index, curve=CURVE_NAME if (folder / CURVE_NAME).is_file() else None)
+
+
+def render_cards(output_dir: str | Path) -> list[Path]:
+    """Writes the cards of the finished generations and of the ensemble again, from lineage.json.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: there is no lineage.
+        LineageError: lineage.json cannot be read, or another run uses the folder.
+        OSError: a folder is missing or cannot be written.
+    """
+    folder = Path(output_dir)
+    Manifest.read(folder)  # before a lock is made in what is no lineage
+    with FolderLock(folder):
+        manifest = Manifest.read(folder)
+        written = []
+        for record in manifest.generations:
+            if record["status"] == "finished":
+                own = folder / f"gen{record['index']}"
+                write_atomically(own / "README.md", generation_card(manifest.content, own, record["index"]))
+                written.append(own / "README.md")
+        measured = [record for record in manifest.content.get("ensembles", []) if record["metrics"]]
+        if measured and (folder / "ensemble").is_dir():
+            write_atomically(folder / "ensemble" / "README.md", ensemble_card(manifest.content, measured[-1]))
+            written.append(folder / "ensemble" / "README.md")
+        return written
+
+
+def generation_files(manifest: Manifest, index: int) -> dict[str, bytes | Path]:
+    """The files that a generation is published as, by name: those on an allow list, and what is made for the Hub.
+
+    config.json tells in addition where the code is that loads the network without this package; lineage.json tells
+    of the lineage up to this generation.
+
+    Raises:
+        LineageError: the weights are missing, or not those of the manifest; weights or config.json are a link.
+        OSError: a file cannot be read.
+        ValueError: config.json is no JSON object.
+    """
+    folder = manifest.path.parent / f"gen{index}"
+    for name in (WEIGHTS_NAME, "config.json"):
+        if (folder / name).is_symlink():
+            raise LineageError(
+                f"{folder / name}: is a link, expected the file itself, since no link is followed to what is "
+                "published; put a copy in its place."
+            )
+    check_weights(folder, manifest.generations[index])
+    with manifest.lock:
+        content = copy.deepcopy(manifest.content)
+    files: dict[str, bytes | Path] = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.is_symlink() and (path.name in GENERATION_FILES or _SHARD.fullmatch(path.name))
+    }
+    settings, code = remote_code(read_settings(folder))
+    files |= {name: text.encode() for name, text in code.items()}
+    files["config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    files["README.md"] = generation_card(content, folder, index).encode()
+    files["lineage.json"] = (json.dumps(_up_to(content, index), indent=2, allow_nan=False) + "\n").encode()
+    return files
+
+
+def ensemble_files(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that an ensemble is published as: ensemble.json naming its members' repositories, and its card.
+
+    Args:
+        manifest: of the lineage, its members published.
+        record: of the ensemble.
+    """
+    with manifest.lock:
+        content = copy.deepcopy(manifest.content)
+    members = []
+    for index in record["members"]:
+        generation = content["generations"][index]
+        members.append(
+            {
+                "generation": index,
+                "folder": f"../gen{index}",
+                "weights_sha256": generation["weights_sha256"],
+                "repo": generation["hub"]["repo"],
+                "commit": generation["hub"]["commit"],
+            }
+        )
+    named = {"format": "born_again.ensemble", "version": 1, "average": record["average"], "members": members}
+    return {
+        "ensemble.json": (json.dumps(named, indent=2) + "\n").encode(),
+        "README.md": ensemble_card(content, record).encode(),
+    }
+
+
+def _up_to(content: dict[str, Any], index: int) -> dict[str, Any]:
+    """The manifest as it is to be found beside a generation: of what came before, and of itself as published."""
+    kept = {name: value for name, value in content.items() if name not in ("ensembles", "restart")}
+    kept["generations"] = content["generations"][: index + 1]
+    if kept.get("hub"):
+        unknown_here = ("ensemble", "collection", "newest")
+        kept["hub"] = {name: value for name, value in kept["hub"].items() if name not in unknown_here}
+    for record in kept["generations"]:
+        # What depends on when it was published, and on what failed, is no part of a generation.
+        record["hub"] = {name: (record["hub"] or {}).get(name) for name in ("status", "repo", "commit")}
+    kept["generations"][index]["hub"] |= {"status": "published", "commit": None}
+    return kept

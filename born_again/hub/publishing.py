@@ -1,0 +1,375 @@
+"""From a lineage to the Hub: what is published when, what waits, and in the background of what."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from born_again.hub.client import FAILURES, Hub, HubError, without_progress_bars
+from born_again.hub.files import (
+    HubSettings,
+    ensemble_files,
+    ensemble_to_publish,
+    generation_card,
+    generation_files,
+    is_complete,
+    is_published,
+    notes,
+    unpublished,
+)
+from born_again.hub.restoring import restore_lineage
+from born_again.lineage.lock import FolderLock
+from born_again.lineage.manifest import Manifest
+
+__all__ = ["BackgroundPublisher", "HubPublisher", "publish_lineage", "restore_lineage"]
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 0.2  # seconds between two looks at whether to go on waiting
+
+
+class HubPublisher:
+    """Publishes the generations of one lineage, and writes into its manifest what became of it.
+
+    The state of a generation is `hub` in its record: {"status": "pending" or "published", "repo", "commit",
+    "message", "card_sha256"}. It is published once every file has been found on the Hub, at the commit that was made,
+    with the hash it has here.
+
+    Args:
+        manifest: of the lineage; its content["hub"] becomes the settings, beside what is known of ensemble and
+            collection.
+        settings: where to publish.
+        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+
+    Raises:
+        HubError: some of the lineage is published already, in another place.
+    """
+
+    def __init__(self, manifest: Manifest, settings: HubSettings, token: str | None = None) -> None:
+        self.manifest = manifest
+        self.settings = settings
+        self.name = manifest.spec.name
+        self._hub = Hub(settings.namespace, settings.private, settings.branch, token)
+        self._has_left = False
+        held = manifest.content.get("hub") or {}
+        _refuse_another_place(settings, held, manifest)
+        with manifest.lock:
+            manifest.content["hub"] = {**_with_old_cards(settings, held), **settings.to_dict()}
+
+    def preflight(self) -> None:
+        """Finds out before a training whether its generations can be published, and makes the first repository.
+
+        Raises:
+            HubError: no or a wrong token, a namespace that it may not write to, a license that the Hub does not know,
+                or a Hub that cannot be reached; with the remedy.
+        """
+        try:
+            self._hub.check_rights()
+            if self.settings.license is not None:
+                self._hub.check_license(self.settings.license)
+            wanted = range(self.manifest.spec.generations + 1)
+            waiting = [index for index in wanted if not self._is_published(index)]
+            if waiting:
+                repo = self.settings.repo(self.name, waiting[0])
+                self._hub.make_repo(repo)
+                self._hub.check_writing(repo)
+        except HubError:
+            raise
+        except FAILURES as error:
+            raise HubError(
+                f"hub_namespace: {self.settings.namespace!r} cannot be published to: {self._hub.explain(error)}"
+            ) from error
+
+    def publish(self) -> dict[str, str]:
+        """Publishes whatever is finished and not published, in order; a failure leaves the rest for the next call.
+
+        Returns:
+            What is left, from its name to why; see `born_again.hub.files.unpublished`.
+        """
+        for index in self._finished():
+            if not self._is_published(index) and not self._attempt(
+                f"generation {index}", self._generation(index), self._publish_generation, index
+            ):
+                return unpublished(self.manifest)
+        # One that has finished during an upload is not on the Hub yet; its own call comes.
+        if is_complete(self.manifest) and all(map(self._is_published, self._finished())):
+            ensemble, done = ensemble_to_publish(self.manifest), True
+            if ensemble is not None:
+                done = self._attempt("the ensemble", self._extra("ensemble"), self._publish_ensemble, ensemble)
+            if done and unpublished(self.manifest):
+                self._attempt("the collection", self._extra("collection"), self._publish_collection)
+        return unpublished(self.manifest)
+
+    def leave(self) -> None:
+        """From now on the manifest is another's: what is being published goes on, and is not written down."""
+        with self.manifest.lock:
+            self._has_left = True
+
+    # ---- One step ----
+
+    def _attempt(
+        self, what: str, keep: Callable[..., None], step: Callable[..., dict[str, Any]], *arguments: Any
+    ) -> bool:
+        """Takes a step and keeps what became of it; whatever it raises must not end a training."""
+        if self._has_left:
+            return False
+        try:
+            done = step(*arguments)
+        except Exception as error:
+            message = self._hub.explain(error)
+            logger.warning("%s of %s is not published yet: %s", what.capitalize(), self.name, message)
+            if not isinstance(error, FAILURES):
+                # Frames alone: the text of an error may hold the token.
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("%s is no error of the Hub; it was raised in\n%s", type(error).__name__, frames)
+            keep(status="pending", message=message)
+            return False
+        keep(status="published", message=None, **done)
+        return True
+
+    def _publish_generation(self, index: int) -> dict[str, Any]:
+        repo = self.settings.repo(self.name, index)
+        with self.manifest.lock:
+            self.manifest.content["hub"].pop("newest", None)  # it is to be this one or a later one
+        self._generation(index)(status="pending", repo=repo, commit=None, message="the upload was cut short")
+        files = generation_files(self.manifest, index)
+        self._hub.make_repo(repo)
+        self._hub.refuse_other_weights(repo, self.manifest.generations[index]["weights_sha256"])
+        commit = self._hub.upload(repo, files, f"Generation {index} of {self.name}")
+        logger.info("Generation %d is published: %s at %s.", index, repo, commit)
+        return {"repo": repo, "commit": commit, "card_sha256": _sha256(files["README.md"])}
+
+    def _publish_ensemble(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        repo = self.settings.ensemble_repo(self.name)
+        self._hub.make_repo(repo)
+        members = ", ".join(map(str, record["members"]))
+        commit = self._hub.upload(repo, ensemble_files(self.manifest, record), f"Ensemble of generations {members}")
+        logger.info("The ensemble is published: %s at %s.", repo, commit)
+        return {"repo": repo, "commit": commit, "weights_sha256": record["weights_sha256"]}
+
+    def _publish_collection(self) -> dict[str, Any]:
+        """Points the older generations to the newest, and gathers all in a collection."""
+        with self.manifest.lock:
+            self.manifest.content["hub"]["newest"] = self.manifest.generations[-1]["hub"]["repo"]
+        for record in self.manifest.generations:
+            self._renew_card(record["index"], record["hub"])
+        gathered = notes(self.manifest)
+        known = self.manifest.content["hub"].get("collection", {}).get("slug")
+        return {"slug": self._hub.collect(f"{self.name}: born again", gathered, known), "items": list(gathered)}
+
+    def _renew_card(self, index: int, state: Mapping[str, Any]) -> None:
+        folder = self.manifest.path.parent / f"gen{index}"
+        card = generation_card(self.manifest.content, folder, index).encode()
+        if _sha256(card) != state.get("card_sha256"):
+            self._hub.upload(state["repo"], {"README.md": card}, "The card points to the newest generation")
+            self._generation(index)(card_sha256=_sha256(card))
+
+    # ---- The manifest ----
+
+    def _finished(self) -> list[int]:
+        """The indices up to the first generation that is not finished."""
+        with self.manifest.lock:  # the training adds a record in more than one step
+            done = [record["status"] == "finished" for record in self.manifest.generations]
+        return list(range([*done, False].index(False)))
+
+    def _is_published(self, index: int) -> bool:
+        with self.manifest.lock:
+            record = self.manifest.record(index)
+            return record is not None and is_published(record["hub"])
+
+    def _generation(self, index: int) -> Callable[..., None]:
+        def keep(**fields: Any) -> None:
+            with self.manifest.lock:
+                if not self._has_left:
+                    self.manifest.update(index, hub={**(self.manifest.generations[index]["hub"] or {}), **fields})
+                    self.manifest.save()
+
+        return keep
+
+    def _extra(self, name: str) -> Callable[..., None]:
+        def keep(**fields: Any) -> None:
+            with self.manifest.lock:
+                if not self._has_left:
+                    held = self.manifest.content["hub"]
+                    held[name] = {**held.get(name, {}), **fields}
+                    self.manifest.save()
+
+        return keep
+
+
+class BackgroundPublisher:
+    """One thread that publishes the generations of a lineage, in order, while the next one trains.
+
+    What fails is tried again after the next generation, and once more at the end. A process that ends early leaves
+    the rest pending in lineage.json.
+
+    Args:
+        settings: where to publish.
+        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+        defer: whether a Hub that cannot be published to is a warning before the training, in place of an error.
+    """
+
+    def __init__(self, settings: HubSettings, token: str | None = None, defer: bool = False) -> None:
+        self.settings = settings
+        self.token = token
+        self.defer = defer
+        self._publisher: HubPublisher | None = None
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._ends = threading.Event()
+
+    @staticmethod
+    def unpublished(manifest: Manifest) -> dict[str, str]:
+        """See `born_again.hub.files.unpublished`."""
+        return unpublished(manifest)
+
+    def start(self, manifest: Manifest) -> None:
+        """Looks whether the Hub can be published to, and begins with what a run before this one has left.
+
+        Args:
+            manifest: of the lineage, which the training goes on writing.
+
+        Raises:
+            HubError: see `HubPublisher.preflight`; not with `defer`.
+        """
+        publisher = HubPublisher(manifest, self.settings, self.token)
+        try:
+            publisher.preflight()
+        except HubError as error:
+            if not self.defer:
+                raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
+            logger.warning("%s Training goes on, and publishing is tried after each generation.", error)
+        manifest.save()
+        self._publisher = publisher
+        self._wake, self._ends = threading.Event(), threading.Event()
+        # A daemon: a training that is killed or fails ends, whatever the Hub is doing.
+        self._thread = threading.Thread(
+            target=_work, args=(publisher, self._wake, self._ends), name="publisher", daemon=True
+        )
+        self._thread.start()
+        self.wake()
+
+    def wake(self) -> None:
+        """Says that there is something new to publish; returns at once."""
+        self._wake.set()
+
+    def finish(self, stop: Callable[[], Any] = lambda: None) -> dict[str, str]:
+        """Waits for what is being published, and tries what failed once more.
+
+        Args:
+            stop: asked every now and then whether to wait no longer.
+
+        Returns:
+            What is left, from its name to why.
+        """
+        self._ends.set()
+        self._wake.set()
+        while self._thread.is_alive() and not stop():
+            self._thread.join(_LOOK)
+        if self._thread.is_alive():
+            self.leave()
+        elif unpublished(self._publisher.manifest) and not stop():
+            self._publisher.publish()
+        return unpublished(self._publisher.manifest)
+
+    def leave(self) -> None:
+        """Ends without waiting, where a training ends early: the next run has the manifest to itself."""
+        self._ends.set()
+        self._wake.set()
+        if self._publisher is not None:
+            self._publisher.leave()
+
+
+def _work(publisher: HubPublisher, wake: threading.Event, ends: threading.Event) -> None:
+    while not ends.is_set():
+        wake.wait()
+        wake.clear()
+        try:
+            with without_progress_bars():
+                publisher.publish()
+        # lineage.json cannot be written, which the training will meet too and say; or a mistake of ours.
+        except Exception as error:
+            logger.warning("Publishing: %s", error)
+
+
+def publish_lineage(
+    output_dir: str | Path,
+    namespace: str | None = None,
+    *,
+    name_pattern: str | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> dict[str, str]:
+    """Publishes what is finished of a lineage and not on the Hub: generations, ensemble, collection.
+
+    What lineage.json holds of an earlier publication stands in for what is not given.
+
+    Args:
+        output_dir: of the lineage.
+        namespace: user or organisation.
+        name_pattern: of the repositories, "{name}-gen{index}".
+        private: whether new repositories are.
+        branch: to commit to.
+        license: for the cards.
+        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+
+    Returns:
+        What could not be published, from its name to why; empty when all is.
+
+    Raises:
+        FileNotFoundError: there is no lineage.
+        ValueError: no namespace anywhere, or a wrong value.
+        LineageError: lineage.json cannot be read, or another run uses the folder.
+        HubError: the Hub cannot be published to as asked, see `HubPublisher.preflight`.
+    """
+    folder = Path(output_dir)
+    Manifest.read(folder)  # before a lock is made in what is no lineage
+    with FolderLock(folder):
+        manifest = Manifest.read(folder)
+        held = manifest.content.get("hub") or {}
+        given = {
+            "namespace": namespace,
+            "pattern": name_pattern,
+            "private": private,
+            "branch": branch,
+            "license": license,
+        }
+        values = {**held, **{name: value for name, value in given.items() if value is not None}}
+        if "namespace" not in values:
+            raise ValueError("namespace: got None, expected the user or organisation to publish to; give it.")
+        settings = HubSettings(**{name: values[name] for name in given if name in values})
+        publisher = HubPublisher(manifest, settings, token)
+        if unpublished(manifest):
+            publisher.preflight()
+        return publisher.publish()
+
+
+def _refuse_another_place(settings: HubSettings, held: Mapping[str, Any], manifest: Manifest) -> None:
+    """Half of a lineage in one place and half in another would be neither."""
+    published = [record["hub"]["repo"] for record in manifest.generations if is_published(record["hub"])]
+    for field in ("namespace", "pattern", "branch"):
+        before, now = held.get(field), getattr(settings, field)
+        if published and before != now:
+            raise HubError(
+                f"hub_{field}: got {now!r}, but {', '.join(published)} of this lineage is published already with "
+                f"{before!r}; give the same, or train into another output_dir."
+            )
+
+
+def _with_old_cards(settings: HubSettings, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of ensemble and collection; to be published again where their cards have another license."""
+    if held.get("license") == settings.license:
+        return dict(held)
+    again = {"status": "pending", "message": "the license has changed"}
+    return {name: {**value, **again} if name in ("ensemble", "collection") else value for name, value in held.items()}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,112 @@
+"""From the Hub alone back to a lineage on disk that can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from born_again.hub.client import FAILURES, Hub, HubError
+from born_again.hub.files import HubSettings
+from born_again.lineage.folders import check_weights
+from born_again.lineage.lock import LOCK_NAME, FolderLock
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, token: str | None = None) -> int:
+    """Brings a published lineage back into a new or empty folder, so that it can go on from there.
+
+    Generations are taken as far as they are published without a gap. Weights must hash to what the lineage says.
+    The folder gets all of it at once, or nothing.
+
+    Args:
+        name: of the lineage.
+        settings: where it was published.
+        output_dir: the folder; where it holds anything, nothing is done.
+        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+
+    Returns:
+        How many generations were brought back, 0 where none was published.
+
+    Raises:
+        LineageError: what was published is no lineage, another one, or has other weights; the folder is in use or
+            cannot be written.
+        HubError: the Hub cannot be asked.
+    """
+    folder = Path(output_dir)
+    if not _is_free(folder):
+        return 0
+    hub = Hub(settings.namespace, settings.private, settings.branch, token)
+    existed = folder.exists()
+    try:
+        commits: list[str] = []
+        while (commit := hub.published_commit(settings.repo(name, len(commits)))) is not None:
+            commits.append(commit)
+        if not commits:
+            return 0
+        with FolderLock(folder):
+            if not _is_free(folder):  # another run was faster
+                return 0
+            _restore(hub, name, settings, folder, commits)
+    except FAILURES as error:
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, LineageError):
+            raise
+        raise HubError(
+            f"output_dir: {settings.namespace}'s lineage {name!r} cannot be brought back: {hub.explain(error)}"
+        ) from error
+    logger.info("%s: %d generations are brought back from the Hub.", name, len(commits))
+    return len(commits)
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir()))
+
+
+def _restore(hub: Hub, name: str, settings: HubSettings, folder: Path, commits: Sequence[str]) -> None:
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.restoring")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        for index, commit in enumerate(commits):
+            newest = hub.download(settings.repo(name, index), commit, partial / f"gen{index}")
+        shutil.copyfile(newest / MANIFEST_NAME, partial / MANIFEST_NAME)
+        _write_manifest(name, settings, partial, commits)
+        # The lock's own file goes along: who looks for it meanwhile must not find the folder free.
+        with contextlib.suppress(OSError):
+            os.link(folder / LOCK_NAME, partial / LOCK_NAME)
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_manifest(name: str, settings: HubSettings, folder: Path, commits: Sequence[str]) -> None:
+    """From the one beside the newest generation; everything in it is held against what was downloaded."""
+    manifest, newest = Manifest.read(folder), settings.repo(name, len(commits) - 1)
+    if manifest.content["name"] != name or len(manifest.generations) != len(commits):
+        raise LineageError(
+            f"{newest}: its {MANIFEST_NAME} is of generation {len(manifest.generations) - 1} of "
+            f"{manifest.content['name']!r}, expected generation {len(commits) - 1} of {name!r}; give the lineage "
+            "another name, or publish into another namespace."
+        )
+    for record, commit in zip(manifest.generations, commits, strict=True):
+        own = folder / f"gen{record['index']}"
+        check_weights(own, record)
+        state = {
+            "status": "published",
+            "repo": settings.repo(name, record["index"]),
+            "commit": (record["hub"] or {}).get("commit") or commit,
+            "message": None,
+            "card_sha256": hashlib.sha256((own / "README.md").read_bytes()).hexdigest(),
+        }
+        manifest.update(record["index"], hub=state)
+    manifest.save()

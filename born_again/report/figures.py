@@ -1,0 +1,159 @@
+"""The training curve of a generation as a picture: losses over steps, drawn by matplotlib.
+
+matplotlib is imported when something is drawn, and not before.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from born_again._files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = list[tuple[int, float]]
+
+# Told apart also where red and green are not (after Okabe and Ito), each with a contrast of 3 and more to white and
+# to the dark background of GitHub; the ink has 4 to both. The picture itself has no background.
+_COLORS = ("#0a7ec2", "#d55e00", "#009e73", "#c26a9d", "#a37800")
+_INK = "#767c83"
+STYLE = {
+    "figure.figsize": (8, 4),  # inches
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    "savefig.transparent": True,
+    "font.size": 11,
+    "text.color": _INK,
+    "text.parse_math": False,  # names of splits are no formulas
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.linewidth": 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.formatter.useoffset": False,
+    "grid.color": _INK,
+    "grid.alpha": 0.25,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "agg.path.chunksize": 20_000,
+}
+_LARGEST = 1e30  # beyond it a drawing would be of one value alone
+_LOG_FROM = 50  # ratio of largest to smallest loss
+
+
+def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draws the training loss and the evaluation losses over the steps of a training.
+
+    An evaluation that has a perplexity and no loss is drawn by the perplexity's logarithm, which is its loss in nats.
+    Values that are not finite leave a gap; of a step that was logged twice the last value counts. The same history
+    gives the same bytes with the same version of matplotlib, whatever style the process has set.
+
+    Args:
+        history: `trainer.state.log_history`: entries with "step" and "loss", "eval_loss", "eval_SPLIT_loss", and the
+            same with perplexity.
+        path: of the PNG; written atomically, its folder made if needed.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+
+    Raises:
+        OSError: the file cannot be written; an older one is intact.
+    """
+    shown = {name: points for name, points in _series(history).items() if any(map(_is_finite, points))}
+    if not shown:
+        return False
+    write_atomically(path, _png(shown))
+    return True
+
+
+def _series(history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    """Values by step of the training loss and of each evaluation, in order of steps; nan where one was not finite."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in history:
+        step = entry.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            continue
+        for key, value in entry.items():
+            name = _name(key)
+            if name is None or not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if key.endswith("perplexity"):
+                if key.removesuffix("perplexity") + "loss" in entry:
+                    continue
+                value = math.log(value) if 0 < value < math.inf else math.nan
+            found.setdefault(name, {})[step] = float(value) if abs(value) <= _LARGEST else math.nan
+    names = sorted(found, key=lambda name: (name != "training", name))[: len(_COLORS)]
+    return {name: sorted(found[name].items()) for name in names}
+
+
+def _name(key: str) -> str | None:
+    """loss -> training, eval_loss -> evaluation, eval_test_loss -> evaluation: test; None for what is not drawn."""
+    if key == "loss":
+        return "training"
+    head, _, metric = key.rpartition("_")
+    if metric not in ("loss", "perplexity") or not head.startswith("eval"):
+        return None
+    split = "".join(char if char.isprintable() else " " for char in head.removeprefix("eval").removeprefix("_"))
+    return f"evaluation: {split[:20]}" if split else "evaluation"
+
+
+def _is_finite(point: tuple[int, float]) -> bool:
+    return math.isfinite(point[1])
+
+
+def _png(series: Mapping[str, Points]) -> bytes:
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    content = BytesIO()
+    # From matplotlib's defaults on, whatever a user's own style is, which is in force again afterwards.
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font does not have
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for (name, points), color in zip(series.items(), _COLORS, strict=False):
+            _line(axes, name, points, color)
+        _scales(axes, [value for points in series.values() for _, value in points if math.isfinite(value)])
+        figure.legend(loc="outside upper left", ncols=3 if len(series) < 4 else 2)
+        # Without the version of matplotlib, which is written by default.
+        figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return content.getvalue()
+
+
+def _line(axes: Axes, name: str, points: Points, color: str) -> None:
+    finite = [False, *map(_is_finite, points), False]
+    # A point with gaps on both sides has no line.
+    alone = [
+        here and not (before or after) for before, here, after in zip(finite, finite[1:], finite[2:], strict=False)
+    ]
+    marked = [True] * len(points) if name != "training" and len(points) <= 40 else alone
+    marker = "o" if any(marked) else ""
+    axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, markevery=marked)
+
+
+def _scales(axes: Axes, values: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    ratio = max(values) / min(values) if min(values) > 0 else 0
+    axes.set_ylabel("loss (logarithmic)" if ratio >= _LOG_FROM else "loss")
+    if ratio >= _LOG_FROM:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1e3 else (1,)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")

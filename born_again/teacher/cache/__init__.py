@@ -1,0 +1,66 @@
+"""The teacher's outputs, cached in memory or on disk under the keys of the views they belong to."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from born_again.teacher import FrozenTeacher
+from born_again.teacher.cache.cached_teacher import CachedTeacher, has_view_keys
+from born_again.teacher.cache.outputs import KeptAnswers, cache_identity
+from born_again.teacher.cache.samples import CachedRows
+from born_again.teacher.cache.windows import CachedWindows
+
+if TYPE_CHECKING:
+    from born_again.training.arguments import BornAgainTrainingArguments
+
+
+FOLDER_NAME = "teacher_cache"
+
+
+def with_kept_answers(
+    teacher: FrozenTeacher, args: BornAgainTrainingArguments, dataset: Any
+) -> FrozenTeacher | CachedTeacher:
+    """The teacher, with a cache where the arguments ask for one.
+
+    Args:
+        teacher: on its device.
+        args: of the training.
+        dataset: the training set; None where nothing is trained.
+
+    Raises:
+        ValueError: a training set that cannot name its views; a folder that cannot be made.
+    """
+    if args.teacher_cache == "off" or dataset is None:
+        return teacher
+    if not has_view_keys(dataset):
+        raise ValueError(
+            f"teacher_cache: got {args.teacher_cache!r} beside a training set ({type(dataset).__name__}) whose "
+            "samples have no keys, expected born_again.data's ImageDataset or TokenStreams, or a dataset with "
+            "emit_view_keys, view_count and cache_fingerprint (see born_again.teacher.cache.cached_teacher); "
+            "or use 'off'."
+        )
+    folder = None
+    if args.teacher_cache == "disk":
+        folder = Path(args.teacher_cache_dir or Path(args.output_dir) / FOLDER_NAME)
+    rows = args.train_batch_size // (args.world_size if args.accelerator_config.split_batches else 1)
+    rows = max(1, min(rows, -(-len(dataset) // args.world_size)))
+
+    networks = list(teacher.modules)  # as they are given: their form is made of them, and is among the facts
+
+    def identify() -> dict[str, Any]:
+        return cache_identity(
+            networks,
+            dataset.cache_fingerprint,
+            teacher.device,
+            batch_rows=rows,
+            channels_last=args.channels_last,
+            teacher=teacher.facts,
+        )
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    answers = KeptAnswers(folder, dataset.view_count, args.teacher_cache_limit_gib, processes, identify)
+    if hasattr(dataset, "streams"):
+        return CachedWindows(teacher, answers, rows, dataset.streams, dataset.window)
+    return CachedRows(teacher, answers, rows)

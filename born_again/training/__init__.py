@@ -1,0 +1,1 @@
+"""Training one generation: arguments, trainers, their checks, and workarounds for upstream."""

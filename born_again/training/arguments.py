@@ -1,0 +1,334 @@
+"""What `BornAgainTrainer` reads, on top of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from born_again.objectives import OBJECTIVES, PERMUTATIONS
+from born_again.teacher import PRECISIONS
+from born_again.training.environment import compiler_of
+
+
+def multi_step_schedule(
+    optimizer: Optimizer, milestones: Sequence[float], gamma: float, steps: int, warmup_steps: int = 0
+) -> LambdaLR:
+    """Multiplies the learning rate by `gamma` after each milestone (Zagoruyko and Komodakis 2016, section 3).
+
+    Args:
+        optimizer: whose learning rates are scheduled.
+        milestones: fractions of the training, between 0 and 1; each is rounded to the nearest step.
+        gamma: factor at each milestone.
+        steps: optimizer steps of the whole training.
+        warmup_steps: steps over which the rate first rises linearly from 0.
+    """
+    drops = [round(fraction * steps) for fraction in milestones]
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        return gamma ** sum(step >= drop for drop in drops)
+
+    return LambdaLR(optimizer, factor)
+
+
+TEACHER_CACHES = ("off", "memory", "disk")
+LOSS_FORMS = ("auto", "plain", "chunked")
+LOSS_NORMALIZATIONS = ("trainer", "step")
+
+# What may differ between two runs of one experiment without changing a weight.
+_INDECISIVE = frozenset(
+    """
+    output_dir do_train do_eval do_predict resume_from_checkpoint local_rank use_cpu
+    seed objective loss_normalization stop_on_nonfinite teacher_accuracy_samples
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+    restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
+    ddp_timeout ddp_backend
+    teacher_cache teacher_cache_dir teacher_cache_limit_gib
+    """.split()
+)
+# Unless the learning rate or the choice of weights hangs on evaluations.
+_EVALUATION = frozenset({"eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start"})
+
+
+@dataclass
+class BornAgainTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the choices of a born-again generation.
+
+    Every argument of transformers.TrainingArguments is there, with one other default: `logging_nan_inf_filter` is off,
+    since it hides a NaN loss and waits for the device at every step; see `stop_on_nonfinite`.
+
+    Args:
+        objective: what a student is taught by, unused without a teacher: "ban" (the teacher's distribution alone),
+            "ban+l" (that plus the labels), "cwtm" (labels weighted by the teacher's confidence), "dkpp" (the
+            teacher's distribution, its lesser entries permuted).
+        temperature: of "ban" and "ban+l"; above 0. The paper uses 1.
+        label_weight: of "ban+l", what the cross-entropy with the labels is multiplied by; 0 or more.
+        permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
+        channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
+        teacher_precision: how the teacher computes. "autocast" as the student does; "inference" in the form that
+            answers fastest, a private copy with BatchNorm inside convolutions and weights in the dtype of bf16 or
+            fp16; "float32" in full precision whatever the student does.
+        teacher_cache: where the teacher's answers are kept, to be found again where the same view of a sample comes
+            again: "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one
+            teacher). Weights come out the same. The training set must name its views, as born_again.data's do.
+        teacher_cache_dir: of "disk", a folder; None is `teacher_cache` in output_dir.
+        teacher_cache_limit_gib: GiB that kept answers may take, above 0; None is half of what is free. What does not
+            fit is answered by the teacher.
+        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some
+            rows at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output
+            layer alone; "auto" takes the chunked form where it can and the logits are many; the log says which.
+        loss_normalization: what a training without a teacher divides its loss by; with a teacher, in a lineage and in
+            BornAgainLMTrainer it is always "step". "trainer" leaves the loss to the network and to transformers, bit
+            for bit, which for networks that take no `num_items_in_batch` multiplies the loss by the accumulation
+            steps and eval_loss by the number of processes. "step" has the trainer compute it as for a student: the
+            mean over all items of the step, whatever the accumulation and the number of processes, and an eval_loss
+            that can be compared with a student's.
+        stop_on_nonfinite: stops a training whose loss, or one of whose trained weights, is NaN or infinite, with a
+            FloatingPointError; checked when the loss is logged, before a checkpoint and at the end. None stops where
+            the trainer computes the loss: with a teacher, in a lineage, and with loss_normalization "step". It does
+            not ask `logging_nan_inf_filter`, which only hides such losses in the log.
+        teacher_accuracy_samples: on how many rows of the training set, evenly spaced, the accuracy of the teacher is
+            measured before training, for a warning where it has not fitted them; 0 or more, 0 measures nothing. None
+            is 2,048 in a lineage, which records it, and where a warning can come of it, that is for objectives without
+            a label term; else 0.
+            BornAgainLMTrainer measures the perplexity on the first 60 batches instead, whatever the number above 0.
+        lr_milestones: fractions of the training, rising between 0 and 1, after each of which the learning rate is
+            multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
+        lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
+        lr_plateau_factor: what the learning rate is multiplied by after an evaluation without enough gain, between 0
+            and 1; takes the place of `lr_scheduler_type`. What is watched is `metric_for_best_model`, eval_loss when
+            None; it needs an eval_strategy.
+        lr_plateau_gain: by how much that metric has to fall below its best so far; 0 or more, in its own unit.
+        decay_all_parameters: weight decay on every parameter, as in the paper; transformers leaves out biases and
+            some normalisation weights.
+
+    Raises:
+        ValueError: a value out of range, or one that the chosen objective would not read.
+    """
+
+    objective: str = field(default="ban", metadata={"help": f"What a student is taught by: {', '.join(OBJECTIVES)}."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both logits in ban and ban+l."})
+    label_weight: float = field(default=1.0, metadata={"help": "Weight of the label term of ban+l."})
+    permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
+    teacher_precision: str = field(
+        default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
+    )
+    teacher_cache: str = field(default="off", metadata={"help": "Where teacher answers are kept: off, memory, disk."})
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Of teacher_cache disk: the folder; in output_dir when not given."}
+    )
+    teacher_cache_limit_gib: float | None = field(
+        default=None, metadata={"help": "GiB that teacher_cache may take; half of what is free when not given."}
+    )
+    loss_form: str = field(
+        default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
+    )
+    loss_normalization: str = field(
+        default="trainer",
+        metadata={"help": "Without a teacher: trainer (as transformers does) or step (as with one)."},
+    )
+    stop_on_nonfinite: bool | None = field(
+        default=None,
+        metadata={"help": "Stop on a loss or weights that are not finite; with a teacher when not given."},
+    )
+    teacher_accuracy_samples: int | None = field(
+        default=None,
+        metadata={"help": "Training rows on which the teacher is measured before it teaches; 0 for none."},
+    )
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Fractions of training after which the learning rate drops by lr_gamma."}
+    )
+    lr_gamma: float = field(default=0.2, metadata={"help": "Factor of the learning rate at each milestone."})
+    lr_plateau_factor: float | None = field(
+        default=None, metadata={"help": "Factor of the learning rate after an evaluation without enough gain."}
+    )
+    lr_plateau_gain: float = field(default=0.0, metadata={"help": "What counts as enough gain for the plateau."})
+    decay_all_parameters: bool = field(default=False, metadata={"help": "Weight decay on every parameter."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+
+    def __post_init__(self) -> None:
+        if self.lr_plateau_factor is not None:
+            self._take_plateau()
+        elif self.lr_plateau_gain:
+            raise ValueError(
+                f"lr_plateau_gain: got {self.lr_plateau_gain!r} without lr_plateau_factor; give both, such as "
+                "lr_plateau_factor=0.5."
+            )
+        super().__post_init__()
+        self._take_accumulation()
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("permutation", self.permutation, PERMUTATIONS)
+        check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
+        check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
+        check_choice("loss_form", self.loss_form, LOSS_FORMS)
+        check_choice("loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
+        _check_above_zero("temperature", self.temperature, "the paper uses 1")
+        _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
+        if not (math.isfinite(self.label_weight) and self.label_weight >= 0):
+            raise ValueError(f"label_weight: got {self.label_weight!r}, expected a finite number of 0 or more.")
+        if self.teacher_accuracy_samples is not None and self.teacher_accuracy_samples < 0:
+            raise ValueError(
+                f"teacher_accuracy_samples: got {self.teacher_accuracy_samples!r}, expected 0 (none) or more rows."
+            )
+        self._check_that_the_objective_reads("temperature", ("ban", "ban+l"))
+        self._check_that_the_objective_reads("label_weight", ("ban+l",))
+        self._check_that_the_objective_reads("permutation", ("dkpp",))
+        self._check_cache()
+        if self.lr_milestones is not None:
+            self._check_milestones()
+
+    def decisive(self) -> dict[str, Any]:
+        """The arguments that decide the weights and are not at their defaults, for the record of an experiment.
+
+        Mixed precision and compilation are those that accelerate will compute in, which an argument, its launcher or
+        the environment may have chosen.
+
+        Returns:
+            JSON-able values by name, `world_size` (number of processes) among them when it is not 1; without the seed,
+            the objective and the normalisation of the loss, which an experiment states for itself.
+        """
+        defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
+        evaluation_decides = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        indecisive = _INDECISIVE - _EVALUATION if evaluation_decides else _INDECISIVE
+        chosen = {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in indecisive and value != defaults.get(name)
+        }
+        chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
+        if self.mixed_precision in ("bf16", "fp16"):
+            chosen[self.mixed_precision] = True
+        elif self.mixed_precision != "no":
+            chosen["mixed_precision"] = self.mixed_precision
+        compiler = compiler_of(self)
+        if compiler is not None:
+            chosen |= {"torch_compile": True, "torch_compile_backend": self.torch_compile_backend or compiler[0]}
+            if self.torch_compile_mode is not None or compiler[1] != "default":
+                chosen["torch_compile_mode"] = compiler[1]
+        return chosen if self.world_size == 1 else {**chosen, "world_size": self.world_size}
+
+    def use_precision(self, precision: str) -> None:
+        """Computes in another mixed precision than these arguments were made with; before a trainer is made of them.
+
+        Args:
+            precision: "no", "bf16" or "fp16".
+        """
+        self.bf16, self.fp16, self.mixed_precision = precision == "bf16", precision == "fp16", precision
+
+    def _take_accumulation(self) -> None:
+        """Moves accelerator_config's num_steps to where everything else reads it.
+
+        Trainer does so when it is made, and leaves 1 in the configuration: the next trainer of the same arguments
+        would accumulate nothing.
+        """
+        kwargs = self.accelerator_config.gradient_accumulation_kwargs
+        if kwargs is not None and "num_steps" in kwargs and self.gradient_accumulation_steps == 1:
+            left = {name: value for name, value in kwargs.items() if name != "num_steps"}
+            self.accelerator_config = dataclasses.replace(
+                self.accelerator_config, gradient_accumulation_kwargs=left or None
+            )
+            self.gradient_accumulation_steps = kwargs["num_steps"]
+
+    def _check_that_the_objective_reads(self, name: str, readers: tuple[str, ...]) -> None:
+        default = type(self).__dataclass_fields__[name].default
+        if getattr(self, name) != default and self.objective not in readers:
+            raise ValueError(
+                f"{name}: got {getattr(self, name)!r}, but objective {self.objective!r} does not read it; expected "
+                f"{default!r}, or an objective of {', '.join(map(repr, readers))}."
+            )
+
+    def _check_cache(self) -> None:
+        limit = self.teacher_cache_limit_gib
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise ValueError(f"teacher_cache_limit_gib: got {limit!r}, expected a finite number above 0, in GiB.")
+        if limit is not None and self.teacher_cache == "off":
+            raise ValueError(
+                f"teacher_cache_limit_gib: got {limit!r} with teacher_cache 'off'; use teacher_cache='memory' or "
+                "'disk'."
+            )
+        if self.teacher_cache_dir is not None and self.teacher_cache != "disk":
+            raise ValueError(
+                f"teacher_cache_dir: got {self.teacher_cache_dir!r} with teacher_cache {self.teacher_cache!r}; use "
+                "teacher_cache='disk'."
+            )
+
+    def _take_plateau(self) -> None:
+        """Turns the plateau arguments into the scheduler that transformers steps after every evaluation."""
+        if not 0 < self.lr_plateau_factor < 1:
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r}, expected a number between 0 and 1; 0.25 quarters "
+                "the learning rate."
+            )
+        if not (math.isfinite(self.lr_plateau_gain) and self.lr_plateau_gain >= 0):
+            raise ValueError(f"lr_plateau_gain: got {self.lr_plateau_gain!r}, expected a finite number of 0 or more.")
+        if self.lr_milestones is not None:
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} and lr_milestones {self.lr_milestones!r}; "
+                "expected one of the two schedules."
+            )
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} with eval_strategy 'no', which never finds out "
+                "whether there is a gain; use eval_strategy='epoch'."
+            )
+        kind = SchedulerType(self.lr_scheduler_type)
+        if kind not in (SchedulerType.LINEAR, SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU):
+            raise ValueError(
+                f"lr_plateau_factor: got {self.lr_plateau_factor!r} and lr_scheduler_type {kind.value!r}; expected "
+                "one of the two schedules."
+            )
+        self.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU
+        self.metric_for_best_model = self.metric_for_best_model or "loss"
+        self.greater_is_better = False if self.greater_is_better is None else self.greater_is_better
+        self.lr_scheduler_kwargs = {
+            "mode": "max" if self.greater_is_better else "min",
+            "factor": self.lr_plateau_factor,
+            "patience": 0,
+            "threshold": self.lr_plateau_gain,
+            "threshold_mode": "abs",
+        }
+
+    def _check_milestones(self) -> None:
+        milestones = [0.0, *self.lr_milestones, 1.0]
+        if not self.lr_milestones or any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+            raise ValueError(
+                f"lr_milestones: got {self.lr_milestones!r}, expected rising fractions of training between 0 and 1, "
+                "such as 0.3 0.6 0.8."
+            )
+        if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.CONSTANT):
+            raise ValueError(
+                f"lr_milestones: got {self.lr_milestones!r} and lr_scheduler_type {self.lr_scheduler_type.value!r}; "
+                "expected one of the two: milestones are a schedule of their own."
+            )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is none of the choices, naming the argument and the nearest of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _check_above_zero(name: str, value: float, remedy: str) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number above 0; {remedy}.")

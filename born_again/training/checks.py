@@ -1,0 +1,237 @@
+"""What a trainer refuses before training, and notices during it: arguments, labels, losses that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from born_again.objectives import IGNORED
+
+
+def check_settings(
+    trainer: Trainer, student: nn.Module, where: str = "beside a teacher", teachers: Sequence[nn.Module] = ()
+) -> None:
+    """Refuses what would change a loss that the trainer computes, or leave it without meaning.
+
+    Args:
+        trainer: with its arguments and label names.
+        student: unwrapped.
+        where: for the messages.
+        teachers: none where labels alone train.
+
+    Raises:
+        ValueError: several GPUs for one process, smoothed labels, a fused loss, another loss function, several
+            labels, or a network whose classes do not exclude each other.
+    """
+    args = trainer.args
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu: {args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share with a "
+            "wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show it one GPU "
+            "with CUDA_VISIBLE_DEVICES."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor: got {args.label_smoothing_factor} {where}, expected 0: labels are not smoothed "
+            "here, and a teacher's distribution takes the place of that."
+        )
+    if args.use_liger_kernel:
+        raise ValueError(
+            f"use_liger_kernel: got True {where}, expected False: its fused loss reads the labels itself and gives no "
+            "logits; loss_form='chunked' saves the same memory. Liger's other kernels can be applied to the model "
+            "before it is handed over."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError(f"compute_loss_func: got a function {where}, expected None: see `objective`.")
+    if len(trainer.label_names) > 1:
+        raise ValueError(
+            f"label_names: got {trainer.label_names}, expected one name, for example ['labels']: a student is taught "
+            "one row of logits for each label."
+        )
+    for whose, network in (("student's", student), *(("teacher's", teacher) for teacher in teachers)):
+        problem = _problem(network)
+        if problem in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"problem_type: the {whose} config means {problem!r} {where}, by its problem_type or num_labels; "
+                "expected single-label classification or language modelling, whose classes exclude each other."
+            )
+
+
+def _problem(network: nn.Module) -> str | None:
+    """What a network of transformers is for, as its own loss would read its config; None for language models."""
+    find, config = getattr(network, "get_output_embeddings", None), getattr(network, "config", None)
+    if find is not None and find() is not None:
+        return None
+    problem = getattr(config, "problem_type", None)
+    if problem is None and getattr(config, "num_labels", None) == 1:
+        return "regression"  # transformers' own reading of a single label
+    return problem
+
+
+def narrow_weights(student: nn.Module) -> str | None:
+    """What to say of trained weights narrower than float32, as a student has them by its teacher's config.
+
+    An optimizer adds to a weight updates that are hundreds of times smaller, which such weights round away.
+
+    Args:
+        student: as it is trained.
+
+    Returns:
+        A warning, or None where every trained weight has 32 bits or more.
+    """
+    narrow = [
+        (name, parameter.dtype)
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype.itemsize < 4
+    ]
+    if not narrow:
+        return None
+    name, dtype = narrow[0]
+    return (
+        f"{len(narrow)} trained parameters of the student, {name} the first, are {dtype}: updates smaller than about "
+        f"{torch.finfo(dtype).eps / 2:.1g} of a weight are rounded away, and the student learns less, without an "
+        "error. Build it with dtype=torch.float32, as in from_config(teacher.config, dtype=torch.float32), since a "
+        "config brings the dtype of the weights it was saved with; bf16=True computes in bfloat16 all the same."
+    )
+
+
+def class_numbers(labels: Any, column: str) -> Tensor:
+    """The labels of a batch as int64.
+
+    Args:
+        labels: of any integer dtype, or bool.
+        column: where they come from, for the message.
+
+    Raises:
+        ValueError: no tensor, or one of floats, such as the soft labels of mixup.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"{column}: got {type(labels).__name__} in a batch, expected a tensor of class numbers; have the collator "
+            "make one."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"{column}: got {labels.dtype} of shape {tuple(labels.shape)} in a batch, expected class numbers of an "
+            f"integer dtype, {IGNORED} for items that do not count. Class numbers that are stored as floats: cast the "
+            "column to int64. Soft labels, as mixup and CutMix make them, are not read here: leave them out, or mix "
+            "the images alone, since a teacher gives a distribution for a mixed image by itself."
+        )
+    return labels.long()
+
+
+class LabelRange:
+    """Remembers the smallest and the largest label of a training, and says so where they are no classes.
+
+    On a CPU a batch is looked at when it is seen, before a kernel fails on it. On another device nothing is waited
+    for: the losses take any class for a label that is none, and `check` reads what was seen.
+
+    Args:
+        column: of the labels, for the message.
+    """
+
+    def __init__(self, column: str = "labels") -> None:
+        self.column = column
+        self._seen: Tensor | None = None  # (2,): minus the smallest, and the largest label above the last class
+        self._classes = 0
+
+    def see(self, targets: Tensor, classes: int) -> None:
+        """Takes note of a batch.
+
+        Args:
+            targets: (items,) int64, `IGNORED` for items that do not count.
+            classes: how many the logits have.
+
+        Raises:
+            ValueError: a label is no class; on a CPU.
+        """
+        if targets.numel() == 0:
+            return
+        low, high = torch.aminmax(targets.where(targets != IGNORED, 0))
+        seen = torch.stack([-low, high - (classes - 1)])
+        self._seen = seen if self._seen is None else self._seen.maximum(seen)
+        self._classes = classes
+        if targets.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Looks at what was seen since the last check.
+
+        Raises:
+            ValueError: a label was no class; names the column and one such label.
+        """
+        if self._seen is None:
+            return
+        (below, above), self._seen = self._seen.tolist(), None
+        if below <= 0 and above <= 0:
+            return
+        label = -below if below > 0 else self._classes - 1 + above
+        raise ValueError(
+            f"{self.column}: got {label} in a batch, expected class numbers 0 to {self._classes - 1}, or {IGNORED} "
+            "for items that do not count. Number the classes from 0, leave rows without a label out (often "
+            "marked by -1), or build the networks for more classes."
+        )
+
+
+_REMEDY = "Lower learning_rate, clip with max_grad_norm, or train without fp16."
+
+
+class DivergenceGuard:
+    """Remembers, on the device, the first step whose loss was not finite; says so when it is asked.
+
+    Asking reads a number from the device. Ask where the host waits for it anyway, and before weights are saved.
+    """
+
+    def __init__(self) -> None:
+        self._first_bad: Tensor | None = None
+
+    def see(self, loss: Tensor, step: int) -> None:
+        """Takes note of the loss of a step.
+
+        Args:
+            loss: scalar, on any device.
+            step: counted from 1.
+        """
+        steps = torch.full((), step, device=loss.device)
+        bad = steps.where(~loss.isfinite(), torch.iinfo(steps.dtype).max)
+        self._first_bad = bad if self._first_bad is None else self._first_bad.minimum(bad)
+
+    def check_loss(self, steps: int) -> None:
+        """Looks at the losses seen since the last check.
+
+        Args:
+            steps: of the whole training, for the message.
+
+        Raises:
+            FloatingPointError: a loss was NaN or infinite; names its step.
+        """
+        if self._first_bad is None:
+            return
+        bad, self._first_bad = self._first_bad.item(), None
+        if bad <= steps:
+            raise FloatingPointError(
+                f"loss: not finite at step {bad} of {steps}; training stops, and checkpoints saved before are kept. "
+                + _REMEDY
+            )
+
+    def check_weights(self, model: nn.Module, step: int, steps: int) -> None:
+        """Looks at the trained weights, which an infinite gradient of a finite loss can have ruined.
+
+        Frozen ones may hold an infinity on purpose, such as a mask.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; names `step` of `steps`.
+        """
+        found: dict[torch.device, list[Tensor]] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.is_meta:
+                found.setdefault(parameter.device, []).append(parameter.isfinite().all())
+        if not all(torch.stack(finite).all() for finite in found.values()):
+            raise FloatingPointError(
+                f"weights: not finite after step {step} of {steps}; training stops, and checkpoints saved before are "
+                "kept. " + _REMEDY
+            )

@@ -1,0 +1,175 @@
+"""Which form of the loss the steps of a training take, and the chunked form of it for a trainer's networks.
+
+The plain form makes all logits of student and teacher; the chunked form makes them from hidden states, some rows at a
+time (`born_again.objectives.chunked`). It needs a student and a teacher of which nothing but the output layer makes
+the logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from born_again.objectives.chunked import Head, chunked_confidence, chunked_objective
+from born_again.teacher import FrozenTeacher, logits_of
+from born_again.teacher.cache.cached_teacher import CachedTeacher, without_view_keys
+from born_again.teacher.cache.windows import CachedWindows
+from born_again.teacher.output_layer import ends_in_output_layer, output_layer, without_output_layer
+from born_again.training.network_loss import first_row
+
+logger = logging.getLogger(__name__)
+
+# Logits of a micro-batch (items x words) from which "auto" takes the chunked form, for 1.05 of the plain form's time
+# on a CPU in float32 (tests/benchmarks/chunked.py) and more in bf16: where the plain form's three tensors of them, of
+# student, teacher and gradient, begin to be three quarters of a gibibyte in float32.
+CHUNKED_FROM = 2**26
+
+
+class ChunkedStep:
+    """What BornAgainTrainer needs for the chunked form; a part of it, in a file of its own."""
+
+    _chunked: bool | None = None  # None before the first batch of a training
+    _teacher_ends: bool | None = None  # whether the teacher's output layer alone makes its logits
+
+    def _choose_form(self, batch: Mapping[str, Any]) -> None:
+        """Decides for a whole training, by its first batch, and says so in the log.
+
+        Raises:
+            ValueError: `loss_form` is "chunked" and that cannot be.
+        """
+        form = getattr(self.args, "loss_form", "auto")
+        why_not = "loss_form is 'plain'" if form == "plain" else self._why_not_chunked(batch, by_size=form == "auto")
+        if form == "chunked" and why_not is not None:
+            raise ValueError(
+                f"loss_form: got 'chunked', but {why_not}; expected 'auto', which takes the plain form in such a case."
+            )
+        self._chunked = why_not is None
+        if self.is_world_process_zero() and output_layer(self._bare_student()) is not None:
+            text = "chunked form, no more than some rows of logits at a time" if self._chunked else "plain form"
+            logger.info(f"The loss is computed in its {text}{'' if self._chunked else f': {why_not}'}.")
+
+    def _why_not_chunked(self, batch: Mapping[str, Any], by_size: bool) -> str | None:
+        """What stands against the chunked form, or None."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "FSDP or DeepSpeed keep the output layer in pieces"
+        if (why_not := self._why_no_hidden()) is not None:
+            return why_not
+        teacher, student = self.teacher, self._bare_student()
+        layer = output_layer(student)
+        if layer is None:
+            return "the student has no output layer that is a plain nn.Linear"
+        inputs, labels = self._split_labels(self._prepare_inputs(without_view_keys(batch)))
+        logits = labels.numel() * layer.out_features
+        if by_size and logits < CHUNKED_FROM:
+            return f"a batch has {logits:,} logits, fewer than {CHUNKED_FROM:,}"
+        few = {name: first_row(value, len(labels)) for name, value in inputs.items()}
+        with self.accelerator.autocast():
+            if not ends_in_output_layer(student, self._inputs_of_student(few)):
+                return "the student's logits are not what its output layer makes of hidden states"
+        if teacher is None:
+            return None
+        if not self._teacher_ends_in_output_layer(inputs, labels):
+            return "the teacher's logits are not what its output layer makes of hidden states"
+        if self._columns is not None and output_layer(teacher.modules[0]).out_features < self._columns:
+            return "the student has more tokens than the teacher"
+        return None
+
+    def _why_no_hidden(self) -> str | None:
+        """What stands, before any batch, against hidden states in the place of a teacher's logits; or None."""
+        if self.args.torch_compile:
+            return "a compiled network cannot leave its output layer out"
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        if teacher.precision == "float32" and self.accelerator.mixed_precision != "no":
+            return "teacher_precision is 'float32', and the chunked form has one precision for both output layers"
+        if len(teacher.modules) > 1:
+            return "several teachers teach as the mean of their probabilities, which no output layer gives"
+        if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
+            return "the answers that are kept of the teacher are logits"
+        return None
+
+    def _chunked_sums(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """sum(weight x loss) and sum(weight) of a micro-batch; `teacher_hidden` where the teacher was asked before."""
+        # The teacher first, whose activations make room for the student's.
+        teacher = None if self.teacher is None else self._teacher_head(inputs, labels, teacher_hidden)
+        # Called as whatever wraps it for distributed training, which follows the output layer's weight by itself.
+        with without_output_layer(self._bare_student()) as layer:
+            outputs = self._ask_student(model, inputs)
+            hidden = logits_of(outputs)
+        rows, targets = self._items(hidden, labels)
+        self._labels.see(targets, layer.out_features)
+        student = Head(rows, layer.weight, layer.bias)
+        with self.accelerator.autocast():
+            total, weight, terms = chunked_objective(
+                "label" if teacher is None else self.args.objective,
+                student,
+                teacher,
+                targets,
+                temperature=getattr(self.args, "temperature", 1.0),
+                label_weight=getattr(self.args, "label_weight", 1.0),
+                permutation=getattr(self.args, "permutation", "fresh"),
+                generator=self._permutations,
+                watch=teacher is not None and self._watching,
+            )
+        if terms is not None:
+            self._watch(terms)
+        return total + weight * self._auxiliary_loss(outputs), weight
+
+    def _chunked_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's hidden states for a micro-batch, and the sum of the weights that CWTM gives its items."""
+        with _answering_hidden(self.teacher):
+            hidden = self._ask_teacher(inputs)
+        with self.accelerator.autocast():
+            head = self._teacher_head(inputs, labels, hidden)
+            return hidden, chunked_confidence(head, self._shift(labels).reshape(-1))
+
+    def _teacher_head(self, inputs: Mapping[str, Any], labels: Tensor, hidden: Tensor | None) -> Head:
+        with _answering_hidden(self.teacher) as layer:
+            hidden = self._ask_teacher(inputs) if hidden is None else hidden
+        bias = None if layer.bias is None else layer.bias[: self._columns]
+        return Head(self._items(hidden, labels)[0], layer.weight[: self._columns], bias)
+
+    def _teacher_rows(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The teacher's logits (items, classes) and targets (items,) of a batch, some items at a time where all of
+        its logits would be more than the chunked loss ever makes."""
+        layer = output_layer(self.teacher.modules[0])
+        are_few = layer is None or labels.numel() * layer.out_features < CHUNKED_FROM
+        if are_few or self._why_no_hidden() or not self._teacher_ends_in_output_layer(inputs, labels):
+            yield self._teacher_items(self._ask_teacher(inputs), labels)
+            return
+        with _answering_hidden(self.teacher) as layer:
+            hidden = self._ask_teacher(inputs)
+        rows = max(1, CHUNKED_FROM // (16 * layer.out_features))
+        for hidden_rows, targets in zip(*(part.split(rows) for part in self._items(hidden, labels)), strict=True):
+            with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().own_precision():
+                yield self._over_student_classes(layer(hidden_rows)), targets
+
+    def _teacher_ends_in_output_layer(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
+        if self._teacher_ends is None:  # found out once, since a teacher does not change
+            few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}
+            frozen = self._frozen_teacher()
+            frozen.prepare(few)
+            with self.accelerator.autocast():
+                self._teacher_ends = ends_in_output_layer(frozen.modules[0], few, frozen)
+        return self._teacher_ends
+
+    def _frozen_teacher(self) -> FrozenTeacher:
+        return self.teacher.frozen if isinstance(self.teacher, CachedTeacher) else self.teacher
+
+    def _bare_student(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def _answering_hidden(teacher: FrozenTeacher | CachedWindows) -> AbstractContextManager[nn.Linear]:
+    """Inside, a teacher's answer is what its output layer is given; gives that layer."""
+    if isinstance(teacher, CachedWindows):
+        return teacher.answering_hidden()
+    return without_output_layer(teacher.modules[0])
