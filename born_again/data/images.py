@@ -150,6 +150,7 @@ def load_images(
     label_column: str | None = None,
     revision: str | None = None,
     image_size: int = 32,
+    test_samples: int | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> ImageData:
@@ -167,6 +168,7 @@ def load_images(
         label_column: column of the labels; None finds it by type, and by the names label, labels and fine_label.
         revision: branch, tag or commit of a dataset on the Hub.
         image_size: side of the images in pixels, at least 8.
+        test_samples: how many of the digits are for testing, the others being for training; None takes a fifth.
         max_train_samples: how many training rows to keep. The same rows whatever the run's seed, classes in about
             their proportions, and the rows kept at n are among those kept at n + 1. More than there are: all.
         max_eval_samples: likewise for the test split.
@@ -183,6 +185,10 @@ def load_images(
     for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"--{flag} is {limit}; expected at least 1: leave it out to use every row")
+    if test_samples is not None and name != EMBEDDED:
+        raise ValueError(
+            f"--test_samples is {test_samples} with --dataset {name}, which has a test split: leave it out"
+        )
     test = "test"
     if name == EMBEDDED:
         for argument, value in (
@@ -194,7 +200,7 @@ def load_images(
                 raise ValueError(
                     f"{argument} is {value!r} with --dataset digits, which has no columns or revisions: drop it"
                 )
-        splits, label_names = _read_digits(image_size, limits)
+        splits, label_names = _read_digits(image_size, test_samples, limits)
         interpolation = "nearest" if image_size % 8 == 0 else "bilinear"
     else:
         dataset = open_dataset(name, revision)
@@ -345,8 +351,10 @@ def _rows_to_keep(labels: np.ndarray, limit: int | None) -> np.ndarray | None:
     return np.sort(stratified_order(labels)[:limit])
 
 
-def _read_digits(image_size: int, limits: dict[str, int | None]) -> tuple[dict[str, ImageSplit], tuple[str, ...]]:
-    """scikit-learn's digits (Alpaydin and Kaynak, UCI 1998), 17 grey levels; a fifth of each class is for testing."""
+def _read_digits(
+    image_size: int, test_samples: int | None, limits: dict[str, int | None]
+) -> tuple[dict[str, ImageSplit], tuple[str, ...]]:
+    """scikit-learn's digits (Alpaydin and Kaynak, UCI 1998), 17 grey levels; each class is split in proportion."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -364,8 +372,14 @@ def _read_digits(image_size: int, limits: dict[str, int | None]) -> tuple[dict[s
     else:
         size = (image_size, image_size)
         grey = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in grey])
+    count = len(labels) // 5 if test_samples is None else test_samples
+    if not 10 <= count <= len(labels) - 10:
+        raise ValueError(
+            f"--test_samples is {count}; expected 10 ... {len(labels) - 10} of the {len(labels):,} digits, so that "
+            "both splits have every class"
+        )
     order = stratified_order(labels)
-    by_role = {"test": np.sort(order[: len(order) // 5]), "train": np.sort(order[len(order) // 5 :])}
+    by_role = {"test": np.sort(order[:count]), "train": np.sort(order[count:])}
     splits = {}
     for role in ("train", "test"):
         rows = by_role[role]

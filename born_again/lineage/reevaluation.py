@@ -35,7 +35,7 @@ _IMAGE_SIZE = 32
 _STREAMS = 8
 _WINDOW = 256
 # The arguments of the data, as the spec and the command line call them.
-_OF_IMAGES = {"image_column": str, "label_column": str, "image_size": int}
+_OF_IMAGES = {"image_column": str, "label_column": str, "image_size": int, "test_samples": int}
 _OF_TEXT = {"text_column": str}
 _OF_BOTH = {"dataset_revision": str, "max_train_samples": int, "max_eval_samples": int}
 _KINDS = {**_OF_IMAGES, **_OF_TEXT, **_OF_BOTH, "window": int}

@@ -255,6 +255,18 @@ def test_stratified_order_is_a_fixed_permutation():
     assert stratified_order(np.array([0, 1, 0, 1, 0, 1])).tolist() == PINNED
 
 
+def test_digits_to_test_on():
+    data = load_images("digits", image_size=16, test_samples=1197)
+    assert (len(data.train), len(data.test)) == (600, 1197)
+    shares = torch.bincount(data.train.labels) / 600
+    torch.testing.assert_close(shares, torch.bincount(load_images("digits").train.labels) / 1438, rtol=0, atol=2 / 600)
+    for count in (9, 1788):
+        with pytest.raises(ValueError, match=f"--test_samples is {count}; expected 10 ... 1787 of the 1,797 digits"):
+            load_images("digits", test_samples=count)
+    with pytest.raises(ValueError, match="--test_samples is 20 with --dataset cifar10, .*: leave it out"):
+        load_images("cifar10", test_samples=20)
+
+
 def test_digits():
     data = load_images("digits")
     assert data.train.pixels.shape == (1438, 32, 32, 3)

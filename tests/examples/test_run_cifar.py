@@ -215,7 +215,7 @@ def test_recipes():
     lineage, training = parsed("--model", "wide_resnet28_10_cifar", "--dataset", "cifar10", "--learning_rate", "0.2")
     assert (lineage.dropout, lineage.name, training.learning_rate) == (0.3, "wide-resnet-cifar10", 0.2)
     lineage, training = parsed("--dataset", "digits", "--name", "mine")
-    assert (lineage.model, training.num_train_epochs) == ("wide_resnet16_1_cifar", 20.0)
+    assert (lineage.model, training.num_train_epochs) == ("wide_resnet16_1_cifar", 40.0)
     assert training.output_dir == "outputs/mine"
     lineage, training = parsed("--smoke", "--model", "test_densenet_cifar")
     assert (lineage.model, lineage.dataset, training.num_train_epochs) == ("test_densenet_cifar", "digits", 2.0)

@@ -76,17 +76,18 @@ def test_flip_in_a_file(script, tmp_path, dataset, value):
 
 def test_what_is_decided_by_a_name_is_said_at_start(script):
     said = script.describe_input(*parsed(script, "--dataset", "digits"))
-    assert said.endswith("not mirrored (--flip turns this on); 20 epochs in batches of 64")
+    assert said.endswith("not mirrored (--flip turns this on); 40 epochs in batches of 32")
     said = script.describe_input(*parsed(script, "--max_steps", "7", "--gradient_accumulation_steps", "2"))
     assert said.startswith("Images are 32 x 32, cropped at random from 4 pixels of padding, mirrored at random (")
     assert said.endswith("; 7 steps in batches of 256")
 
 
 def test_only_what_older_lineages_did_not_do_is_recorded(script):
-    assert data_args(script) == data_args(script, "--dataset", "digits") == {}
+    small = {"image_size": 16, "test_samples": 1197}
+    assert data_args(script) == {} and data_args(script, "--dataset", "digits") == small
     assert data_args(script, "--image_size", "32", "--flip") == {}
     assert data_args(script, "--no_flip") == {"flip": False}
-    assert data_args(script, "--dataset", "digits", "--flip") == {"flip": True}
+    assert data_args(script, "--dataset", "digits", "--flip") == {**small, "flip": True}
     assert data_args(script, "--dataset", "ylecun/mnist") == {"flip": False}  # was mirrored
     assert data_args(script, "--dataset", "ylecun/mnist", "--flip") == {}
     assert data_args(script, "--image_size", "64") == {"image_size": 64}
