@@ -33,15 +33,19 @@ def computes_lstm(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
         dtype: that is asked for, by autocast or by the weights.
         grad: whether there is a backward too.
     """
-    if dtype in _WIDE or device.type == "meta" or torch.compiler.is_exporting():
-        return True  # torch.export takes an LSTM apart
-    return _tried(device, dtype, grad)
+    return dtype in _WIDE or device.type == "meta" or _tried(device, dtype, grad)
 
 
 # A compiler takes the result for a constant, and does not look inside.
 @torch.compiler.assume_constant_result
 def _tried(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
-    return _try(device, dtype, grad)
+    return _exports_or_computes(device, dtype, grad)
+
+
+# torch 2.8's compiler takes is_exporting() for True.
+@torch.compiler.disable
+def _exports_or_computes(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
+    return torch.compiler.is_exporting() or _try(device, dtype, grad)  # torch.export takes an LSTM apart
 
 
 @functools.cache
