@@ -172,7 +172,7 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         seed=training.seed,
         model_args={"proj_drop_rate": lineage.dropout} if lineage.dropout else {},
         data_args=data_args,
-        training=training.decisive(),
+        training=training.weight_affecting(),
         teacher=lineage.teacher,
         teacher_revision=lineage.teacher_revision,
     )

@@ -164,7 +164,7 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         seed=training.seed,
         model_args={} if lineage.dropout is None else {"dropout": lineage.dropout},
         data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
-        training=training.decisive(),
+        training=training.weight_affecting(),
         teacher=lineage.teacher,
         teacher_revision=lineage.teacher_revision,
     )

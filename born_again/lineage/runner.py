@@ -452,7 +452,7 @@ class LineageRunner:
             "status": "finished",
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
             "metrics": {split: finite(values) for split, values in metrics.items()},
-            "teacher_fit": trainer.teacher_fit and finite(trainer.teacher_fit),
+            "teacher_fit": trainer.teacher_train_metrics and finite(trainer.teacher_train_metrics),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],

@@ -146,7 +146,7 @@ class LineageSpec:
             other: spec "there".
             ignored: fields that may differ, such as those of `DATA_SOURCE` where the data is known to be the same.
         """
-        here, there = dict(_flat(self.to_dict())), dict(_flat(other.to_dict()))
+        here, there = (_current_names(dict(_flat(spec.to_dict()))) for spec in (self, other))
         return [
             f"{name}: {here.get(name, 'default')!r} here, {there.get(name, 'default')!r} there"
             for name in sorted({*here, *there})
@@ -179,6 +179,15 @@ def data_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[
 def plain_name(text: str) -> str:
     """The name of a lineage made from any text: "wide-resnet-my data" becomes "wide-resnet-my-data"."""
     return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:90].rstrip(".-")
+
+
+def _current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Flat values of a spec, those recorded under a name that an earlier version had under today's."""
+    if "training.loss_form" not in values:
+        return values
+    form = values["training.loss_form"]
+    renamed = {"training.loss_implementation": "full" if form == "plain" else form, **values}
+    return {name: value for name, value in renamed.items() if name != "training.loss_form"}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

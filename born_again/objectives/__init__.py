@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from born_again.objectives.fused import IGNORED, ItemLoss, largest_probabilities, weighed_items
+from born_again.objectives.fused import IGNORED, ItemLoss, fused_item_losses, max_probabilities
 from born_again.objectives.permutations import PERMUTATIONS
-from born_again.objectives.permutations import permute_all_but_largest as permute_all_but_largest
+from born_again.objectives.permutations import permute_all_but_argmax as permute_all_but_argmax
 
 OBJECTIVES = ("ban", "ban+l", "cwtm", "dkpp")
 OBJECTIVES_WITH_LABELS = ("ban+l", "cwtm")
@@ -105,7 +105,7 @@ def permuted_dark_knowledge_loss(
 ) -> Tensor:
     """DKPP: soft cross-entropy with a teacher whose non-argmax probabilities are permuted (equation 11).
 
-    The largest probability of each item stays in place, the other n - 1 change places within the item. The paper does
+    The argmax of each item stays in place, the other n - 1 probabilities are permuted within the item. The paper does
     not say whether the permutation is drawn again, so both readings are offered.
 
     Args:
@@ -141,10 +141,10 @@ def objective_items(
     permutation: str = "fresh",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and weight of every item, unreduced, so that a caller can reduce over more than one batch.
+    """Per-item losses and weights, unreduced, so that a caller can reduce over more than one batch.
 
     The loss of an optimisation step is sum(weight x loss) / sum(weight) over all of its items, wherever they are.
-    Unlike the public losses it looks at no value, so a CUDA device need not be waited for: NaN comes out as NaN.
+    Unlike the public losses it checks no value, so it never synchronises with a CUDA device: NaN comes out as NaN.
 
     Args:
         objective: "label" (cross-entropy), or one of `OBJECTIVES`; "ban+l" is label_weight x cross-entropy + "ban".
@@ -160,10 +160,10 @@ def objective_items(
         (items,) losses in nats and (items,) weights, float32 or wider; both are 0 where the label is `IGNORED`.
     """
     loss = item_loss(objective, temperature, label_weight, permutation)
-    return weighed_items(loss, student_logits, teacher_logits, labels, generator=generator)[:2]
+    return fused_item_losses(loss, student_logits, teacher_logits, labels, generator=generator)[:2]
 
 
-def watched_items(
+def objective_items_and_metrics(
     objective: str,
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -174,21 +174,21 @@ def watched_items(
     permutation: str = "fresh",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """`objective_items` and `distillation_terms` of the same items, sharing the work where they can.
+    """`objective_items` and `distillation_metrics` of the same items, in one fused pass.
 
     Takes what `objective_items` takes, with a teacher and labels.
 
     Returns:
-        Losses and weights, as from `objective_items`, and the terms, as from `distillation_terms`.
+        Losses and weights, as from `objective_items`, and the metrics, as from `distillation_metrics`.
     """
     loss = item_loss(objective, temperature, label_weight, permutation)
-    return weighed_items(loss, student_logits, teacher_logits, labels, generator=generator, watch=True)
+    return fused_item_losses(loss, student_logits, teacher_logits, labels, generator=generator, with_metrics=True)
 
 
 def item_loss(
     objective: str, temperature: float = 1.0, label_weight: float = 1.0, permutation: str = "fresh"
 ) -> ItemLoss:
-    """What an objective computes for every item; takes what `objective_items` takes.
+    """The per-item loss of an objective; takes what `objective_items` takes.
 
     Raises:
         ValueError: an unknown objective.
@@ -196,30 +196,30 @@ def item_loss(
     if objective == "label":
         return ItemLoss(label_weight=1.0)
     if objective == "ban":
-        return ItemLoss(soft=True, temperature=temperature)
+        return ItemLoss(soft_targets=True, temperature=temperature)
     if objective == "ban+l":
-        return ItemLoss(soft=True, temperature=temperature, label_weight=label_weight)
+        return ItemLoss(soft_targets=True, temperature=temperature, label_weight=label_weight)
     if objective == "cwtm":
-        return ItemLoss(label_weight=1.0, confident=True)
+        return ItemLoss(label_weight=1.0, confidence_weighted=True)
     if objective == "dkpp":
-        return ItemLoss(soft=True, permutation=permutation)
+        return ItemLoss(soft_targets=True, permutation=permutation)
     raise ValueError(f"objective: got {objective!r}, expected one of {', '.join(map(repr, OBJECTIVES))}.")
 
 
 def item_weights(objective: str, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """What each item weighs in the mean: 1, the teacher's largest probability for "cwtm", 0 where ignored.
+    """The weight of each item in the mean: 1, the teacher's largest probability for "cwtm", 0 where ignored.
 
     Returns:
         (items,) float32 or wider, or None where every item weighs 1.
     """
     if objective == "cwtm":
-        return largest_probabilities(teacher_logits.detach()).where(labels != IGNORED, 0)
+        return max_probabilities(teacher_logits.detach()).where(labels != IGNORED, 0)
     return None if labels is None else (labels != IGNORED).float()
 
 
 @torch.no_grad()
-def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What is worth watching while a student learns, summed over the items that count, at temperature 1.
+def distillation_metrics(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The metrics that are logged while a student learns, summed over the items that count, at temperature 1.
 
     The gradient of equation 7 splits, per item, into an importance weight q_* - p_* on the true class and the dark
     knowledge (q_i - p_i), i != *, on the others; the norms of the two parts are returned.
@@ -247,7 +247,7 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
     difference = log_q.exp().sub_(p)  # (items, classes)
     on_target = difference.gather(-1, target).squeeze(-1)  # (items,)
     impossible = p == 0  # 0 x log 0 is 0 in an entropy
-    terms = {
+    metrics = {
         "ce_loss": -log_q.gather(-1, target).squeeze(-1),
         "kd_loss": (p * (log_p - log_q).masked_fill_(impossible, 0)).sum(-1),
         "teacher_agreement": (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(p.dtype),
@@ -256,7 +256,7 @@ def distillation_terms(student_logits: Tensor, teacher_logits: Tensor, labels: T
         "dark_knowledge_norm": difference.scatter_(-1, target, 0).norm(dim=-1),
         "items": torch.ones_like(on_target),
     }
-    return {name: values.where(counted, 0).sum() for name, values in terms.items()}
+    return {name: values.where(counted, 0).sum() for name, values in metrics.items()}
 
 
 def widened(logits: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The losses of all items, their gradient, their weights and what is worth watching, in one pass over blocks of rows.
+"""The fused loss: per-item losses, gradients, weights and logged metrics in one pass over blocks of rows.
 
-Over a vocabulary of 10,000 words the logits of a window are tens of megabytes, and a loss written as a chain of tensor
-operations reads and writes them a dozen times. Here a block of rows stays in a processor's cache until it is done, and
-the only thing of the logits' size that is kept is their gradient, which the backward pass scales where it lies.
+Over a vocabulary of 10,000 tokens the logits of a window are tens of megabytes, and a loss written as a chain of
+tensor operations reads and writes them a dozen times. Here a block of rows stays in a processor's cache until it is
+done. The only saved tensor of the logits' size is their gradient, which the backward pass scales in place.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from born_again.objectives.permutations import first_largest, permute_others
+from born_again.objectives.permutations import argmax_column, permute_all_but_column
 
 IGNORED = -100
-TERMS = (
+METRICS = (
     "ce_loss",
     "kd_loss",
     "teacher_agreement",
@@ -31,42 +31,42 @@ _DEVICE_BLOCK = 2**26  # fewer, larger launches, and still a bound on memory
 
 @dataclass(frozen=True)
 class ItemLoss:
-    """What the loss of an item is made of: soft cross-entropy (paper, equation 2) and cross-entropy with the label.
+    """The per-item loss: cross-entropy with soft targets (paper, equation 2) and cross-entropy with the label.
 
     Args:
-        soft: whether the soft cross-entropy with the teacher's distribution is in it.
+        soft_targets: whether the cross-entropy with the teacher's distribution is in it.
         label_weight: what the cross-entropy with the label is multiplied by.
         temperature: divides both logits of the soft term, which is multiplied by its square.
-        confident: whether an item weighs the teacher's largest probability (equation 10) instead of 1.
-        permutation: "fresh" or "fixed" where the teacher's lesser entries are permuted (equation 11), at temperature
-            1; None leaves them in place.
+        confidence_weighted: whether an item's weight is the teacher's largest probability (equation 10) instead of 1.
+        permutation: "fresh" or "fixed" where all of the teacher's entries but the argmax are permuted (equation 11),
+            at temperature 1; None leaves them in place.
     """
 
-    soft: bool = False
+    soft_targets: bool = False
     label_weight: float = 0.0
     temperature: float = 1.0
-    confident: bool = False
+    confidence_weighted: bool = False
     permutation: str | None = None
 
     @property
     def tempered(self) -> bool:
         """Whether the soft term needs distributions of its own."""
-        return self.soft and self.temperature != 1
+        return self.soft_targets and self.temperature != 1
 
 
-def weighed_items(
+def fused_item_losses(
     loss: ItemLoss,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     *,
     generator: torch.Generator | None = None,
-    watch: bool = False,
+    with_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
-    """Loss and weight of every item.
+    """Per-item losses and weights.
 
-    Differentiable once. Unless the graph is retained, the backward pass scales the gradient that was kept where it
-    lies and gives it away.
+    Differentiable once. Unless the graph is retained, the backward pass scales the saved gradient in place and returns
+    it.
 
     Args:
         loss: what to compute.
@@ -74,25 +74,25 @@ def weighed_items(
         teacher_logits: (items, classes), any float dtype; None where `loss` needs no teacher.
         labels: (items,) int64, `IGNORED` where an item does not count; None counts all, without a label term.
         generator: of the permutation.
-        watch: also sum the terms of `born_again.objectives.distillation_terms`; needs a teacher and labels.
+        with_metrics: also sum `born_again.objectives.distillation_metrics`; needs a teacher and labels.
 
     Returns:
-        (items,) losses in nats and (items,) weights, float32 or wider, 0 where an item does not count; and the terms
+        (items,) losses in nats and (items,) weights, float32 or wider, 0 where an item does not count; and the metrics
         by name, or None.
     """
-    losses, weights, terms = _WeighedItems.apply(
+    losses, weights, metrics = _FusedItemLosses.apply(
         student_logits,
         None if teacher_logits is None else teacher_logits.detach(),
         labels,
         loss,
         generator,
-        watch,
+        with_metrics,
         torch.is_grad_enabled() and student_logits.requires_grad,
     )
-    return losses, weights, named(terms) if watch else None
+    return losses, weights, named(metrics) if with_metrics else None
 
 
-def largest_probabilities(logits: Tensor) -> Tensor:
+def max_probabilities(logits: Tensor) -> Tensor:
     """The largest probability of every row of logits (items, classes): (items,), float32 or wider."""
     wide = working_dtype(logits)
     largest = torch.empty(len(logits), dtype=wide, device=logits.device)
@@ -101,9 +101,9 @@ def largest_probabilities(logits: Tensor) -> Tensor:
     return largest
 
 
-def named(terms: Tensor) -> dict[str, Tensor]:
-    """The watched terms by name, of a tensor (terms,)."""
-    return dict(zip(TERMS, terms.unbind(), strict=True))
+def named(metrics: Tensor) -> dict[str, Tensor]:
+    """Metrics by name, of a tensor (metrics,)."""
+    return dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:
@@ -119,10 +119,10 @@ def blocks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, items, rows))
 
 
-def scale_kept(gradient: Tensor, scale: Tensor) -> Tensor:
-    """In a backward pass: a gradient that was kept, times `scale`, float32 or wider: (), or (items, 1).
+def scale_saved_gradient(gradient: Tensor, scale: Tensor) -> Tensor:
+    """In a backward pass: a saved gradient times `scale`, float32 or wider: (), or (items, 1).
 
-    Written over what was kept, unless the graph is retained and so may be gone through again.
+    In place, unless the graph is retained and may be used again.
 
     Raises:
         RuntimeError: under create_graph=True.
@@ -132,13 +132,13 @@ def scale_kept(gradient: Tensor, scale: Tensor) -> Tensor:
             "create_graph: got True in a backward pass through a loss of born_again, which is differentiable once; "
             "write the loss with torch.nn.functional where second derivatives are needed."
         )
-    # torch has no public name for this question; where the name is gone, the answer is to copy.
+    # torch has no public name for this; where the private one is gone, the gradient is copied.
     retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     scaled = torch.empty_like(gradient) if retained else gradient
     if gradient.dtype == scale.dtype:
         return torch.mul(gradient, scale, out=scaled)
-    # As a mean over items has it; a number multiplies in float32 and rounds once, which each item's own takes three
-    # passes for. Looking costs a CUDA device a wait.
+    # As a mean over items has it: one scalar multiplies in float32 and rounds once, where a factor for each item takes
+    # three passes. The check would synchronise a CUDA device.
     if scale.numel() and scale.device.type == "cpu" and bool((scale == scale.flatten()[0]).all()):
         scale = scale.flatten()[0]
     if not scale.dim():
@@ -148,24 +148,24 @@ def scale_kept(gradient: Tensor, scale: Tensor) -> Tensor:
     return scaled
 
 
-class _WeighedItems(torch.autograd.Function):
-    """Keeps for the backward pass the gradient of each item's loss, computed while its logits are at hand."""
+class _FusedItemLosses(torch.autograd.Function):
+    """Saves for the backward pass the gradient of the per-item losses, computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, loss, generator, watch, differentiable):
+    def forward(ctx, student, teacher, labels, loss, generator, with_metrics, differentiable):
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if differentiable else None
-        losses, weights, terms = fill_items(
-            loss, student, teacher, labels, gradient=gradient, generator=generator, watch=watch
+        losses, weights, metrics = fill_items(
+            loss, student, teacher, labels, gradient=gradient, generator=generator, with_metrics=with_metrics
         )
         if differentiable:
             ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(weights, terms)
-        return losses, weights, terms
+        ctx.mark_non_differentiable(weights, metrics)
+        return losses, weights, metrics
 
     @staticmethod
     def backward(ctx, grad_losses, *_):
         (gradient,) = ctx.saved_tensors
-        return scale_kept(gradient, grad_losses.unsqueeze(-1)), None, None, None, None, None, None
+        return scale_saved_gradient(gradient, grad_losses.unsqueeze(-1)), None, None, None, None, None, None
 
 
 def fill_items(
@@ -175,72 +175,72 @@ def fill_items(
     labels: Tensor | None,
     *,
     gradient: Tensor | None = None,
-    weigh_gradient: bool = False,
+    scale_gradient_by_weight: bool = False,
     generator: torch.Generator | None = None,
-    watch: bool = False,
+    with_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, weights, summed terms and the gradient of the losses, outside of autograd.
+    """Losses, weights, summed metrics and the gradient of the losses, outside of autograd.
 
     Args:
-        loss: see `weighed_items`, as for all that is not said here.
+        loss: see `fused_item_losses`.
         student: (items, classes).
         teacher: (items, classes) or None.
         labels: (items,) or None.
         gradient: (items, classes) of any float dtype, to be filled with each item's gradient; may be `student` itself.
-        weigh_gradient: multiplies each item's gradient by its weight.
-        generator: see there.
-        watch: see there.
+        scale_gradient_by_weight: multiplies each item's gradient by its weight.
+        generator: see `fused_item_losses`.
+        with_metrics: see `fused_item_losses`.
 
     Returns:
-        (items,) losses, (items,) weights and (terms,) sums, empty without `watch`.
+        (items,) losses, (items,) weights and (metrics,) sums, empty without `with_metrics`.
     """
     wide = working_dtype(student)
     losses, weights = (torch.empty(len(student), dtype=wide, device=student.device) for _ in range(2))
-    terms = torch.zeros(len(TERMS) if watch else 0, dtype=wide, device=student.device)
-    room = _Room(wide)
+    metrics = torch.zeros(len(METRICS) if with_metrics else 0, dtype=wide, device=student.device)
+    workspace = _Workspace(wide)
     for rows in blocks(student):
-        z = room.holding("student", student[rows])
+        z = workspace.widened("student", student[rows])
         place = None if gradient is None else gradient[rows]
-        # The gradient is worked out where it will lie, unless that is too narrow or holds the logits.
+        # The gradient is computed in place, unless its tensor is too narrow or holds the logits.
         fits = place is not None and place.dtype == wide and place.data_ptr() != z.data_ptr()
-        work = place if fits else room.like("work", z)
-        losses[rows], weights[rows], block_terms = _block(
+        work = place if fits else workspace.buffer("work", z)
+        losses[rows], weights[rows], block_metrics = _block(
             loss,
             z,
-            None if teacher is None else room.holding("teacher", teacher[rows]),
+            None if teacher is None else workspace.widened("teacher", teacher[rows]),
             None if labels is None else labels[rows],
             work,
-            room,
+            workspace,
             gradient is not None,
             generator,
-            watch,
+            with_metrics,
         )
-        if watch:
-            terms += block_terms
+        if with_metrics:
+            metrics += block_metrics
         if place is not None:
-            if weigh_gradient and loss.confident:
+            if scale_gradient_by_weight and loss.confidence_weighted:
                 work.mul_(weights[rows].unsqueeze(-1))
             if not fits:
                 place.copy_(work)
-    return losses, weights, terms
+    return losses, weights, metrics
 
 
-class _Room:
-    """Memory of a block's size, used by one block after the other: an allocator would give it back in between."""
+class _Workspace:
+    """Workspace buffers of a block's size, reused by every block: an allocator would free them in between."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._tensors: dict[str, Tensor] = {}
 
-    def like(self, name: str, rows: Tensor) -> Tensor:
-        """Room under a name, in the shape of `rows` (rows, classes), with anything in it."""
+    def buffer(self, name: str, rows: Tensor) -> Tensor:
+        """The buffer of a name, uninitialised, in the shape of `rows` (rows, classes)."""
         if name not in self._tensors:
             self._tensors[name] = torch.empty(rows.shape, dtype=self._dtype, device=rows.device)
         return self._tensors[name][: len(rows)]
 
-    def holding(self, name: str, rows: Tensor) -> Tensor:
-        """The rows in the wide dtype, copied where they are not in it."""
-        return rows if rows.dtype == self._dtype else self.like(name, rows).copy_(rows)
+    def widened(self, name: str, rows: Tensor) -> Tensor:
+        """The rows in the wide dtype, copied to the buffer of a name where they are narrower."""
+        return rows if rows.dtype == self._dtype else self.buffer(name, rows).copy_(rows)
 
 
 def some_class(labels: Tensor, counted: Tensor, classes: int) -> Tensor:
@@ -258,49 +258,49 @@ def _block(
     teacher: Tensor | None,
     labels: Tensor | None,
     work: Tensor,
-    room: _Room,
+    workspace: _Workspace,
     differentiable: bool,
     generator: torch.Generator | None,
-    watch: bool,
+    with_metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, weights and summed terms of some rows; `work` (rows, classes) gets the gradient of the losses."""
-    counted = target = p = p_scale = taught = top = cross = difference = terms = None
-    at_one = loss.soft and not loss.tempered  # the soft term at temperature 1
-    spare = room.like("spare", student)
+    """Losses, weights and summed metrics of some rows; `work` (rows, classes) receives the gradient of the losses."""
+    counted = target = p = p_scale = taught = top = cross = difference = metrics = None
+    at_one = loss.soft_targets and not loss.tempered  # the soft term at temperature 1
+    spare = workspace.buffer("spare", student)
     q = torch.softmax(student, -1, out=work)  # (rows, classes)
-    q_top = first_largest(student) if watch else None
+    q_top = argmax_column(student) if with_metrics else None
     q_scale = _Scale.of(student, q, q_top)
     losses, weights = student.new_zeros(len(student)), student.new_ones(len(student))
     if labels is not None:
         counted = labels != IGNORED
         target = some_class(labels, counted, student.shape[-1]).unsqueeze(-1)  # (rows, 1)
         hard = -q_scale.log_of(student.gather(-1, target)).squeeze(-1)  # (rows,)
-    if loss.permutation is not None or watch:
-        top = first_largest(teacher)
-    if at_one or loss.confident or watch:
-        p = taught = torch.softmax(teacher, -1, out=room.like("p", student))
-    if loss.confident or watch:
+    if loss.permutation is not None or with_metrics:
+        top = argmax_column(teacher)
+    if at_one or loss.confidence_weighted or with_metrics:
+        p = taught = torch.softmax(teacher, -1, out=workspace.buffer("p", student))
+    if loss.confidence_weighted or with_metrics:
         p_scale = _Scale.of(teacher, p, top)
     if loss.permutation is not None:
-        taught = room.like("taught", student)
-        permute_others(p, top, loss.permutation, generator, taught)
-    if watch or (at_one and taught is p):
+        taught = workspace.buffer("taught", student)
+        permute_all_but_column(p, top, loss.permutation, generator, taught)
+    if with_metrics or (at_one and taught is p):
         cross = _cross_entropy(p, student, q_scale, spare)
-    if loss.confident:
+    if loss.confidence_weighted:
         weights = p_scale.probability.squeeze(-1)
     if loss.tempered:
         soft, soft_gradient = _tempered(student, teacher, loss.temperature, spare)
         losses = losses + soft
-    elif loss.soft:
+    elif loss.soft_targets:
         losses = losses + (cross if taught is p else _cross_entropy(taught, student, q_scale, spare))
     if loss.label_weight:
         losses = losses + hard * loss.label_weight
 
-    if watch:
+    if with_metrics:
         entropy = _cross_entropy(p, teacher, p_scale, spare)
         agreement = (q_top == top).squeeze(-1).to(p.dtype)
         difference = torch.sub(q, p, out=spare)
-        terms = _sum_terms(hard, cross, agreement, entropy, difference, target, counted)
+        metrics = _sum_metrics(hard, cross, agreement, entropy, difference, target, counted)
     if differentiable:
         # The label's term has w (q - 1 at the label), the soft one at temperature 1 q - p.
         of_q = loss.label_weight + at_one
@@ -314,15 +314,15 @@ def _block(
             q.add_(soft_gradient)
     if counted is not None:
         losses, weights = losses.where(counted, 0), weights.where(counted, 0)
-        # As with classes that the teacher rules out: a CPU looks first.
+        # As with classes of probability 0: a check is cheap on a CPU.
         if differentiable and (work.device.type != "cpu" or not bool(counted.all())):
             work.masked_fill_(~counted.unsqueeze(-1), 0)
-    return losses, weights, terms
+    return losses, weights, metrics
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """What makes logarithms of probabilities out of logits: log p_i = logit_i - largest + log(probability).
+    """Turns logits into log probabilities: log p_i = logit_i - largest + log(probability).
 
     Args:
         largest: logit of each row, (rows, 1).
@@ -336,7 +336,7 @@ class _Scale:
     def of(cls, logits: Tensor, probabilities: Tensor, top: Tensor | None = None) -> _Scale:
         """From both (rows, classes), and where it is known the column of the largest, (rows, 1).
 
-        Softmax and two maxima take a CPU half as long as log_softmax and exp.
+        Softmax and two maxima take half as long on a CPU as log_softmax and exp.
         """
         if top is not None:
             return cls(logits.gather(-1, top), probabilities.gather(-1, top))
@@ -356,7 +356,7 @@ def _tempered(student: Tensor, teacher: Tensor, temperature: float, spare: Tenso
     return soft, q.sub_(p).mul_(temperature)
 
 
-def _sum_terms(
+def _sum_metrics(
     hard: Tensor,
     cross: Tensor,
     agreement: Tensor,
@@ -365,7 +365,7 @@ def _sum_terms(
     target: Tensor,
     counted: Tensor,
 ) -> Tensor:
-    """(terms,), summed over the rows that count; `difference` (rows, classes) is q - p at temperature 1."""
+    """(metrics,), summed over the rows that count; `difference` (rows, classes) is q - p at temperature 1."""
     on_target = difference.gather(-1, target).squeeze(-1)  # (rows,)
     squares = torch.linalg.vector_norm(difference, dim=-1).square() - on_target.square()
     values = torch.stack(
@@ -378,18 +378,18 @@ def _sum_terms(
             squares.clamp_min(0).sqrt(),
             torch.ones_like(entropy),
         ]
-    )  # (terms, rows)
+    )  # (metrics, rows)
     return values.where(counted, 0).sum(-1)
 
 
 def _cross_entropy(p: Tensor, logits: Tensor, scale: _Scale, spare: Tensor) -> Tensor:
     """-sum_i p_i log q_i of every row, q = softmax(logits), where 0 x log 0 is 0.
 
-    So a class that the teacher rules out adds nothing. Works in `spare` (rows, classes).
+    So a class of teacher probability 0 adds nothing. `spare` (rows, classes) is a workspace.
     """
     products = torch.sub(logits, scale.largest, out=spare).mul_(p)
     over = products.sum(-1)  # (rows,): up to log(probability), since p sums to 1
-    # Looking whether there are any costs a CUDA device a wait, and a CPU less than masking for nothing.
+    # Checking for them synchronises a CUDA device; on a CPU it costs less than masking for nothing.
     if products.device.type != "cpu" or bool(over.isnan().any()):
         over = products.masked_fill_(p == 0, 0).sum(-1)
     return -(over + scale.probability.log().squeeze(-1))

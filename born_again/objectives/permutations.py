@@ -1,4 +1,4 @@
-"""The permutations of DKPP: the largest entry of every row stays where it is, the others change places."""
+"""The permutations of DKPP: in every row all entries but the argmax are permuted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 PERMUTATIONS = ("fresh", "fixed")
-# From about here on, drawing row by row costs a CPU less than sorting random keys.
+# Entries from which drawing row by row is faster on a CPU than sorting random keys.
 _ROW_BY_ROW = 256
 
 
-def permute_all_but_largest(logits: Tensor, permutation: str, generator: torch.Generator | None) -> Tensor:
-    """Permutes, within each row, every entry but the largest (the first of equals).
+def permute_all_but_argmax(logits: Tensor, permutation: str, generator: torch.Generator | None) -> Tensor:
+    """Permutes, within each row, every entry but the argmax (the first of equals).
 
     Softmax commutes with a permutation, so permuting logits permutes probabilities.
 
@@ -27,17 +27,17 @@ def permute_all_but_largest(logits: Tensor, permutation: str, generator: torch.G
         (items, classes), a new tensor.
     """
     permuted = torch.empty_like(logits)
-    permute_others(logits.clone(), first_largest(logits), permutation, generator, permuted)
+    permute_all_but_column(logits.clone(), argmax_column(logits), permutation, generator, permuted)
     return permuted
 
 
-def permute_others(
+def permute_all_but_column(
     values: Tensor, top: Tensor, permutation: str, generator: torch.Generator | None, out: Tensor
 ) -> None:
-    """Permutes the entries of each row but one.
+    """Permutes every entry of each row but that in one column.
 
     Args:
-        values: (rows, classes), used as room meanwhile and left as it was.
+        values: (rows, classes), used as a workspace meanwhile and restored.
         top: (rows, 1), int64: the column of the entry that stays.
         permutation: "fresh" for one of its own for every row, each as likely as any other; "fixed" for one drawn from
             the generator's initial seed.
@@ -90,9 +90,9 @@ def _shuffle_rows(values: Tensor, shuffled: Tensor, generator: torch.Generator |
             list(pool.map(share, range(workers)))
 
 
-def first_largest(values: Tensor) -> Tensor:
-    """The column of the largest entry of each row, the first of equals: (rows, 1), int64."""
+def argmax_column(values: Tensor) -> Tensor:
+    """The argmax of each row, the first of equals: (rows, 1), int64."""
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        # numpy looks at several entries at a time; torch took as long as the rest of the loss.
+        # numpy's argmax is vectorised; torch's took as long as the rest of the loss.
         return torch.from_numpy(values.detach().numpy().argmax(-1)).unsqueeze(-1)
     return values.argmax(-1, keepdim=True)

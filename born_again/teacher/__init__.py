@@ -1,4 +1,4 @@
-"""What a frozen teacher is: its mode, its place, its precision, and how several become one."""
+"""The frozen teacher: eval mode, device, precision, and the mean of several."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from born_again.teacher.inputs import (
     unwrapped,
     with_decoder_inputs,
 )
-from born_again.teacher.precision import put_in_inference_form
+from born_again.teacher.precision import fold_and_cast
 from born_again.teacher.preprocessing import Preprocessing, TeacherPixels
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("autocast", "inference", "float32")
-# Of torch.compile: they answer in memory that the next call writes over.
+# Of torch.compile: their outputs are overwritten by the next call.
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-# Of the recurrent networks here, whose code was published beside weights before it had the attribute `carries_state`.
-_CARRIES_UNSAID = ("lstm_lm", "char_cnn_lstm")
+# The recurrent networks here, whose code was published beside weights before it had the attribute `carries_state`.
+_CARRIES_STATE_UNDECLARED = ("lstm_lm", "char_cnn_lstm")
 
 
 class FrozenTeacher:
-    """One or more frozen networks that answer with logits.
+    """One or more frozen networks that compute logits.
 
-    Not an nn.Module on purpose: kept by a trainer it is in no module tree, so that no train() reaches it, no optimizer
-    steps it, no checkpoint stores it and no wrapper for distributed training touches it. The networks given are put in
-    eval mode and frozen where they are, by `to` or at the first batch.
+    Not an nn.Module on purpose: as a trainer's attribute it is in no module tree, so that no train() reaches it, no
+    optimizer steps it, no checkpoint stores it and no wrapper for distributed training touches it. The networks given
+    are put in eval mode and frozen where they are, by `to` or at the first batch.
 
     Args:
         teachers: a network, or a sequence of networks that teach as the mean of their probabilities (the paper's
             equation 4 turned into a teacher).
 
     Attributes:
-        modules: the networks that answer; in the inference form, from the first batch on, private copies.
+        modules: the networks that are called; with precision "inference", from the first batch on, private copies.
         inputs: what of a batch each of them reads.
-        precision: see `in_form`.
+        precision: see `set_precision`.
         columns: how many classes of several networks are averaged, where they have more (padded vocabularies).
 
     Raises:
@@ -71,17 +71,17 @@ class FrozenTeacher:
         self._device: torch.device | None = None
         self._memory_format: torch.memory_format | None = None
         self._compile: dict[str, Any] | None = None
-        self._callable: list[Any] | None = None  # the modules, compiled or not, once they have their form
-        self._dtypes: list[torch.dtype | None] = [None] * len(self.modules)  # of their floating inputs, in that form
+        self._callable: list[Any] | None = None  # the modules, compiled or not, once they are prepared
+        self._dtypes: list[torch.dtype | None] = [None] * len(self.modules)  # of their floating inputs, once prepared
 
-    def in_form(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
-        """Says how the networks compute; before `to` and before the first batch.
+    def set_precision(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
+        """Sets the precision that the networks compute in; before `to` and before the first batch.
 
         Args:
-            precision: "autocast" (as the caller's autocast context says), "inference" (private copies in the form of
-                `born_again.teacher.precision`, made of the first batch; those given are left as and where they
-                are) or "float32" (outside autocast; private copies where weights are narrower).
-            dtype: of the weights of the inference form; None keeps their own.
+            precision: "autocast" (as the caller's autocast context says), "inference" (private copies with
+                BatchNorm folded, see `born_again.teacher.precision`, made at the first batch; those given are left as
+                and where they are) or "float32" (outside autocast; private copies where weights are narrower).
+            dtype: of the weights of the folded copies; None keeps their own.
         """
         self.precision, self._dtype = precision, dtype
         if precision == "float32":
@@ -95,7 +95,7 @@ class FrozenTeacher:
         """
         for module in (*self._given, *self.modules):
             module.eval().requires_grad_(False)
-        self._given = []  # in another form they are not needed
+        self._given = []  # beside copies they are not needed
         return self
 
     def give_own_pixels(
@@ -133,12 +133,12 @@ class FrozenTeacher:
 
     @property
     def device(self) -> torch.device:
-        """Where it answers."""
+        """The device of its outputs."""
         return self._device or next(self.modules[0].parameters()).device
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides its answers beside weights and inputs, JSON-able."""
+        """What decides its outputs beside weights and inputs, JSON-able."""
         options = None if self._compile is None else {name: str(value) for name, value in self._compile.items()}
         facts = {"precision": self.precision, "dtype": str(self._dtype), "compile": options}
         changes = [pixels.facts for pixels in self._pixels]
@@ -170,30 +170,30 @@ class FrozenTeacher:
         return module if self._memory_format is None else module.to(memory_format=self._memory_format)
 
     def prepare(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """Gives the networks their form, at the first batch: only that tells what reads what in a network.
+        """Folds, casts and compiles the networks, at the first batch: folding has to trace a forward pass.
 
         Args:
             inputs: see `__call__`.
 
         Returns:
-            What is called for each network: itself, or what torch.compile made of it.
+            The callable of each network: itself, or what torch.compile returned.
         """
         if self._callable is None:
             self.freeze()
             if self.precision == "inference":
-                with self.own_precision():
-                    self.modules = [self._in_inference_form(index, inputs) for index in range(len(self.modules))]
+                with self.precision_context():
+                    self.modules = [self._folded_copy(index, inputs) for index in range(len(self.modules))]
             self._callable, self._dtypes = self.modules, [input_dtype(module) for module in self.modules]
             if self._compile is not None:
                 # Not compiled in place: a network that someone else holds must not be another for it.
                 self._callable = [torch.compile(_original(module), **self._compile) for module in self.modules]
         return self._callable
 
-    def _in_inference_form(self, index: int, inputs: Mapping[str, Any]) -> nn.Module:
+    def _folded_copy(self, index: int, inputs: Mapping[str, Any]) -> nn.Module:
         network = self._place(_copied(self.modules[index]))
         arguments = self.arguments(index, inputs, network)
         with self._pixels[index].naming_sizes(inputs):
-            return put_in_inference_form(network, arguments, self._dtype)
+            return fold_and_cast(network, arguments, self._dtype)
 
     def arguments(self, index: int, inputs: Mapping[str, Any], network: nn.Module | None = None) -> dict[str, Any]:
         """What of a batch a network is called with, by name.
@@ -201,7 +201,7 @@ class FrozenTeacher:
         Args:
             index: of the network.
             inputs: see `__call__`.
-            network: in its place, another form of it, before `prepare` is done.
+            network: a folded copy to use in its place, before `prepare` is done.
 
         Raises:
             ValueError: inputs that are missing, and cannot be made.
@@ -274,10 +274,10 @@ class FrozenTeacher:
             (..., classes), a floating point tensor without gradient. For several networks it is the logarithm of
             the mean of their probabilities, in float32 or wider, whose softmax is that mean.
         """
-        return self.read_on(inputs, [None] * len(self.modules))[0]
+        return self.forward_with_states(inputs, [None] * len(self.modules))[0]
 
     @torch.no_grad()
-    def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+    def forward_with_states(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """As a call, for networks that carry a state from one window of a text to the next.
 
         Args:
@@ -287,21 +287,21 @@ class FrozenTeacher:
         Returns:
             The logits, and the states after this window.
         """
-        logits, after = self.answers_on(inputs, states)
-        return self.as_one(logits), after
+        logits, after = self.logits_by_network(inputs, states)
+        return self.ensemble_logits(logits), after
 
-    def as_one(self, logits: Sequence[Tensor]) -> Tensor:
-        """The answer of all networks: the logits of one as they are, else the mean of their probabilities."""
+    def ensemble_logits(self, logits: Sequence[Tensor]) -> Tensor:
+        """One tensor for all networks: the logits of one as they are, else the log of their mean probabilities."""
         if len(logits) == 1:
             return logits[0]
         # Before they are averaged: a probability of padding, which no text has, is each network's own.
         return mean_log_probabilities([part[..., : self.columns] for part in logits])
 
     @torch.no_grad()
-    def answers_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-        """As `read_on`, with the logits of each network for itself."""
+    def logits_by_network(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+        """As `forward_with_states`, with the logits of each network for itself."""
         self._check_length(inputs)
-        with self.own_precision():
+        with self.precision_context():
             outputs = [
                 self._output(called, index, inputs if state is None else {**inputs, "state": state})
                 for index, (called, state) in enumerate(zip(self.prepare(inputs), states, strict=True))
@@ -327,11 +327,11 @@ class FrozenTeacher:
                     f"{text}; expected no more: truncate the texts to {limit} tokens (truncation=True, "
                     f"max_length={limit}; block_size or window {limit}), or take a teacher with more positions."
                 )
-            self.warn(f"{text}: what it says of the tokens after them is not what it was trained for.")
+            self.warn(f"{text}: its logits for the tokens after them are not what it was trained for.")
             self._positions[index] = None  # said once
 
-    def own_precision(self) -> AbstractContextManager:
-        """What the networks, and any layer of theirs, are to be called in."""
+    def precision_context(self) -> AbstractContextManager:
+        """The autocast context in which the networks, and any layer of theirs, are called."""
         kind = (self._device or torch.device("cpu")).type
         if self.precision == "autocast" and not (torch.is_autocast_enabled(kind) and self._is_narrow_otherwise(kind)):
             return nullcontext()
@@ -356,19 +356,19 @@ class FrozenTeacher:
 def carries_state(module: nn.Module) -> bool:
     """Whether a network reads a text window by window: its forward takes a `state` and its output has the next.
 
-    It says so itself, by an attribute `carries_state` that is True: an argument of that name may mean anything (RWKV's
+    It declares so by an attribute `carries_state` that is True: an argument of that name may mean anything (RWKV's
     is a list that it writes into).
     """
     network = unwrapped(module)
     says = getattr(network, "carries_state", None)
     if says is None:
         kind = getattr(getattr(network, "config", None), "model_type", None)
-        return kind in _CARRIES_UNSAID and "state" in forward_parameters(network)
+        return kind in _CARRIES_STATE_UNDECLARED and "state" in forward_parameters(network)
     return bool(says)
 
 
-def takes_state_unsaid(module: nn.Module) -> bool:
-    """Whether a network's forward takes a `state` that is not carried, since the network does not say what it is."""
+def takes_undeclared_state(module: nn.Module) -> bool:
+    """Whether a network's forward takes a `state` that is not carried, since it does not declare `carries_state`."""
     return not carries_state(module) and "state" in forward_parameters(module)
 
 

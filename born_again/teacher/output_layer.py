@@ -1,8 +1,8 @@
-"""The last matrix product of a language model, taken apart from what comes before it.
+"""The output layer of a language model, separated from the layers before it.
 
-A vocabulary makes logits large and hidden states small. Who keeps a teacher's answers keeps its hidden states, and who
-computes a loss over 128,000 words computes it from them, some rows at a time. Both need the model without its output
-layer, and to know that nothing but that layer makes logits of hidden states.
+Over a large vocabulary logits are large and hidden states small. The teacher cache stores hidden states, and the
+chunked loss over 128,000 tokens computes logits from them, some rows at a time. Both need the model without its output
+layer, and to know that logits are the output of that layer alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def without_output_layer(model: nn.Module) -> Iterator[nn.Linear]:
         model: with an `output_layer`; unwrapped.
 
     Yields:
-        The layer, with its weight (words, hidden) and bias (words,) or None.
+        The layer, with its weight (vocabulary, hidden) and bias (vocabulary,) or None.
     """
     layer = output_layer(model)
     before = vars(layer).get("forward")
@@ -51,27 +51,27 @@ def without_output_layer(model: nn.Module) -> Iterator[nn.Linear]:
 
 @torch.no_grad()
 def ends_in_output_layer(
-    model: nn.Module, inputs: Mapping[str, Any], ask: Callable[[Mapping[str, Any]], Any] | None = None
+    model: nn.Module, inputs: Mapping[str, Any], call: Callable[[Mapping[str, Any]], Any] | None = None
 ) -> bool:
-    """Whether the output layer alone makes logits of hidden states, found out by running the model on a batch.
+    """Whether the logits are the output of the output layer alone, checked by running the model on a batch.
 
     False for what follows the layer in some models, such as a soft cap (Gemma 2) or a scale, and for several heads.
 
     Args:
         model: unwrapped; of any mode, which it keeps.
         inputs: a batch that the model can be called with.
-        ask: calls the model with the batch where that takes more than `model(**inputs)`.
+        call: calls the model with the batch where that takes more than `model(**inputs)`.
     """
-    ask = ask or (lambda batch: model(**batch))
+    call = call or (lambda batch: model(**batch))
     layer = output_layer(model)
     if layer is None:
         return False
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        logits = logits_of(ask(inputs))
+        logits = logits_of(call(inputs))
         with without_output_layer(model):
-            hidden = logits_of(ask(inputs))
+            hidden = logits_of(call(inputs))
         # Accelerate widens what a network under autocast gives, but not what its layer gives here.
         return hidden.shape[-1] == layer.in_features and torch.equal(logits, layer(hidden).to(logits.dtype))
     finally:

@@ -1,4 +1,4 @@
-"""A frozen network in the form that answers fastest: BatchNorm inside convolutions, weights in a smaller dtype."""
+"""Inference copies of a frozen network: BatchNorm folded into convolutions, weights in a smaller dtype."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def cpu_capabilities() -> dict[str, Any]:
     }
 
 
-def inference_form(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a network whose BatchNorm layers after a convolution are part of that convolution.
+def folded_copy(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a network with its BatchNorm layers folded into the convolutions before them.
 
     In eval mode BatchNorm is a scale and a shift of each channel, which a convolution before it can have in its own
-    weights (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Which BatchNorm reads what no one else reads is found
-    by running the network once. The others, such as those that open a pre-activation block, stay. Then the copy is run
-    once on the inputs: where it does not give what the network gives, a warning says so and nothing is folded.
+    weights (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Tracing one forward pass finds each BatchNorm that is
+    the only reader of a convolution's output. The others, such as those that open a pre-activation block, stay. Then
+    the copy is run once on the inputs: where its outputs differ from the network's, a warning says so and nothing is
+    folded.
 
     Args:
         network: in eval mode; not changed.
@@ -60,11 +61,11 @@ def inference_form(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.d
     Raises:
         ValueError: a network in train mode, whose BatchNorm is no fixed scale.
     """
-    return put_in_inference_form(copy.deepcopy(network), inputs, dtype)
+    return fold_and_cast(copy.deepcopy(network), inputs, dtype)
 
 
-def put_in_inference_form(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    """As `inference_form`, of the network itself: for one that no one else needs."""
+def fold_and_cast(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """As `folded_copy`, in place: for a network that nothing else uses."""
     if network.training:
         raise ValueError("network: is in train mode, expected eval mode, in which BatchNorm is fixed; call eval().")
     network.requires_grad_(False)
@@ -168,17 +169,17 @@ def _pairs(network: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[nn.Conv2
     ]
     rows = {len(value) for value in inputs.values() if _is_floating(value) and value.dim()}
     # One row is enough. With a gradient through the inputs autograd's graph tells who reads what.
-    watched = {
+    traced = {
         name: value[:1] if isinstance(value, Tensor) and value.dim() and len(value) in rows else value
         for name, value in inputs.items()
     }
-    watched = {
+    traced = {
         name: value.detach().clone().requires_grad_() if _is_floating(value) else value
-        for name, value in watched.items()
+        for name, value in traced.items()
     }
     try:
         with torch.enable_grad():
-            readers = _readers(network(**watched))
+            readers = _readers(network(**traced))
     finally:
         for hook in hooks:
             hook.remove()

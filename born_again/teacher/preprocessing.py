@@ -34,7 +34,7 @@ class Preprocessing:
     Args:
         mean: of each channel of the network's input, on the scale where 255 is 1.
         std: standard deviation likewise.
-        source: where this is from, in words.
+        source: where this is from, for messages.
         is_bgr: whether the channels are blue, green, red.
         size: height and width in pixels, None where it is not known.
         other_sizes: sizes that are as good, such as that which timm tests with.
@@ -136,7 +136,7 @@ def pixels_name(inputs: Mapping[str, Any]) -> str | None:
 
 
 def preprocessing_of_network(network: nn.Module) -> Preprocessing | None:
-    """What a network says of the images it was trained on, None where it says nothing.
+    """The preprocessing in a network's config, None where there is none.
 
     A timm network inside transformers says it in `config.pretrained_cfg`; one of timm itself in `pretrained_cfg`,
     which is certain where it was read from a repository or a folder or was set by hand, and is timm's default for
@@ -165,14 +165,14 @@ def preprocessing_of_network(network: nn.Module) -> Preprocessing | None:
 
 
 def preprocessing_of_processor(processor: Any, source: str | None = None) -> Preprocessing | None:
-    """What an image processor does, found out by giving it images of one colour.
+    """The normalisation of an image processor, detected by calling it on images of one colour.
 
     Its attributes would not tell: some processors rescale by an offset, divide by std twice (EfficientNet) or put
     blue first (MobileViT, PP-LCNet).
 
     Args:
         processor: an image processor of transformers, or a processor that has one; anything else is not known.
-        source: where it is from, in words.
+        source: where it is from, for messages.
     """
     processor = getattr(processor, "image_processor", processor)
     if _PIXELS not in getattr(processor, "model_input_names", ()):
@@ -207,7 +207,7 @@ def preprocessing_of_processor(processor: Any, source: str | None = None) -> Pre
 
 
 def preprocessing_of_dataset(dataset: Any) -> Preprocessing | None:
-    """What a dataset says of its pixel values, None where it says nothing.
+    """The preprocessing that a dataset declares, None where it declares none.
 
     It says it by `mean` and `std`, as born_again.data's ImageDataset does, or by a Normalize of torchvision in its
     `transform`; a Subset by the dataset inside.
@@ -224,7 +224,7 @@ def preprocessing_of_dataset(dataset: Any) -> Preprocessing | None:
 
 
 def wrong_config(network: nn.Module, dataset: Any, processor: Any) -> str | None:
-    """What to say of a network around timm whose config, saved beside it, tells others to prepare images otherwise
+    """A warning for a network around timm whose config, saved beside it, tells others to prepare images otherwise
     than its training set does; None where it does not, or where that is not known."""
     saved = getattr(getattr(network, "config", None), "pretrained_cfg", None)
     if not isinstance(saved, Mapping):
@@ -442,7 +442,7 @@ def read_otherwise(saved: Mapping[str, Any], *interpolations: str) -> str | None
         interpolations: what may resize them, as timm calls it; none of them asks for crops alone.
 
     Returns:
-        In words; None where it says that they are squashed, whole, by one of these.
+        A description; None where they are squashed, whole, by one of these.
     """
     mode, share, interpolation = (saved.get(name) for name in ("crop_mode", "crop_pct", "interpolation"))
     if (mode, share) == ("squash", 1.0) and (not interpolations or interpolation in interpolations):

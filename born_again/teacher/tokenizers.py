@@ -192,7 +192,7 @@ def ignored_ends(batch: Mapping[str, Any], labels: str, end: int) -> int:
 
 
 def ignored_ends_warning(ends: int, token: str) -> str:
-    """What to say of `ignored_ends`."""
+    """The warning for `ignored_ends`."""
     return (
         f"data_collator: DataCollatorForLanguageModeling(mlm=False) pads with {token!r}, which also ends texts, and "
         f"ignores every label that is the padding: {ends} ends of texts in a batch count for nothing, and texts are "

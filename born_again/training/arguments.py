@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,11 +44,11 @@ def multi_step_schedule(
 
 
 TEACHER_CACHES = ("off", "memory", "disk")
-LOSS_FORMS = ("auto", "plain", "chunked")
+LOSS_IMPLEMENTATIONS = ("auto", "full", "chunked")
 LOSS_NORMALIZATIONS = ("trainer", "step")
 
-# What may differ between two runs of one experiment without changing a weight.
-_INDECISIVE = frozenset(
+# Arguments that may differ between two runs of one experiment without changing a weight.
+_NOT_WEIGHT_AFFECTING = frozenset(
     """
     output_dir do_train do_eval do_predict resume_from_checkpoint local_rank use_cpu
     seed objective loss_normalization stop_on_nonfinite teacher_accuracy_samples
@@ -78,23 +80,24 @@ class BornAgainTrainingArguments(TrainingArguments):
     Args:
         objective: what a student is taught by, unused without a teacher: "ban" (the teacher's distribution alone),
             "ban+l" (that plus the labels), "cwtm" (labels weighted by the teacher's confidence), "dkpp" (the
-            teacher's distribution, its lesser entries permuted).
+            teacher's distribution, permuted except for its argmax).
         temperature: of "ban" and "ban+l"; above 0. The paper uses 1.
         label_weight: of "ban+l", what the cross-entropy with the labels is multiplied by; 0 or more.
         permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
-        teacher_precision: how the teacher computes. "autocast" as the student does; "inference" in the form that
-            answers fastest, a private copy with BatchNorm inside convolutions and weights in the dtype of bf16 or
-            fp16; "float32" in full precision whatever the student does.
-        teacher_cache: where the teacher's answers are kept, to be found again where the same view of a sample comes
-            again: "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one
-            teacher). Weights come out the same. The training set must name its views, as born_again.data's do.
+        teacher_precision: how the teacher computes. "autocast" as the student does; "inference" is the fastest, a
+            private copy with BatchNorm folded into convolutions and weights in the dtype of bf16 or fp16; "float32" in
+            full precision whatever the student does.
+        teacher_cache: where the teacher's outputs are cached, to be read when the same view of a sample comes again:
+            "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one teacher).
+            The weights are the same. The training set must give each view a cache key, as born_again.data's do.
         teacher_cache_dir: of "disk", a folder; None is `teacher_cache` in output_dir.
-        teacher_cache_limit_gib: GiB that kept answers may take, above 0; None is half of what is free. What does not
-            fit is answered by the teacher.
-        loss_form: "plain" makes all logits of a batch; "chunked" makes a language model's from hidden states, some
-            rows at a time, in a fraction of the memory, and refuses networks whose logits are not made by an output
-            layer alone; "auto" takes the chunked form where it can and the logits are many; the log says which.
+        teacher_cache_limit_gib: GiB that cached outputs may take, above 0; None is half of what is free. What does not
+            fit is computed by the teacher each time.
+        loss_implementation: "full" computes all logits of a batch; "chunked" computes a language model's from hidden
+            states, some rows at a time, in a fraction of the memory, and refuses networks whose logits are not the
+            output of their output layer alone; "auto" is "chunked" where that works and the logits are many, and logs
+            its choice.
         loss_normalization: what a training without a teacher divides its loss by; with a teacher, in a lineage and in
             BornAgainLMTrainer it is always "step". "trainer" leaves the loss to the network and to transformers, bit
             for bit, which for networks that take no `num_items_in_batch` multiplies the loss by the accumulation
@@ -104,9 +107,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         stop_on_nonfinite: stops a training whose loss, or one of whose trained weights, is NaN or infinite, with a
             FloatingPointError; checked when the loss is logged, before a checkpoint and at the end. None stops where
             the trainer computes the loss: with a teacher, in a lineage, and with loss_normalization "step". It does
-            not ask `logging_nan_inf_filter`, which only hides such losses in the log.
+            not depend on `logging_nan_inf_filter`, which only hides such losses in the log.
         teacher_accuracy_samples: on how many rows of the training set, evenly spaced, the accuracy of the teacher is
-            measured before training, for a warning where it has not fitted them; 0 or more, 0 measures nothing. None
+            measured before training, for a warning where it underfits them; 0 or more, 0 measures nothing. None
             is 2,048 in a lineage, which records it, and where a warning can come of it, that is for objectives without
             a label term; else 0.
             BornAgainLMTrainer measures the perplexity on the first 60 batches instead, whatever the number above 0.
@@ -114,7 +117,7 @@ class BornAgainTrainingArguments(TrainingArguments):
             multiplied by `lr_gamma`; takes the place of `lr_scheduler_type`. Warm-up arguments hold.
         lr_gamma: see `lr_milestones`; above 0. The paper's recipe has 0.2.
         lr_plateau_factor: what the learning rate is multiplied by after an evaluation without enough gain, between 0
-            and 1; takes the place of `lr_scheduler_type`. What is watched is `metric_for_best_model`, eval_loss when
+            and 1; takes the place of `lr_scheduler_type`. The metric is `metric_for_best_model`, eval_loss when
             None; it needs an eval_strategy.
         lr_plateau_gain: by how much that metric has to fall below its best so far; 0 or more, in its own unit.
         decay_all_parameters: weight decay on every parameter, as in the paper; transformers leaves out biases and
@@ -132,16 +135,20 @@ class BornAgainTrainingArguments(TrainingArguments):
     teacher_precision: str = field(
         default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
     )
-    teacher_cache: str = field(default="off", metadata={"help": "Where teacher answers are kept: off, memory, disk."})
+    teacher_cache: str = field(
+        default="off", metadata={"help": "Where teacher outputs are cached: off, memory, disk."}
+    )
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Of teacher_cache disk: the folder; in output_dir when not given."}
     )
     teacher_cache_limit_gib: float | None = field(
         default=None, metadata={"help": "GiB that teacher_cache may take; half of what is free when not given."}
     )
-    loss_form: str = field(
-        default="auto", metadata={"help": "How a loss over words is computed: auto, plain, chunked."}
+    loss_implementation: str = field(
+        default="auto", metadata={"help": "How a loss over a vocabulary is computed: auto, full, chunked."}
     )
+    # Deprecated name of loss_implementation; None again once it is read.
+    loss_form: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
     loss_normalization: str = field(
         default="trainer",
         metadata={"help": "Without a teacher: trainer (as transformers does) or step (as with one)."},
@@ -175,11 +182,12 @@ class BornAgainTrainingArguments(TrainingArguments):
             )
         super().__post_init__()
         self._take_accumulation()
+        self._take_loss_form()
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("permutation", self.permutation, PERMUTATIONS)
         check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
         check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
-        check_choice("loss_form", self.loss_form, LOSS_FORMS)
+        check_choice("loss_implementation", self.loss_implementation, LOSS_IMPLEMENTATIONS)
         check_choice("loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)
         _check_above_zero("temperature", self.temperature, "the paper uses 1")
         _check_above_zero("lr_gamma", self.lr_gamma, "the paper's recipe has 0.2")
@@ -196,8 +204,8 @@ class BornAgainTrainingArguments(TrainingArguments):
         if self.lr_milestones is not None:
             self._check_milestones()
 
-    def decisive(self) -> dict[str, Any]:
-        """The arguments that decide the weights and are not at their defaults, for the record of an experiment.
+    def weight_affecting(self) -> dict[str, Any]:
+        """The weight-affecting arguments that are not at their defaults, for the record of an experiment.
 
         Mixed precision and compilation are those that accelerate will compute in, which an argument, its launcher or
         the environment may have chosen.
@@ -208,11 +216,11 @@ class BornAgainTrainingArguments(TrainingArguments):
         """
         defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
         evaluation_decides = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-        indecisive = _INDECISIVE - _EVALUATION if evaluation_decides else _INDECISIVE
+        excluded = _NOT_WEIGHT_AFFECTING - _EVALUATION if evaluation_decides else _NOT_WEIGHT_AFFECTING
         chosen = {
             name: value
             for name, value in self.to_dict().items()
-            if name not in indecisive and value != defaults.get(name)
+            if name not in excluded and value != defaults.get(name)
         }
         chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
         if self.mixed_precision in ("bf16", "fp16"):
@@ -247,6 +255,18 @@ class BornAgainTrainingArguments(TrainingArguments):
                 self.accelerator_config, gradient_accumulation_kwargs=left or None
             )
             self.gradient_accumulation_steps = kwargs["num_steps"]
+
+    def _take_loss_form(self) -> None:
+        if self.loss_form is None:
+            return
+        renamed, self.loss_form = {"plain": "full"}.get(self.loss_form, self.loss_form), None
+        warnings.warn(f"loss_form is deprecated: use loss_implementation={renamed!r}.", FutureWarning, stacklevel=4)
+        if self.loss_implementation not in ("auto", renamed):
+            raise ValueError(
+                f"loss_form: got {renamed!r} beside loss_implementation {self.loss_implementation!r}; loss_form is "
+                "its old name, so give loss_implementation alone."
+            )
+        self.loss_implementation = renamed
 
     def _check_that_the_objective_reads(self, name: str, readers: tuple[str, ...]) -> None:
         default = type(self).__dataclass_fields__[name].default

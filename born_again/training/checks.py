@@ -1,4 +1,4 @@
-"""What a trainer refuses before training, and notices during it: arguments, labels, losses that are not finite."""
+"""Validation of arguments and labels, and detection of losses that are not finite."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from transformers import Trainer
 from born_again.objectives import IGNORED
 
 
-def check_settings(
+def validate_arguments(
     trainer: Trainer, student: nn.Module, where: str = "beside a teacher", teachers: Sequence[nn.Module] = ()
 ) -> None:
-    """Refuses what would change a loss that the trainer computes, or leave it without meaning.
+    """Validates arguments and networks: refuses what would change or break a loss that the trainer computes.
 
     Args:
         trainer: with its arguments and label names.
@@ -42,8 +42,8 @@ def check_settings(
     if args.use_liger_kernel:
         raise ValueError(
             f"use_liger_kernel: got True {where}, expected False: its fused loss reads the labels itself and gives no "
-            "logits; loss_form='chunked' saves the same memory. Liger's other kernels can be applied to the model "
-            "before it is handed over."
+            "logits; loss_implementation='chunked' saves the same memory. Liger's other kernels can be applied to the "
+            "model before it is handed over."
         )
     if trainer.compute_loss_func is not None:
         raise ValueError(f"compute_loss_func: got a function {where}, expected None: see `objective`.")
@@ -73,7 +73,7 @@ def _problem(network: nn.Module) -> str | None:
 
 
 def narrow_weights(student: nn.Module) -> str | None:
-    """What to say of trained weights narrower than float32, as a student has them by its teacher's config.
+    """A warning for trained weights narrower than float32, as a student has them by its teacher's config.
 
     An optimizer adds to a weight updates that are hundreds of times smaller, which such weights round away.
 
@@ -125,10 +125,10 @@ def class_numbers(labels: Any, column: str) -> Tensor:
 
 
 class LabelRange:
-    """Remembers the smallest and the largest label of a training, and says so where they are no classes.
+    """Tracks the smallest and the largest label of a training, and raises where they are no classes.
 
-    On a CPU a batch is looked at when it is seen, before a kernel fails on it. On another device nothing is waited
-    for: the losses take any class for a label that is none, and `check` reads what was seen.
+    On a CPU a batch is checked when it is seen, before a kernel fails on it. Another device is not synchronised: the
+    losses take any class for a label that is none, and `check` reads what was seen.
 
     Args:
         column: of the labels, for the message.
@@ -140,7 +140,7 @@ class LabelRange:
         self._classes = 0
 
     def see(self, targets: Tensor, classes: int) -> None:
-        """Takes note of a batch.
+        """Records a batch.
 
         Args:
             targets: (items,) int64, `IGNORED` for items that do not count.
@@ -159,7 +159,7 @@ class LabelRange:
             self.check()
 
     def check(self) -> None:
-        """Looks at what was seen since the last check.
+        """Checks the labels seen since the last check.
 
         Raises:
             ValueError: a label was no class; names the column and one such label.
@@ -181,16 +181,16 @@ _REMEDY = "Lower learning_rate, clip with max_grad_norm, or train without fp16."
 
 
 class DivergenceGuard:
-    """Remembers, on the device, the first step whose loss was not finite; says so when it is asked.
+    """Records, on the device, the first step whose loss was not finite; raises when it is checked.
 
-    Asking reads a number from the device. Ask where the host waits for it anyway, and before weights are saved.
+    A check reads a number from the device. Check where the host waits for it anyway, and before weights are saved.
     """
 
     def __init__(self) -> None:
         self._first_bad: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Takes note of the loss of a step.
+        """Records the loss of a step.
 
         Args:
             loss: scalar, on any device.
@@ -201,7 +201,7 @@ class DivergenceGuard:
         self._first_bad = bad if self._first_bad is None else self._first_bad.minimum(bad)
 
     def check_loss(self, steps: int) -> None:
-        """Looks at the losses seen since the last check.
+        """Checks the losses seen since the last check.
 
         Args:
             steps: of the whole training, for the message.
@@ -214,12 +214,12 @@ class DivergenceGuard:
         bad, self._first_bad = self._first_bad.item(), None
         if bad <= steps:
             raise FloatingPointError(
-                f"loss: not finite at step {bad} of {steps}; training stops, and checkpoints saved before are kept. "
+                f"loss: not finite at step {bad} of {steps}; training stops, and checkpoints saved before remain. "
                 + _REMEDY
             )
 
     def check_weights(self, model: nn.Module, step: int, steps: int) -> None:
-        """Looks at the trained weights, which an infinite gradient of a finite loss can have ruined.
+        """Checks the trained weights, which an infinite gradient of a finite loss may have made infinite.
 
         Frozen ones may hold an infinity on purpose, such as a mask.
 
@@ -232,6 +232,6 @@ class DivergenceGuard:
                 found.setdefault(parameter.device, []).append(parameter.isfinite().all())
         if not all(torch.stack(finite).all() for finite in found.values()):
             raise FloatingPointError(
-                f"weights: not finite after step {step} of {steps}; training stops, and checkpoints saved before are "
-                "kept. " + _REMEDY
+                f"weights: not finite after step {step} of {steps}; training stops, and checkpoints saved before "
+                "remain. " + _REMEDY
             )

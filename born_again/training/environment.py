@@ -1,4 +1,4 @@
-"""What accelerate's launcher and the environment have a training compute in, beside its arguments."""
+"""Precision, compilation and accumulation that accelerate's launcher and the environment set."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _ENGINES = {
 _COMPILE_FLAGS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-def take_from_launcher(given: Collection[str], asked: Any) -> dict[str, Any]:
-    """What `accelerate launch` asks for, as training arguments; a flag that the user gave wins over it.
+def take_from_launcher(given: Collection[str], parsed: Any) -> dict[str, Any]:
+    """Settings of `accelerate launch` as training arguments; a flag that the user gave takes precedence.
 
     TrainingArguments and accelerate read the launcher's environment behind the arguments: `--bf16 False` would compute
     in bf16 where the launcher says so, and ACCELERATE_GRADIENT_ACCUMULATION_STEPS would be dropped. Here the
-    environment becomes arguments, which are shown, recorded and compared; where a flag contradicts it, the flag is
-    said to win, on the first process, and the variable is taken out of the environment of this process.
+    environment becomes arguments, which are shown, recorded and compared. Where a flag contradicts it, the flag is
+    used, the first process logs a warning, and the variable is removed from the environment of this process.
 
     Call it before TrainingArguments are made.
 
     Args:
         given: names of the flags on the command line or in a config file.
-        asked: their values by name, as an object with attributes.
+        parsed: their values by name, as an object with attributes.
 
     Returns:
         Training arguments by name, for the flags that were not given: bf16 and fp16, torch_compile and the arguments
@@ -63,12 +63,12 @@ def take_from_launcher(given: Collection[str], asked: Any) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     precision = os.environ.get(_MIXED_PRECISION, "no").lower()
-    wanted = [name for name in PRECISIONS if name in given and getattr(asked, name)]
+    wanted = [name for name in PRECISIONS if name in given and getattr(parsed, name)]
     if precision != "no":
-        denied = precision in given and not getattr(asked, precision)
+        denied = precision in given and not getattr(parsed, precision)
         if denied or (wanted and wanted != [precision]):
             flag = precision if denied else wanted[0]
-            _flag_wins(flag, getattr(asked, flag), f"{_MIXED_PRECISION}={precision}", (_MIXED_PRECISION,))
+            _flag_wins(flag, getattr(parsed, flag), f"{_MIXED_PRECISION}={precision}", (_MIXED_PRECISION,))
             values |= {name: False for name in PRECISIONS if name not in given}
         else:
             values |= {name: name == precision for name in PRECISIONS if name not in given}
@@ -78,7 +78,7 @@ def take_from_launcher(given: Collection[str], asked: Any) -> dict[str, Any]:
         mode = os.environ.get(f"{_DYNAMO}MODE", "default")
         if chosen:
             names = [name for name in os.environ if name.startswith(_DYNAMO)]
-            _flag_wins(chosen[0], getattr(asked, chosen[0]), f"{_DYNAMO}BACKEND={backend}", names)
+            _flag_wins(chosen[0], getattr(parsed, chosen[0]), f"{_DYNAMO}BACKEND={backend}", names)
         else:
             values |= {"torch_compile": True, "torch_compile_backend": backend.lower()}
             values |= {"torch_compile_mode": mode} if mode != "default" else {}
@@ -87,8 +87,8 @@ def take_from_launcher(given: Collection[str], asked: Any) -> dict[str, Any]:
         name = "gradient_accumulation_steps"
         if name not in given:
             values[name] = int(steps)
-        elif getattr(asked, name) != int(steps):
-            _flag_wins(name, getattr(asked, name), f"{_ACCUMULATION}={steps}", (_ACCUMULATION,))
+        elif getattr(parsed, name) != int(steps):
+            _flag_wins(name, getattr(parsed, name), f"{_ACCUMULATION}={steps}", (_ACCUMULATION,))
     return values
 
 
@@ -100,14 +100,14 @@ def sharding_engine(args: TrainingArguments) -> str | None:
 
 
 def launcher_chooses_precision() -> bool:
-    """Whether the launcher asks for a mixed precision; "no" is also what it says of itself."""
+    """Whether the launcher sets a mixed precision; "no" is also its default."""
     return os.environ.get(_MIXED_PRECISION, "no").lower() != "no"
 
 
 def compiler_of(args: TrainingArguments) -> tuple[str, str] | None:
     """Backend and mode that Trainer hands to torch.compile, None where it does not compile.
 
-    Trainer asks accelerate's plugin, which takes what the arguments leave open from the environment.
+    Trainer uses accelerate's plugin, which reads what the arguments leave open from the environment.
     """
     plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     return None if plugin.backend == DynamoBackend.NO else (plugin.backend.value.lower(), plugin.mode)
@@ -140,4 +140,4 @@ def _flag_wins(name: str, value: Any, said: str, variables: Collection[str]) -> 
     for variable in variables:
         os.environ.pop(variable, None)
     if os.environ.get("RANK", "0") == "0":
-        logger.warning("--%s %s is what is trained with; the launcher's %s is left out.", name, value, said)
+        logger.warning("--%s %s takes precedence; the launcher's %s is ignored.", name, value, said)

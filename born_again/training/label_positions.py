@@ -1,4 +1,4 @@
-"""Which token each position of a text is taught to predict, by the labels, the student and its teachers."""
+"""Which token each position of a text predicts, according to the labels, the student and its teachers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _TO_SHIFT = (
 )
 
 
-class LabelsOfNetworks:
-    """What BornAgainTrainer needs to find out, on its first batch, what labels are to its networks; a part of it, in a
-    file of its own."""
+class LabelPositionsMixin:
+    """The part of BornAgainTrainer that detects, on the first batch, how student and teachers use labels."""
 
-    def _learn_what_labels_do(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Finds out on the first batch how the student's own loss, which is not computed, comes from its logits.
+    def _detect_label_handling(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Detects on the first batch how the student's own loss, which is not used, comes from its logits.
 
         Raises:
             ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost. A teacher that
@@ -41,10 +40,10 @@ class LabelsOfNetworks:
         with self.accelerator.autocast():
             found = network_loss(student, inputs, labels, self.label_names[0], self.model_wrapped if sharded else None)
         if not self._reads_streams:
-            self._learn_positions(student, found.shifts_labels, self._student_inputs.main(inputs), batch, labels)
+            self._detect_label_shift(student, found.shifts_labels, self._student_inputs.main(inputs), batch, labels)
         self._network_loss = found
 
-    def _learn_positions(
+    def _detect_label_shift(
         self, student: nn.Module, shift: bool | None, ids: Any, batch: Mapping[str, Any], labels: Tensor
     ) -> None:
         if self.teacher is not None:
@@ -84,8 +83,8 @@ def shift_beside(
         None where nobody tells.
 
     Raises:
-        ValueError: they do not agree, so that the student would be taught to predict other tokens than it is asked
-            for.
+        ValueError: they do not agree, so that the student would be taught to predict other tokens than its
+            labels.
     """
     said = {} if own is None else {own: f"the student, {_kind(student)}"}
     if labels.dim() != 2:
@@ -94,9 +93,9 @@ def shift_beside(
         if vocabulary_size(module) is None or type(unwrapped(module)) is type(unwrapped(student)):
             continue
         teacher.prepare(inputs)
-        network = teacher.modules[index]  # perhaps another form of it
+        network = teacher.modules[index]  # perhaps a folded copy
         try:
-            with teacher.own_precision():
+            with teacher.precision_context():
                 shift = network_loss(network, teacher.arguments(index, inputs), labels).shifts_labels
         except ValueError:
             continue  # a loss that is more than that of its labels is of no interest in a teacher
@@ -114,7 +113,7 @@ def shift_beside(
 
 
 def copied_labels(student: nn.Module, shift: bool | None, ids: Any, labels: Tensor) -> str | None:
-    """What to say where a network would learn to copy its input, since the labels are its token ids.
+    """A warning where a network would learn to copy its input, since the labels are its token ids.
 
     Args:
         student: unwrapped.

@@ -19,18 +19,18 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.objectives import objective_items
-from born_again.teacher import carries_state, logits_of, takes_state_unsaid
+from born_again.teacher import carries_state, logits_of, takes_undeclared_state
 from born_again.training.teacher_accuracy import can_be_indexed, sums_of_rows
 from born_again.training.trainer import BornAgainTrainer
 
 logger = logging.getLogger(__name__)
 
-FIT_WINDOWS = 60
+PERPLEXITY_BATCHES = 60
 
 
 @dataclass
 class CarriedState:
-    """What student and teacher remember of the windows read so far; never one's for the other.
+    """The recurrent states of student and teachers after the windows read so far, kept apart.
 
     Args:
         student: of the network in training, None at the start of a text.
@@ -73,7 +73,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
     that a training resumed in the middle of an epoch has the weights of one that was not interrupted. Networks without
     a state read each window on its own, from streams or from any other dataset.
 
-    The labels of streams are the words to predict, position by position; those of other datasets are shifted where
+    The labels of streams are the tokens to predict, position by position; those of other datasets are shifted where
     the network shifts them. The loss of a step is the mean over all of its tokens, with a teacher or without, on any
     number of processes: each reads its own streams, which needs
     `accelerator_config={"split_batches": True}`, where per_device_train_batch_size counts the streams of all of them.
@@ -83,14 +83,14 @@ class BornAgainLMTrainer(BornAgainTrainer):
     Gradient clipping (max_grad_norm) then is 35 times smaller too.
 
     evaluate() gives, weighted by token, eval_loss and eval_nll (the same: nats per token), eval_perplexity (per token,
-    which is a word where the tokenizer's tokens are words) and eval_tokens. No logits are kept: predict() gives the
+    which is a word where the tokenizer's tokens are words) and eval_tokens. No logits are stored: predict() gives the
     negative log-likelihood of every token, (windows, time), instead, and a compute_metrics is handed that.
 
     Its arguments are those of `BornAgainTrainer`.
 
     Raises:
         ValueError: as BornAgainTrainer does; a teacher with another vocabulary; when the training or evaluation
-            begins, an arrangement of batches and processes in which a state would meet another stream's words.
+            begins, an arrangement of batches and processes in which a state would be carried to another stream.
     """
 
     _labels_where = "in BornAgainLMTrainer"
@@ -102,13 +102,13 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._resumed_from: str | None = None
         self._reads_streams = hasattr(self.train_dataset, "streams")
         self.add_callback(_EpochStart(self))
-        self._say_whose_state_is_not_carried(student)
+        self._warn_of_undeclared_state(student)
 
-    def _say_whose_state_is_not_carried(self, student: nn.Module) -> None:
+    def _warn_of_undeclared_state(self, student: nn.Module) -> None:
         if not hasattr(self.train_dataset, "streams"):
             return
         for module in (student, *(() if self.teacher is None else self.teacher.modules)):
-            if takes_state_unsaid(module):
+            if takes_undeclared_state(module):
                 self._warn(
                     f"{type(module).__name__} takes a `state`, and does not say by an attribute `carries_state` that "
                     "its output has the next one: it reads every window on its own. Where it returns the next state "
@@ -116,40 +116,40 @@ class BornAgainLMTrainer(BornAgainTrainer):
                 )
 
     def use_loss_normalization(self, how: str) -> None:
-        """Computes the loss of a step here, whatever is asked: only so does a window know its labels and its state."""
+        """Always "step": the loss of a window needs its labels and its state, which this trainer has."""
         super().use_loss_normalization("step")
 
     # ---- The carried state ----
 
-    def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    def _student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         self._carried.windows += 1
         inputs = self._inputs_of_student(inputs)
         if not self._student_carries:
             return model(**inputs)
         outputs = model(**inputs, state=self._carried.student)
-        # A copy, since a compiled student may answer in memory that its next call writes over.
+        # A copy, since a compiled student's next call may overwrite its outputs.
         self._carried.student = tuple(part.detach().clone() for part in outputs["state"])
         return outputs
 
-    def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
         states = self._carried.teachers or [None] * len(self.teacher.modules)
         with self.accelerator.autocast():
-            logits, self._carried.teachers = self.teacher.read_on(inputs, states)
+            logits, self._carried.teachers = self.teacher.forward_with_states(inputs, states)
         return logits
 
     @contextmanager
     def _another_text(self, dataset: Any) -> Iterator[None]:
-        """Reads something else from its start, and afterwards goes on where the training was."""
-        kept = self._carried, self._reads_streams
+        """Inside, reads another dataset from its start; afterwards the training's state is back."""
+        before = self._carried, self._reads_streams
         self._carried, self._reads_streams = CarriedState(), hasattr(dataset, "streams")
         try:
             with self._leaving_generators_alone():  # the next dropout mask would be another
                 yield
         finally:
-            self._carried, self._reads_streams = kept
+            self._carried, self._reads_streams = before
 
     def begin_epoch(self) -> None:
-        """Forgets the epoch before; in an epoch that was interrupted, remembers what its checkpoint holds."""
+        """Resets the carried state; in an epoch that was interrupted, restores it from the checkpoint."""
         checkpoint, self._resumed_from = self._resumed_from, None
         self._carried = CarriedState()
         if checkpoint is None or not self._anything_carries():
@@ -261,10 +261,10 @@ class BornAgainLMTrainer(BornAgainTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The mean loss of a batch, and where more is asked for the loss of each token (batch, time) and its label."""
+        """The mean loss of a batch; unless prediction_loss_only also the token losses (batch, time) and labels."""
         inputs, labels = self._split_labels(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_of(self._ask_student(model, inputs))
+            logits = logits_of(self._student_forward(model, inputs))
             rows, targets = self._items(logits, labels)
             self._labels.see(targets, rows.shape[-1])
             losses, weights = objective_items("label", rows, None, targets)
@@ -272,12 +272,12 @@ class BornAgainLMTrainer(BornAgainTrainer):
         loss = losses.sum() / weights.sum().clamp_min(1)
         return (loss, None, None) if prediction_loss_only else (loss, losses.view_as(labels), self._shift(labels))
 
-    # ---- The teacher's knowledge ----
+    # ---- Training perplexity of the teacher ----
 
     def _may_warn_of_teacher(self) -> bool:
         return self._student_carries and super()._may_warn_of_teacher()
 
-    def measure_teacher_fit(self, windows: int = FIT_WINDOWS) -> dict[str, float] | None:
+    def evaluate_teacher(self, windows: int = PERPLEXITY_BATCHES) -> dict[str, float] | None:
         """Perplexity of the teacher on the first windows of the training set, as they are shown to the student.
 
         Args:
@@ -307,12 +307,12 @@ class BornAgainLMTrainer(BornAgainTrainer):
             return iter(self.get_train_dataloader())  # each process its own streams
         return iter(self._rows_in_order(self.train_dataset))
 
-    def _warn_of_an_unfitted_teacher(self) -> None:
-        if self.teacher_fit is not None and self._may_warn_of_teacher() and self.is_world_process_zero():
+    def _warn_if_teacher_underfits(self) -> None:
+        if self.teacher_train_metrics is not None and self._may_warn_of_teacher() and self.is_world_process_zero():
             logger.warning(
                 f"objective {self.args.objective!r} has no label term; for recurrent language models only 'ban+l' "
                 "worked in the paper. The teacher's perplexity on the training text is "
-                f"{self.teacher_fit['perplexity']:.1f}."
+                f"{self.teacher_train_metrics['perplexity']:.1f}."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a network of transformers does with labels, found out by giving it some.
+"""How a network of transformers uses labels, detected by calling it with some.
 
 A trainer that computes the loss does not hand labels to the network. What the network would have done with them has
 to be known: whether it shifts them by one position, which decoder inputs it makes of them, and what it adds to the
@@ -87,9 +87,9 @@ def network_loss(
             ) from error
         if labels.shape != logits.shape[:-1]:
             return NetworkLoss()  # refused where both are put together
-        told = labels.clamp_min(0) if derived else _telling_labels(logits, labels, inputs.get("attention_mask"))
+        probe = labels.clamp_min(0) if derived else _probe_labels(logits, labels, inputs.get("attention_mask"))
         try:
-            outputs = call(**inputs, **{name: told})
+            outputs = call(**inputs, **{name: probe})
         except Exception as error:
             if name not in parameters:
                 return NetworkLoss()  # hands its arguments on to something that takes no labels
@@ -108,7 +108,7 @@ def network_loss(
             "the batch: the decoder_input_ids of an encoder-decoder, as DataCollatorForSeq2Seq(tokenizer, model) adds."
         )
     shifts = (False, True) if logits.dim() == 3 and logits.shape[1] > 1 else (False,)
-    entropies = [_cross_entropy(logits, told, shift) for shift in shifts]
+    entropies = [_cross_entropy(logits, probe, shift) for shift in shifts]
     rounding *= max(1.0, abs(loss))
     for weight in (0.0,) if auxiliary is None else (*_auxiliary_weights(network), 0.0):
         added = weight * (auxiliary or 0.0)
@@ -119,7 +119,7 @@ def network_loss(
     shifted = f", {entropies[1]:.4f} with labels shifted by one" if len(shifts) == 2 else ""
     raise ValueError(
         f"model: {kind} computes a loss of {loss:.4f} where the cross-entropy of its logits is {entropies[0]:.4f}"
-        f"{shifted}: it adds something to it, or weighs it, which would be lost where the trainer computes the loss; "
+        f"{shifted}: it adds something to it, or scales it, which would be lost where the trainer computes the loss; "
         f"expected the mean cross-entropy, plus aux_loss times {' or '.join(_AUXILIARY_WEIGHTS)} where there is one. "
         f"Train it with transformers.Trainer, or, for the cross-entropy alone, give it a forward without {name}."
     )
@@ -138,7 +138,7 @@ def declares_shift(network: nn.Module) -> bool:
 
 
 def first_row(value: Any, rows: int) -> Any:
-    """The first sample of what a batch of so many holds: enough to find out what a network does."""
+    """The first sample of what a batch of so many holds: enough to detect what a network does."""
     return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
 
 
@@ -158,18 +158,18 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _telling_labels(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+def _probe_labels(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
     """Labels for which it shows most clearly whether they are shifted, where those of the batch count."""
-    told = logits.argmax(-1)
+    probe = logits.argmax(-1)
     if logits.dim() == 3:
         after = [(here.float() - before).argmax(-1) for here, before in _neighbours(logits)]
-        told = torch.cat([told[:, :1], *after], 1)
+        probe = torch.cat([probe[:, :1], *after], 1)
     counted = labels != IGNORED
     if counted[..., 1:].sum() == 0 or not counted.any():
         counted = torch.ones_like(counted)
         if mask is not None and mask.shape == counted.shape:
             counted = mask.bool()
-    return told.where(counted, IGNORED)
+    return probe.where(counted, IGNORED)
 
 
 def _neighbours(logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,8 +1,8 @@
-"""Which form of the loss the steps of a training take, and the chunked form of it for a trainer's networks.
+"""Chooses between the full and the chunked implementation of the loss, and runs the chunked one.
 
-The plain form makes all logits of student and teacher; the chunked form makes them from hidden states, some rows at a
-time (`born_again.objectives.chunked`). It needs a student and a teacher of which nothing but the output layer makes
-the logits.
+The full implementation computes all logits of student and teacher. The chunked one computes them from hidden states,
+some rows at a time (`born_again.objectives.chunked`). It needs a student and a teacher whose logits are the output of
+their output layer and of nothing after it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from born_again.objectives.chunked import Head, chunked_confidence, chunked_objective
+from born_again.objectives.chunked import Head, chunked_confidence_weight, chunked_objective
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.teacher.cache.cached_teacher import CachedTeacher, without_view_keys
 from born_again.teacher.cache.windows import CachedWindows
@@ -24,37 +24,43 @@ from born_again.training.network_loss import first_row
 
 logger = logging.getLogger(__name__)
 
-# Logits of a micro-batch (items x words) from which "auto" takes the chunked form, for 1.05 of the plain form's time
-# on a CPU in float32 (tests/benchmarks/chunked.py) and more in bf16: where the plain form's three tensors of them, of
-# student, teacher and gradient, begin to be three quarters of a gibibyte in float32.
+# Logits of a micro-batch (items x vocabulary) from which "auto" is the chunked implementation. On a CPU in float32
+# it takes 1.05 times as long as the full one (tests/benchmarks/chunked.py), and more in bf16. At this size the full
+# one's three tensors of logits (student, teacher, gradient) begin to be three quarters of a gibibyte in float32.
 CHUNKED_FROM = 2**26
 
 
-class ChunkedStep:
-    """What BornAgainTrainer needs for the chunked form; a part of it, in a file of its own."""
+class ChunkedLossMixin:
+    """The part of BornAgainTrainer that computes the chunked loss."""
 
     _chunked: bool | None = None  # None before the first batch of a training
     _teacher_ends: bool | None = None  # whether the teacher's output layer alone makes its logits
 
-    def _choose_form(self, batch: Mapping[str, Any]) -> None:
-        """Decides for a whole training, by its first batch, and says so in the log.
+    def _choose_loss_implementation(self, batch: Mapping[str, Any]) -> None:
+        """Decides for a whole training, by its first batch, and logs the choice.
 
         Raises:
-            ValueError: `loss_form` is "chunked" and that cannot be.
+            ValueError: `loss_implementation` is "chunked", which these networks do not allow.
         """
-        form = getattr(self.args, "loss_form", "auto")
-        why_not = "loss_form is 'plain'" if form == "plain" else self._why_not_chunked(batch, by_size=form == "auto")
-        if form == "chunked" and why_not is not None:
+        chosen = getattr(self.args, "loss_implementation", "auto")
+        if chosen == "full":
+            why_not = "loss_implementation is 'full'"
+        else:
+            why_not = self._why_not_chunked(batch, by_size=chosen == "auto")
+        if chosen == "chunked" and why_not is not None:
             raise ValueError(
-                f"loss_form: got 'chunked', but {why_not}; expected 'auto', which takes the plain form in such a case."
+                f"loss_implementation: got 'chunked', but {why_not}; expected 'auto', which uses the full "
+                "implementation in such a case."
             )
         self._chunked = why_not is None
         if self.is_world_process_zero() and output_layer(self._bare_student()) is not None:
-            text = "chunked form, no more than some rows of logits at a time" if self._chunked else "plain form"
-            logger.info(f"The loss is computed in its {text}{'' if self._chunked else f': {why_not}'}.")
+            logger.info(
+                "Loss implementation: %s.",
+                "chunked, logits of some rows at a time" if self._chunked else f"full, since {why_not}",
+            )
 
     def _why_not_chunked(self, batch: Mapping[str, Any], by_size: bool) -> str | None:
-        """What stands against the chunked form, or None."""
+        """Why the chunked implementation cannot be used, or None."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "FSDP or DeepSpeed keep the output layer in pieces"
         if (why_not := self._why_no_hidden()) is not None:
@@ -70,45 +76,47 @@ class ChunkedStep:
         few = {name: first_row(value, len(labels)) for name, value in inputs.items()}
         with self.accelerator.autocast():
             if not ends_in_output_layer(student, self._inputs_of_student(few)):
-                return "the student's logits are not what its output layer makes of hidden states"
+                return "the student's logits are not the output of its output layer alone"
         if teacher is None:
             return None
         if not self._teacher_ends_in_output_layer(inputs, labels):
-            return "the teacher's logits are not what its output layer makes of hidden states"
+            return "the teacher's logits are not the output of its output layer alone"
         if self._columns is not None and output_layer(teacher.modules[0]).out_features < self._columns:
             return "the student has more tokens than the teacher"
         return None
 
     def _why_no_hidden(self) -> str | None:
-        """What stands, before any batch, against hidden states in the place of a teacher's logits; or None."""
+        """Why the teacher's hidden states cannot stand in for its logits, as far as that is known before any batch."""
         if self.args.torch_compile:
-            return "a compiled network cannot leave its output layer out"
+            return "a compiled network cannot skip its output layer"
         teacher = self.teacher
         if teacher is None:
             return None
         if teacher.precision == "float32" and self.accelerator.mixed_precision != "no":
-            return "teacher_precision is 'float32', and the chunked form has one precision for both output layers"
+            return (
+                "teacher_precision is 'float32', and the chunked implementation uses one precision for both networks"
+            )
         if len(teacher.modules) > 1:
-            return "several teachers teach as the mean of their probabilities, which no output layer gives"
+            return "the mean probabilities of several teachers are not the output of one output layer"
         if isinstance(teacher, CachedTeacher) and not isinstance(teacher, CachedWindows):
-            return "the answers that are kept of the teacher are logits"
+            return "the teacher cache holds logits"
         return None
 
     def _chunked_sums(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, teacher_hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """sum(weight x loss) and sum(weight) of a micro-batch; `teacher_hidden` where the teacher was asked before."""
-        # The teacher first, whose activations make room for the student's.
+        """sum(weight x loss) and sum(weight) of a micro-batch; `teacher_hidden` where the teacher forward is done."""
+        # The teacher first, so that its activations are freed before the student's forward.
         teacher = None if self.teacher is None else self._teacher_head(inputs, labels, teacher_hidden)
-        # Called as whatever wraps it for distributed training, which follows the output layer's weight by itself.
+        # The wrapper for distributed training is called; it tracks the output layer's weight by itself.
         with without_output_layer(self._bare_student()) as layer:
-            outputs = self._ask_student(model, inputs)
+            outputs = self._student_forward(model, inputs)
             hidden = logits_of(outputs)
         rows, targets = self._items(hidden, labels)
         self._labels.see(targets, layer.out_features)
         student = Head(rows, layer.weight, layer.bias)
         with self.accelerator.autocast():
-            total, weight, terms = chunked_objective(
+            total, weight, metrics = chunked_objective(
                 "label" if teacher is None else self.args.objective,
                 student,
                 teacher,
@@ -117,43 +125,43 @@ class ChunkedStep:
                 label_weight=getattr(self.args, "label_weight", 1.0),
                 permutation=getattr(self.args, "permutation", "fresh"),
                 generator=self._permutations,
-                watch=teacher is not None and self._watching,
+                with_metrics=teacher is not None and self._collects_metrics,
             )
-        if terms is not None:
-            self._watch(terms)
+        if metrics is not None:
+            self._add_metrics(metrics)
         return total + weight * self._auxiliary_loss(outputs), weight
 
-    def _chunked_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunked_teacher_weight(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's hidden states for a micro-batch, and the sum of the weights that CWTM gives its items."""
-        with _answering_hidden(self.teacher):
-            hidden = self._ask_teacher(inputs)
+        with _returning_hidden(self.teacher):
+            hidden = self._teacher_forward(inputs)
         with self.accelerator.autocast():
             head = self._teacher_head(inputs, labels, hidden)
-            return hidden, chunked_confidence(head, self._shift(labels).reshape(-1))
+            return hidden, chunked_confidence_weight(head, self._shift(labels).reshape(-1))
 
     def _teacher_head(self, inputs: Mapping[str, Any], labels: Tensor, hidden: Tensor | None) -> Head:
-        with _answering_hidden(self.teacher) as layer:
-            hidden = self._ask_teacher(inputs) if hidden is None else hidden
+        with _returning_hidden(self.teacher) as layer:
+            hidden = self._teacher_forward(inputs) if hidden is None else hidden
         bias = None if layer.bias is None else layer.bias[: self._columns]
         return Head(self._items(hidden, labels)[0], layer.weight[: self._columns], bias)
 
     def _teacher_rows(self, inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The teacher's logits (items, classes) and targets (items,) of a batch, some items at a time where all of
-        its logits would be more than the chunked loss ever makes."""
+        its logits would be more than the chunked loss ever holds."""
         layer = output_layer(self.teacher.modules[0])
         are_few = layer is None or labels.numel() * layer.out_features < CHUNKED_FROM
         if are_few or self._why_no_hidden() or not self._teacher_ends_in_output_layer(inputs, labels):
-            yield self._teacher_items(self._ask_teacher(inputs), labels)
+            yield self._teacher_items(self._teacher_forward(inputs), labels)
             return
-        with _answering_hidden(self.teacher) as layer:
-            hidden = self._ask_teacher(inputs)
+        with _returning_hidden(self.teacher) as layer:
+            hidden = self._teacher_forward(inputs)
         rows = max(1, CHUNKED_FROM // (16 * layer.out_features))
         for hidden_rows, targets in zip(*(part.split(rows) for part in self._items(hidden, labels)), strict=True):
-            with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().own_precision():
+            with torch.no_grad(), self.accelerator.autocast(), self._frozen_teacher().precision_context():
                 yield self._over_student_classes(layer(hidden_rows)), targets
 
     def _teacher_ends_in_output_layer(self, inputs: Mapping[str, Any], labels: Tensor) -> bool:
-        if self._teacher_ends is None:  # found out once, since a teacher does not change
+        if self._teacher_ends is None:  # checked once, since a teacher does not change
             few = {name: first_row(value, len(labels)) for name, value in without_view_keys(inputs).items()}
             frozen = self._frozen_teacher()
             frozen.prepare(few)
@@ -168,8 +176,8 @@ class ChunkedStep:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
-def _answering_hidden(teacher: FrozenTeacher | CachedWindows) -> AbstractContextManager[nn.Linear]:
-    """Inside, a teacher's answer is what its output layer is given; gives that layer."""
+def _returning_hidden(teacher: FrozenTeacher | CachedWindows) -> AbstractContextManager[nn.Linear]:
+    """Inside, a teacher returns the input of its output layer instead of logits; yields that layer."""
     if isinstance(teacher, CachedWindows):
-        return teacher.answering_hidden()
+        return teacher.returning_hidden()
     return without_output_layer(teacher.modules[0])

@@ -1,4 +1,4 @@
-"""How well a teacher knows the training set, and when that is too little to teach."""
+"""The training accuracy of a teacher, and the warning where it underfits."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from born_again.objectives import IGNORED, OBJECTIVES_WITH_LABELS
 
 logger = logging.getLogger(__name__)
 
-FITTED = 0.98
-FIT_SAMPLES = 2048
+FITTED_ACCURACY = 0.98
+ACCURACY_SAMPLES = 2048
 
 
-class TeacherAccuracy:
-    """What BornAgainTrainer needs to measure its teacher on the training set; a part of it, in a file of its own."""
+class TeacherAccuracyMixin:
+    """The part of BornAgainTrainer that evaluates its teacher on the training set."""
 
     def _samples_to_measure(self) -> int:
         if self.teacher is None:
             return 0
         if self.args.teacher_accuracy_samples is None:
-            return FIT_SAMPLES if self.in_lineage or self._may_warn_of_teacher() else 0
+            return ACCURACY_SAMPLES if self.in_lineage or self._may_warn_of_teacher() else 0
         return self.args.teacher_accuracy_samples
 
     def _may_warn_of_teacher(self) -> bool:
         return self.args.objective not in OBJECTIVES_WITH_LABELS
 
-    def measure_teacher_fit(self, samples: int | None = None) -> dict[str, float] | None:
+    def evaluate_teacher(self, samples: int | None = None) -> dict[str, float] | None:
         """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
 
         The random number generators are left as they were.
@@ -50,7 +50,7 @@ class TeacherAccuracy:
         """
         if self.teacher is None or not can_be_indexed(self.train_dataset):
             return None
-        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or FIT_SAMPLES)
+        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or ACCURACY_SAMPLES)
         correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._leaving_generators_alone():
             for batch in self._rows_in_order(dataset):
@@ -73,10 +73,7 @@ class TeacherAccuracy:
 
     @contextmanager
     def _leaving_generators_alone(self) -> Iterator[None]:
-        """Inside, what is drawn changes nothing outside: an iterator over a DataLoader draws a number, datasets more.
-
-        Of torch, and of numpy and Python, from which the pipelines of others draw.
-        """
+        """Restores the random states of torch, numpy and Python: iterating over a DataLoader draws numbers."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         python, arrays = random.getstate(), np.random.get_state()
         try:
@@ -86,9 +83,9 @@ class TeacherAccuracy:
             random.setstate(python)
             np.random.set_state(arrays)
 
-    def _warn_of_an_unfitted_teacher(self) -> None:
-        if self.teacher_fit is not None and self.is_world_process_zero():
-            warn_of_an_unfitted_classifier(self.teacher_fit["accuracy"], self.args.objective)
+    def _warn_if_teacher_underfits(self) -> None:
+        if self.teacher_train_metrics is not None and self.is_world_process_zero():
+            warn_if_classifier_underfits(self.teacher_train_metrics["accuracy"], self.args.objective)
 
 
 def can_be_indexed(dataset: Any) -> bool:
@@ -108,8 +105,8 @@ def evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset 
         A part of the dataset; one of the datasets library stays one, so that Trainer still drops the columns that no
         forward takes.
     """
-    kept = min(samples, len(dataset))
-    indices = [index * len(dataset) // kept for index in range(kept)]
+    count = min(samples, len(dataset))
+    indices = [index * len(dataset) // count for index in range(count)]
     return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
 
 
@@ -141,17 +138,18 @@ def sums_of_rows(values: Tensor, weights: Tensor, rows: int) -> Tensor:
     return torch.stack([(values * weights).view(rows, -1).sum(-1), weights.view(rows, -1).sum(-1)], -1)
 
 
-def warn_of_an_unfitted_classifier(accuracy: float, objective: str) -> None:
-    """Says where a teacher has not fitted its training set and the objective has no label term to make up for it.
+def warn_if_classifier_underfits(accuracy: float, objective: str) -> None:
+    """Warns where a teacher underfits its training set and the objective has no label term to make up for it.
 
     Args:
         accuracy: of the teacher on (a sample of) the training set, a fraction.
         objective: what the student is taught by.
     """
-    if accuracy >= FITTED or objective in OBJECTIVES_WITH_LABELS:
+    if accuracy >= FITTED_ACCURACY or objective in OBJECTIVES_WITH_LABELS:
         return
     logger.warning(
-        f"The teacher is right on {accuracy:.1%} of a sample of the training set, under {FITTED:.0%}, and objective "
-        f"{objective!r} has no label term: the student may come out below its teacher. Train the teacher longer, or "
-        "use objective 'ban+l' (the paper: where the teacher had not fitted, its LSTMs, only BAN+L worked)."
+        f"The teacher underfits: its accuracy on a sample of the training set is {accuracy:.1%}, under "
+        f"{FITTED_ACCURACY:.0%}, and objective {objective!r} has no label term, so the student may be worse than its "
+        "teacher. Train the teacher longer, or use objective 'ban+l' (in the paper only BAN+L worked for the LSTMs, "
+        "whose teacher underfits)."
     )

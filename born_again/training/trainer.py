@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, watched_items
+from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, objective_items_and_metrics
 from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
-from born_again.teacher.cache import with_kept_answers
+from born_again.teacher.cache import with_teacher_cache
 from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view_keys, without_view_keys
 from born_again.teacher.inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
 from born_again.teacher.preprocessing import preprocessing_of_training, wrong_config
@@ -36,11 +36,11 @@ from born_again.training.arguments import (
     check_choice,
     multi_step_schedule,
 )
-from born_again.training.checks import DivergenceGuard, LabelRange, check_settings, class_numbers, narrow_weights
-from born_again.training.label_positions import LabelsOfNetworks
+from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
+from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
-from born_again.training.step_loss import ChunkedStep
-from born_again.training.teacher_accuracy import TeacherAccuracy, changed, sums_of_rows
+from born_again.training.step_loss import ChunkedLossMixin
+from born_again.training.teacher_accuracy import TeacherAccuracyMixin, changed, sums_of_rows
 from born_again.training.upstream import BaseTrainer, explaining_errors
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WATCH_EVERY = 8  # steps: over a large vocabulary the terms cost up to as much as the loss
+METRICS_EVERY = 8  # steps: over a large vocabulary the metrics cost up to as much as the loss
 NO_PROBABILITY = -1e4  # as a logit of any dtype
-_TEACHER_LOGITS = "teacher_logits"  # hidden states in the chunked form
+_TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementation
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrainer):
+class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
@@ -82,10 +82,9 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
     no decoder_input_ids. A student that does more with its labels is refused.
 
     Logged beside the loss: ce_loss, kd_loss (KL from teacher to student), teacher_agreement, teacher_entropy,
-    importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_terms`. They are means over
-    the items of every eighth step and of the step that is logged, since watching costs, and changes no weight; they
-    are summed on the device and read when the loss is. With a `teacher_cache` also teacher_cache_hits, the share of
-    the teacher's answers that were found in it.
+    importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_metrics`. They are means
+    over the items of every eighth step and of the step that is logged, since they cost time. They are summed on
+    the device, read when the loss is, and change no weight. With a `teacher_cache` also teacher_cache_hit_rate.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
@@ -102,14 +101,14 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
 
     Attributes:
         teacher: the `FrozenTeacher`, with `teacher_cache` a `CachedTeacher` around it; or None.
-        teacher_fit: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training set, as
-            the student is shown it; measured when train() begins (see `teacher_accuracy_samples`), None before and
-            for datasets without a length.
+        teacher_train_metrics: {"accuracy", "samples"} of the teacher on a fixed, evenly spaced sample of the training
+            set, as the student is shown it; evaluated when train() begins (`teacher_accuracy_samples`), None before
+            and for datasets without a length.
         in_lineage: whether the training is of a lineage, which records the above; set by who runs it, before train().
 
     Raises:
         TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network.
-        ValueError: a teacher that cannot teach this student, or settings that have no meaning with a teacher.
+        ValueError: a teacher that cannot teach this student, or arguments that cannot be combined with a teacher.
             From train() and evaluate(): labels that are no class numbers.
         FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
     """
@@ -157,11 +156,11 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         }
         super().__init__(model, args, **given, **kwargs)
         self.teacher: FrozenTeacher | CachedTeacher | None = None
-        self.teacher_fit: dict[str, float] | None = None
+        self.teacher_train_metrics: dict[str, float] | None = None
         self._teacher_processing_class = teacher_processing_class
         self._columns: int | None = None  # of the student's logits, where the teacher's have another number
-        self._terms: dict[str, Tensor] | None = None
-        self._watching = True
+        self._metric_sums: dict[str, Tensor] | None = None
+        self._collects_metrics = True
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
         self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
@@ -207,10 +206,10 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         self._check_tokens(frozen, student)
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
-        check_settings(self, student, teachers=frozen.modules)
-        frozen.in_form(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
-        teacher = with_kept_answers(frozen, self.args, self.train_dataset)
-        # Nothing is refused from here on, and nothing was changed before.
+        validate_arguments(self, student, teachers=frozen.modules)
+        frozen.set_precision(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
+        teacher = with_teacher_cache(frozen, self.args, self.train_dataset)
+        # Every check is done before the teacher is changed.
         frozen.to(self.args.device, self._memory_format)
         compiler = self.accelerator.state.dynamo_plugin
         if compiler.backend != DynamoBackend.NO:
@@ -244,12 +243,12 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
             how: "trainer" or "step", see `BornAgainTrainingArguments.loss_normalization`, in whose place it stands.
 
         Raises:
-            ValueError: "step" with arguments or a network for which that loss has no meaning.
+            ValueError: "step" with arguments or a network for which that loss is undefined.
         """
         check_choice("loss_normalization", how, LOSS_NORMALIZATIONS)
         if how == "step" and not self._owns_loss:
             student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            check_settings(self, student, self._labels_where)
+            validate_arguments(self, student, self._labels_where)
             self._own_the_loss(student)
         elif how == "trainer" and self.teacher is None:
             self._owns_loss, self.model_accepts_loss_kwargs = False, self._network_scales_loss
@@ -276,7 +275,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         # A plain nn.Module need not name labels in its forward: they are never handed to it.
         self.label_names = self.label_names or ["labels"]
 
-    # ---- Who reads what of a batch ----
+    # ---- Inputs of student and teacher ----
 
     def _keep_columns(self, names: set[str]) -> None:
         """Has Trainer keep these columns of a dataset, beside those that it keeps for the student."""
@@ -315,7 +314,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's; where the loss is computed here, it is the mean over all items and not over batches.
 
-        A batch none of whose labels counts then weighs nothing, and eval_loss does not depend on the batch size. What
+        A batch without labels that count then has weight 0, and eval_loss does not depend on the batch size. What
         is drawn is drawn again by the training, whose weights do not depend on when it is evaluated.
         """
         if not self._owns_loss:
@@ -359,19 +358,19 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         if self._end_of_texts is not None:
             self._look_for_ignored_ends(batches)
         if self._owns_loss and batches and self._chunked is None:
-            self._choose_form(batches[0])
+            self._choose_loss_implementation(batches[0])
         if self.teacher is None:
             return batches, total_weight
         step = self.state.global_step
-        self._watching = step % WATCH_EVERY == 0 or (step + 1) % max(1, self.state.logging_steps) == 0
+        self._collects_metrics = step % METRICS_EVERY == 0 or (step + 1) % max(1, self.state.logging_steps) == 0
         if self.args.objective == "cwtm" and self._chunked and len(batches) == self.args.world_size == 1:
             return batches, None  # a step of its own, whose weights are found with its loss
         if self.args.objective == "cwtm" and batches:
-            # The weights of the whole step are needed before its first backward, so the teacher answers early.
+            # The weights of the whole step are needed before its first backward, so the teacher forward runs early.
             total_weight = torch.zeros((), device=device)
             for batch in batches:
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                batch[_TEACHER_LOGITS], weight = self._ask_for_confidence(inputs, labels)
+                batch[_TEACHER_LOGITS], weight = self._teacher_logits_and_weight(inputs, labels)
                 total_weight = total_weight + weight
             total_weight = self._sum_over_processes(total_weight)
         if self.args.objective == "dkpp":
@@ -386,7 +385,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         self._steps_looked_at += 1
         if ends:
             self._warn(ignored_ends_warning(ends, self.data_collator.tokenizer.pad_token))
-        if ends or self._steps_looked_at == WATCH_EVERY:
+        if ends or self._steps_looked_at == METRICS_EVERY:
             self._end_of_texts = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -418,8 +417,8 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         taught = model.training and self.teacher is not None
         if taught and teacher_logits is None:
             # Before the student, whose activations can then take the place of the teacher's.
-            teacher_logits = self._ask_teacher(inputs)
-        outputs = self._ask_student(model, inputs)
+            teacher_logits = self._teacher_forward(inputs)
+        outputs = self._student_forward(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
         self._labels.see(targets, student_rows.shape[-1])
         if taught:
@@ -464,7 +463,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
                 f"{tuple(student_rows.shape)}; expected as many items and classes from both: build the student for "
                 f"the teacher's {teacher_rows.shape[-1]} classes."
             )
-        losses, weights, *terms = (watched_items if self._watching else objective_items)(
+        losses, weights, *metrics = (objective_items_and_metrics if self._collects_metrics else objective_items)(
             self.args.objective,
             student_rows,
             teacher_rows,
@@ -474,18 +473,18 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
             permutation=self.args.permutation,
             generator=self._permutations,
         )
-        if self._watching:
-            self._watch(*terms)
+        if self._collects_metrics:
+            self._add_metrics(*metrics)
         return losses, weights
 
-    def _ask_for_confidence(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's answer for a micro-batch, and the sum of the weights that CWTM gives its items."""
+    def _teacher_logits_and_weight(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher logits of a micro-batch, and the sum of its items' CWTM weights."""
         if self._chunked:
-            return self._chunked_confidence(inputs, labels)
-        logits = self._ask_teacher(inputs)
+            return self._chunked_teacher_weight(inputs, labels)
+        logits = self._teacher_forward(inputs)
         return logits, item_weights("cwtm", *self._teacher_items(logits, labels)).sum()
 
-    def _ask_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    def _student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**self._inputs_of_student(inputs))
 
     def _inputs_of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -494,7 +493,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         batch = self._student_inputs.of(batch)
         return {name: value for name, value in batch.items() if name not in self._columns_of_others}
 
-    def _ask_teacher(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
         with self.accelerator.autocast():
             return self.teacher(inputs)
@@ -510,7 +509,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         labels = class_numbers(inputs[name], name)
         inputs = {key: value for key, value in inputs.items() if key != name}
         if self._network_loss is None:
-            self._learn_what_labels_do(inputs, labels)
+            self._detect_label_handling(inputs, labels)
         return with_labels_for_decoders([self._bare_student(), *self._teachers], inputs, labels), labels
 
     @property
@@ -536,24 +535,30 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
     def _permutation_seed(self) -> int:
         if self.args.permutation == "fixed":
             return self.args.seed
-        words = f"{self.args.seed} {self.state.global_step} {self.args.process_index}".encode()
-        return int.from_bytes(hashlib.sha256(words).digest()[:6], "big")
+        text = f"{self.args.seed} {self.state.global_step} {self.args.process_index}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
-    # ---- What is watched ----
+    # ---- Logged metrics ----
 
-    def _watch(self, terms: dict[str, Tensor]) -> None:
-        self._terms = {name: value + self._terms[name] for name, value in terms.items()} if self._terms else terms
+    def _add_metrics(self, metrics: dict[str, Tensor]) -> None:
+        self._metric_sums = (
+            {name: value + self._metric_sums[name] for name, value in metrics.items()}
+            if self._metric_sums
+            else metrics
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the distillation terms since the last log to the training loss."""
-        if self._terms is not None and "loss" in logs:
-            sums = self._sum_over_processes(torch.stack([value.double() for value in self._terms.values()]))
-            means = dict(zip(self._terms, (sums / sums[-1].clamp_min(1)).tolist(), strict=True))
+        """Adds the mean distillation metrics since the last log to the training loss."""
+        if self._metric_sums is not None and "loss" in logs:
+            sums = self._sum_over_processes(torch.stack([value.double() for value in self._metric_sums.values()]))
+            means = dict(zip(self._metric_sums, (sums / sums[-1].clamp_min(1)).tolist(), strict=True))
             logs.update({name: value for name, value in means.items() if name != "items"})
-            self._terms = None
+            self._metric_sums = None
             if isinstance(self.teacher, CachedTeacher):
-                hits, asked = self._sum_over_processes(torch.tensor(self.teacher.take_hits(), device=self.args.device))
-                logs["teacher_cache_hits"] = int(hits) / max(int(asked), 1)
+                hits, lookups = self._sum_over_processes(
+                    torch.tensor(self.teacher.pop_hit_counts(), device=self.args.device)
+                )
+                logs["teacher_cache_hit_rate"] = int(hits) / max(int(lookups), 1)
         super().log(logs, start_time)
 
     def training_step(
@@ -567,8 +572,8 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
 
     @property
     def _stops_on_nonfinite(self) -> bool:
-        asked = getattr(self.args, "stop_on_nonfinite", None)
-        return self._owns_loss or self.in_lineage if asked is None else asked
+        chosen = getattr(self.args, "stop_on_nonfinite", None)
+        return self._owns_loss or self.in_lineage if chosen is None else chosen
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
@@ -582,7 +587,7 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
     # ---- Training and evaluation ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, after measuring how well the teacher knows what it is about to teach."""
+        """Trainer's, after evaluating the teacher on the training set."""
         self._end_of_texts, self._steps_looked_at = padding_that_ends_texts(self.data_collator), 0
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
@@ -597,8 +602,8 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
                 stack.enter_context(emitting_view_keys(self.train_dataset))
                 stack.callback(self.teacher.close)
             if self._samples_to_measure():
-                self.teacher_fit = self.measure_teacher_fit()
-                self._warn_of_an_unfitted_teacher()
+                self.teacher_train_metrics = self.evaluate_teacher()
+                self._warn_if_teacher_underfits()
             output = super().train(*args, **kwargs)
         self._labels.check()
         if self._stops_on_nonfinite:
@@ -607,11 +612,11 @@ class BornAgainTrainer(TeacherAccuracy, LabelsOfNetworks, ChunkedStep, BaseTrain
         return output
 
     def begin_training(self) -> None:
-        """Forgets what is of an earlier training, or of one that auto_find_batch_size gave up."""
-        self._guard, self._terms, self._chunked = DivergenceGuard(), None, None
+        """Resets the state of an earlier training, or of one that auto_find_batch_size gave up."""
+        self._guard, self._metric_sums, self._chunked = DivergenceGuard(), None, None
         self._labels = LabelRange(*(self.label_names or [])[:1])
         if isinstance(self.teacher, CachedTeacher):
-            self.teacher.take_hits()  # those of the training alone are logged
+            self.teacher.pop_hit_counts()  # those of the training alone are logged
 
     def _prepare_input(self, data: Any) -> Any:
         data = super()._prepare_input(data)

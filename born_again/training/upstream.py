@@ -1,4 +1,4 @@
-"""transformers.Trainer as it is meant to be: what it does wrong mended, what it does for nothing left out."""
+"""Upstream workarounds: transformers.Trainer with bugs fixed and redundant work left out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers import Trainer
 
 from born_again.metrics import BatchMetrics
 
-_NO_LSTM = "LSTM forward propagation primitive"  # oneDNN's words for a dtype that it has no LSTM in
+_NO_LSTM = "LSTM forward propagation primitive"  # in oneDNN's error for a dtype that it has no LSTM in
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @contextmanager
 def explaining_errors(trainer: Trainer) -> Iterator[None]:
-    """Says below oneDNN's error which argument it comes from."""
+    """Adds to oneDNN's error a note on the argument that it comes from."""
     try:
         yield
     except RuntimeError as error:
@@ -36,7 +36,7 @@ def explaining_errors(trainer: Trainer) -> Iterator[None]:
 
 
 class BaseTrainer(Trainer):
-    """Trainer with the same results, faster at each step, and safe to evaluate before it trains."""
+    """Trainer with the same results, faster steps, and evaluation before training that leaves no trace."""
 
     _parameter_count: int | None = None
     _datasets_of_loaders: Mapping[str, Any] = MappingProxyType({})  # by the names that Trainer keeps loaders under

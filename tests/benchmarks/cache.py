@@ -1,4 +1,4 @@
-"""What an epoch costs whose teacher's answers are all kept, against labels alone and a live teacher, in one run.
+"""What an epoch costs whose teacher outputs are all cached, against labels alone and a live teacher, in one run.
 
     python -m tests.benchmarks.cache [--what images text growth] [--steps 20] [--repeats 5] [--cache disk] [--ptb DIR]
 
@@ -86,11 +86,11 @@ def arguments(folder: str, way: str, cache: str, batch: int, **changes) -> BornA
 
 def timed(trainer: BornAgainTrainer, watch: SecondEpoch) -> list[float]:
     trainer.log = lambda *args, **kwargs: None  # printing is no work of a step
-    trainer._warn_of_an_unfitted_teacher = lambda: None
+    trainer._warn_if_teacher_underfits = lambda: None
     trainer.train()
     if isinstance(trainer.teacher, CachedTeacher):
-        hits, asked = trainer.teacher.take_hits()
-        assert hits >= asked / 2, "the second epoch was not answered from the cache"
+        hits, lookups = trainer.teacher.pop_hit_counts()
+        assert hits >= lookups / 2, "the second epoch was not read from the cache"
     return watch.seconds
 
 

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.chunked [--tokens 2048] [--hidden 512] [--words 128256] [--objective ban] [--repeats 5]
 
-Both take hidden states and output layers of student and teacher, and give a mean over tokens, the watched terms, and
-the gradients of the student's hidden states and output layer. "plain" is what the trainer does otherwise: two matrix
-products and `watched_items`; "torch" is two matrix products, F.cross_entropy with the teacher's probabilities, and no
-terms. Memory is that beyond hidden states and output layers, gradients included, each from a process of its own; the
-gradient of the output layer, which every way needs, is given apart.
+Both take hidden states and output layers of student and teacher, and give a mean over tokens, the logged metrics, and
+the gradients of the student's hidden states and output layer. "full" is what the trainer does otherwise: two matrix
+products and `objective_items_and_metrics`; "torch" is two matrix products, F.cross_entropy with the teacher's
+probabilities, and no metrics. Memory is that beyond hidden states and output layers, gradients included, each from a
+process of its own; the gradient of the output layer, which every variant needs, is given apart.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from born_again.lineage.machine import keep_freed_memory
-from born_again.objectives import OBJECTIVES, watched_items
+from born_again.objectives import OBJECTIVES, objective_items_and_metrics
 from born_again.objectives.chunked import Head, chunked_objective
 from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
 
-FORMS = ("torch", "plain", "chunked")
+IMPLEMENTATIONS = ("torch", "full", "chunked")
 SIZES = ("tokens", "hidden", "words")
 
 
@@ -42,8 +42,8 @@ def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Cal
         p = F.linear(teacher.hidden, teacher.weight).softmax(-1)
         return F.cross_entropy(F.linear(student.hidden, student.weight), p)
 
-    def plain() -> Tensor:
-        losses, weights, _ = watched_items(
+    def full() -> Tensor:
+        losses, weights, _ = objective_items_and_metrics(
             objective,
             F.linear(student.hidden, student.weight),
             F.linear(teacher.hidden, teacher.weight),
@@ -52,7 +52,7 @@ def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Cal
         return (losses * weights).sum() / weights.sum()
 
     def chunked() -> Tensor:
-        total, weight, _ = chunked_objective(objective, student, teacher, labels, watch=True)
+        total, weight, _ = chunked_objective(objective, student, teacher, labels, with_metrics=True)
         return total / weight
 
     def backward(loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Cal
 
         return run
 
-    return {name: backward(loss) for name, loss in zip(FORMS, (with_torch, plain, chunked), strict=True)}
+    return {name: backward(loss) for name, loss in zip(IMPLEMENTATIONS, (with_torch, full, chunked), strict=True)}
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--child", choices=FORMS, help="only the extra memory of this form")
+    parser.add_argument("--child", choices=IMPLEMENTATIONS, help="only the extra memory of this implementation")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
@@ -81,27 +81,33 @@ def main() -> None:
         print(extra_memory(works(args.tokens, args.hidden, args.words, args.objective)[args.child]))
         return
     keep_freed_memory()  # as the examples do
-    forms = [form for form in FORMS if form != "torch" or args.objective == "ban"]
+    implementations = [
+        implementation for implementation in IMPLEMENTATIONS if implementation != "torch" or args.objective == "ban"
+    ]
     run = works(args.tokens, args.hidden, args.words, args.objective)
-    seconds = medians({form: run[form] for form in forms}, args.repeats, args.clock)
+    seconds = medians(
+        {implementation: run[implementation] for implementation in implementations}, args.repeats, args.clock
+    )
     sizes = [word for name in SIZES for word in (f"--{name}", str(getattr(args, name)))]
     print(
         f"torch {torch.__version__}, {args.threads} threads, {args.tokens:,} tokens, hidden {args.hidden}, "
         f"{args.words:,} words, float32, {args.objective}, median of {args.repeats} alternated repeats, "
         f"{args.clock} time; gradient of the output layer {args.words * args.hidden * 4 / 2**20:.0f} MiB"
     )
-    print_row("", "seconds", "x plain", "extra MiB", "x plain")
+    print_row("", "seconds", "x full", "extra MiB", "x full")
     extra = {
-        form: in_child("tests.benchmarks.chunked", "--child", form, "--objective", args.objective, *sizes)[0]
-        for form in forms
+        implementation: in_child(
+            "tests.benchmarks.chunked", "--child", implementation, "--objective", args.objective, *sizes
+        )[0]
+        for implementation in implementations
     }
-    for form in forms:
+    for implementation in implementations:
         print_row(
-            form,
-            f"{seconds[form]:.2f}",
-            f"{seconds[form] / seconds['plain']:.2f}",
-            f"{extra[form]:.0f}",
-            f"{extra[form] / extra['plain']:.3f}",
+            implementation,
+            f"{seconds[implementation]:.2f}",
+            f"{seconds[implementation] / seconds['full']:.2f}",
+            f"{extra[implementation]:.0f}",
+            f"{extra[implementation] / extra['full']:.3f}",
         )
 
 

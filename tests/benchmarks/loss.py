@@ -3,7 +3,7 @@
     python -m tests.benchmarks.loss [--tokens 700 2240] [--threads 1 2] [--repeats 7] [--clock wall|cpu]
 
 Every row computes a mean over tokens and its gradient with respect to the student's logits. The first three are what
-one would write with torch.nn.functional, over bf16 logits after widening them, as transformers does. "watched" also
+one would write with torch.nn.functional, over bf16 logits after widening them, as transformers does. "with metrics"
 sums the distillation terms that the trainer logs. Time is the median over alternated repeats, first as milliseconds,
 then as a multiple of F.cross_entropy alone; all rows keep freed memory, as this project's trainer does, since what the
 C library gives back between two rows costs whoever comes next more than a loss. Memory is that beyond the logits of
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from born_again.lineage.machine import keep_freed_memory
-from born_again.objectives import OBJECTIVES, at_least_tiny, objective_items, watched_items
+from born_again.objectives import OBJECTIVES, at_least_tiny, objective_items, objective_items_and_metrics
 from tests.benchmarks.alternated import CLOCKS, extra_memory, in_child, medians, print_row
 
 WORDS = 10_000
@@ -43,8 +43,8 @@ def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Callable
 
         return run
 
-    def ours(objective: str, watched: bool, permutation: str = "fresh") -> Tensor:
-        items = watched_items if watched else objective_items
+    def ours(objective: str, with_metrics: bool, permutation: str = "fresh") -> Tensor:
+        items = objective_items_and_metrics if with_metrics else objective_items
         losses, weights, *_ = items(objective, student, teacher, labels, permutation=permutation)
         return (losses * weights).sum() / at_least_tiny(weights.sum())
 
@@ -62,9 +62,9 @@ def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Callable
         "ours: label": lambda: ours("label", False),
     }
     for objective in OBJECTIVES:
-        for watched in (False, True):
-            name = f"ours: {objective}{', watched' if watched else ''}"
-            table[name] = lambda objective=objective, watched=watched: ours(objective, watched)
+        for with_metrics in (False, True):
+            name = f"ours: {objective}{', with metrics' if with_metrics else ''}"
+            table[name] = lambda objective=objective, with_metrics=with_metrics: ours(objective, with_metrics)
     table["ours: dkpp, fixed"] = lambda: ours("dkpp", False, "fixed")
     return {name: backward(loss) for name, loss in table.items()}
 

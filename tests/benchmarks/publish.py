@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, steps: int, students: int, dataset: ImageDa
                 train_dataset=dataset,
                 data_collator=collate_batch,
             )
-            trainer._warn_of_an_unfitted_teacher = lambda: None
+            trainer._warn_if_teacher_underfits = lambda: None
             trainer.log = lambda *args, **kwargs: None  # printing is no work of a training
             return trainer
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.step [--tasks wide_resnet densenet lstm] [--repeats 5]
 
 bf16 autocast, channels_last for images, SGD; images by BAN, text by BAN+L with the state carried and gradients
-clipped. `inference` is the teacher in its inference form. The loops have a process of their own, in which malloc is as
+clipped. `inference` is the folded teacher. The loops have a process of their own, in which malloc is as
 it comes; `kept` is the loop in the process of the trainers, which on a CPU keeps freed memory for the next step
 (born_again.lineage.machine), and tells how much of the difference that is. Repeats alternate; the first of each is a
 warm-up that is not counted. `mid` is the median; ratios are of pairs of one repeat.

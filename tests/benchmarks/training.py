@@ -99,7 +99,7 @@ def run(trainer: BornAgainTrainer, watch: Stopwatch) -> float:
     """Trains in silence; returns seconds of steps."""
     trainer.add_callback(watch)
     trainer.log = lambda *args, **kwargs: None  # printing is no work of a step
-    trainer._warn_of_an_unfitted_teacher = lambda: None
+    trainer._warn_if_teacher_underfits = lambda: None
     trainer.train()
     return watch.seconds
 

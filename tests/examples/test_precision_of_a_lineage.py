@@ -174,7 +174,7 @@ def test_accelerate_launch_says_what_it_computes(tmp_path, flags, precision):
     assert f"Computed in {'bf16 autocast' if precision == 'bf16' else 'fp32'}, channels_last" in done.stdout
     assert training.get("bf16", False) == (precision == "bf16")
     assert computation["mixed_precision"] == precision
-    warned = "--bf16 False is what is trained with; the launcher's ACCELERATE_MIXED_PRECISION=bf16 is left out."
+    warned = "--bf16 False takes precedence; the launcher's ACCELERATE_MIXED_PRECISION=bf16 is ignored."
     assert (warned in done.stderr) == (precision == "no")
     alone = tmp_path / "alone"
     assert (

@@ -173,7 +173,7 @@ def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message)
 
 
 def test_what_computes_is_chosen_printed_and_recorded(lineage):
-    """bf16 where the machine has it, channels_last and the teacher's inference form, without being asked for."""
+    """bf16 where the machine has it, channels_last and an inference copy of the teacher, by default."""
     folder, done = lineage
     line = next(line for line in done.stdout.splitlines()[:3] if line.startswith("Computed in "))
     precision = "bf16 autocast" if has_fast_bf16() else "fp32"
@@ -192,7 +192,7 @@ def test_one_argument_turns_each_off(tmp_path):
     arguments = script.LineageArguments, script.BornAgainTrainingArguments
     words = ["--dataset", "digits", "--bf16", "False", "--channels_last", "False", "--teacher_precision", "autocast"]
     lineage, training = script.parse_arguments(arguments, script.recipe, words)
-    assert not {"bf16", "channels_last", "teacher_precision"} & training.decisive().keys()
+    assert not {"bf16", "channels_last", "teacher_precision"} & training.weight_affecting().keys()
     line = how_it_computes(training)
     assert line.startswith("fp32, contiguous, teacher_precision autocast, not compiled; device cpu, 1 process: CPU")
     training.torch_compile, training.torch_compile_backend = True, "inductor"

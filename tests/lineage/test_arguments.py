@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from born_again import BornAgainTrainingArguments
 from born_again.lineage.arguments import parse_arguments
 
 
@@ -75,3 +76,19 @@ def test_unknown_flag_and_value_of_another_type(capsys):
     with pytest.raises(SystemExit):
         parse("--epochs", "three")
     assert "invalid float value: 'three'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["command line", "config"])
+def test_a_flag_by_its_old_name(tmp_path, source, capsys):
+    def parsed(*words):
+        words = (*words, "--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none")
+        return parse_arguments((BornAgainTrainingArguments,), lambda asked: {}, words)[0]
+
+    (tmp_path / "config.yaml").write_text("loss_form: plain\n")
+    words = ["--loss_form", "plain"] if source == "command line" else ["--config", str(tmp_path / "config.yaml")]
+    with pytest.warns(FutureWarning, match="loss_form is deprecated"):
+        assert parsed(*words).loss_implementation == "full"
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = capsys.readouterr().out
+    assert "--loss_implementation" in shown and "loss_form" not in shown

@@ -76,9 +76,11 @@ def test_arguments_say_what_accelerate_does(tmp_path, monkeypatch, environment, 
         monkeypatch.setenv(name, value)
     args = arguments(tmp_path, **changes)
     assert shown in how_it_computes(args)
-    decisive = args.decisive()
+    weight_affecting = args.weight_affecting()
     names = {"bf16", "fp16", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
-    assert {name: decisive[name] for name in decisive if name in {*names, "gradient_accumulation_steps"}} == recorded
+    assert {
+        name: weight_affecting[name] for name in weight_affecting if name in {*names, "gradient_accumulation_steps"}
+    } == recorded
     for _ in range(2):  # the second trainer of the same arguments too
         found = computation_of(BornAgainTrainer(Network(1), args, train_dataset=vectors()))
         assert (
@@ -161,7 +163,7 @@ def test_a_flag_wins_over_the_launcher_and_is_what_accelerate_does(
     args = arguments(tmp_path, **{**taken, **given})
     wanted = next((name for name in ("bf16", "fp16") if {**taken, **given}.get(name)), "no")
     assert args.mixed_precision == wanted
-    assert args.decisive().get("torch_compile", False) == {**taken, **given}.get("torch_compile", False)
+    assert args.weight_affecting().get("torch_compile", False) == {**taken, **given}.get("torch_compile", False)
 
 
 # ---- Refused, because work would be lost, or is computed otherwise than it says ----

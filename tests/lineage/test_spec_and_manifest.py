@@ -39,6 +39,13 @@ def test_differences_name_fields_and_both_values():
     assert spec().differences(spec(generations=9)) == []
 
 
+@pytest.mark.parametrize(("old", "new"), [("plain", "full"), ("chunked", "chunked")])
+def test_an_argument_recorded_under_its_old_name_is_the_same(old, new):
+    recorded, asked = (spec(training=training) for training in ({"loss_form": old}, {"loss_implementation": new}))
+    assert asked.differences(recorded) == []
+    assert f"training.loss_implementation: 'default' here, {new!r} there" in spec().differences(recorded)
+
+
 def test_seeds_and_objectives_of_generations():
     assert [spec(seed=5).seed_of(k) for k in range(3)] == [5, 6, 7]
     assert [spec(objective="cwtm").objective_of(k) for k in range(3)] == ["label", "cwtm", "cwtm"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from born_again.objectives import OBJECTIVES, chunked, fused, objective_items, watched_items
-from born_again.objectives.chunked import Head, chunked_confidence, chunked_objective
+from born_again.objectives import OBJECTIVES, chunked, fused, objective_items, objective_items_and_metrics
+from born_again.objectives.chunked import Head, chunked_confidence_weight, chunked_objective
 
 ITEMS, WIDTH, WORDS = 13, 5, 11
 
@@ -53,13 +53,13 @@ def test_sums_and_gradients_are_those_of_the_plain_way(rows, objective, bias):
     ours, theirs = head(1, bias=bias), head(1, bias=bias)
     teacher = None if objective == "label" else head(2, width=3, bias=not bias)
     target, settings = labels(0, 6, 12), SETTINGS[objective]
-    total, weight, terms = chunked_objective(
+    total, weight, metrics = chunked_objective(
         objective,
         ours,
         teacher,
         target,
         generator=torch.Generator().manual_seed(4),
-        watch=teacher is not None,
+        with_metrics=teacher is not None,
         **settings,
     )
     (3 * total / weight).backward()
@@ -67,12 +67,12 @@ def test_sums_and_gradients_are_those_of_the_plain_way(rows, objective, bias):
     if teacher is None:
         losses, weights = objective_items(objective, plain(theirs), None, target)
     else:
-        losses, weights, expected_terms = watched_items(
+        losses, weights, expected_metrics = objective_items_and_metrics(
             objective, plain(theirs), plain(teacher), target, generator=generator, **settings
         )
-        for name, value in expected_terms.items():
-            torch.testing.assert_close(terms[name], value, rtol=1e-10, atol=1e-12, msg=name)
-            assert not terms[name].requires_grad
+        for name, value in expected_metrics.items():
+            torch.testing.assert_close(metrics[name], value, rtol=1e-10, atol=1e-12, msg=name)
+            assert not metrics[name].requires_grad
     (3 * (losses * weights).sum() / weights.sum()).backward()
     torch.testing.assert_close(total, (losses * weights).sum(), rtol=1e-10, atol=0)
     torch.testing.assert_close(weight, weights.sum(), rtol=1e-10, atol=0)
@@ -184,27 +184,27 @@ def test_no_more_than_a_chunk_of_logits_is_ever_there(rows, monkeypatch):
 
 def test_the_weights_of_cwtm_can_be_had_before_the_loss(rows):
     expected = objective_items("cwtm", plain(head(1)), plain(head(2)), labels(3, 4))[1].sum()
-    torch.testing.assert_close(chunked_confidence(head(2), labels(3, 4)), expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(chunked_confidence_weight(head(2), labels(3, 4)), expected.detach(), rtol=1e-12, atol=0)
 
 
 def test_all_items_ignored_give_nothing():
     ours = head(1)
-    total, weight, terms = chunked_objective("cwtm", ours, head(2), torch.full((ITEMS,), -100), watch=True)
+    total, weight, metrics = chunked_objective("cwtm", ours, head(2), torch.full((ITEMS,), -100), with_metrics=True)
     total.backward()
-    assert total == weight == terms["items"] == 0 and not any(part.grad.any() for part in parts(ours))
+    assert total == weight == metrics["items"] == 0 and not any(part.grad.any() for part in parts(ours))
 
 
 def test_no_items_give_nothing():
     nothing = [Head(of.hidden[:0], of.weight, of.bias) for of in (head(1), head(2))]
-    total, weight, terms = chunked_objective("cwtm", *nothing, labels()[:0], watch=True)
+    total, weight, metrics = chunked_objective("cwtm", *nothing, labels()[:0], with_metrics=True)
     total.backward()
-    assert total == weight == terms["items"] == 0 and chunked_confidence(nothing[1], labels()[:0]) == 0
+    assert total == weight == metrics["items"] == 0 and chunked_confidence_weight(nothing[1], labels()[:0]) == 0
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"student: got hidden .* \(13, 4\) .* expected \(items, width\)"):
         chunked_objective("ban", Head(head(1, width=4).hidden, head(1).weight), head(2), labels())
-    with pytest.raises(ValueError, match="teacher: has 13 items and 10 words, the student 13 and 11"):
+    with pytest.raises(ValueError, match="teacher: has 13 items and a vocabulary of 10, the student 13 and 11"):
         chunked_objective("ban", head(1), Head(head(2).hidden, head(2).weight[:10]), labels())
     with pytest.raises(ValueError, match="objective: got 'kd', expected one of"):
         chunked_objective("kd", head(1), head(2), labels())

@@ -1,4 +1,4 @@
-"""The chunked form on two processes against the plain form on one: DistributedDataParallel and the output layer."""
+"""The chunked implementation on two processes against the full one on one: DDP and the output layer."""
 
 from pathlib import Path
 
@@ -16,15 +16,18 @@ SCRIPT = Path(__file__).parents[1] / "support" / "two_chunked_processes.py"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chunked")
-    forms = {"plain": 1, "chunked": 2}
-    return {form: found_by(SCRIPT, folder / form, form, processes=processes) for form, processes in forms.items()}
+    implementations = {"full": 1, "chunked": 2}
+    return {
+        implementation: found_by(SCRIPT, folder / implementation, implementation, processes=processes)
+        for implementation, processes in implementations.items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_two_chunked_processes_are_one_plain_one(runs, network, case):
     key = f"{network} {' '.join(map(str, case))}"
-    (expected,) = (results[key] for results in runs["plain"])
+    (expected,) = (results[key] for results in runs["full"])
     assert not expected["wrapped"] and not expected["chunked"]
     for rank in runs["chunked"]:
         seen = rank[key]

@@ -4,9 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from born_again.objectives import OBJECTIVES, distillation_terms, fused, item_loss, objective_items, watched_items
-from born_again.objectives.fused import TERMS, ItemLoss, largest_probabilities, weighed_items
-from born_again.objectives.permutations import permute_all_but_largest
+from born_again.objectives import (
+    OBJECTIVES,
+    distillation_metrics,
+    fused,
+    item_loss,
+    objective_items,
+    objective_items_and_metrics,
+)
+from born_again.objectives.fused import METRICS, ItemLoss, fused_item_losses, max_probabilities
+from born_again.objectives.permutations import permute_all_but_argmax
 
 ITEMS, CLASSES = 13, 7
 
@@ -44,23 +51,23 @@ def chain_of(objective, student, teacher, target):
     if objective == "cwtm":
         return hard, weights * teacher.softmax(-1).amax(-1)
     if objective == "dkpp":
-        teacher = permute_all_but_largest(teacher, "fixed", torch.Generator().manual_seed(4))
+        teacher = permute_all_but_argmax(teacher, "fixed", torch.Generator().manual_seed(4))
     return chain(student, teacher, target, 1.0, 0.7 if objective == "ban+l" else 0.0).where(target >= 0, 0), weights
 
 
-@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("with_metrics", [False, True])
 @pytest.mark.parametrize("objective", LOSSES)
-def test_losses_weights_and_gradient_are_those_of_the_chain(rows, objective, watch):
+def test_losses_weights_and_gradient_are_those_of_the_chain(rows, objective, with_metrics):
     ours, theirs = (logits(1).requires_grad_() for _ in range(2))
     target, generator = labels(0, 6, 12), torch.Generator().manual_seed(4)
-    losses, weights, terms = weighed_items(
-        LOSSES[objective], ours, logits(2), target, generator=generator, watch=watch
+    losses, weights, metrics = fused_item_losses(
+        LOSSES[objective], ours, logits(2), target, generator=generator, with_metrics=with_metrics
     )
     expected, expected_weights = chain_of(objective, theirs, logits(2), target)
     scale = torch.linspace(-1, 2, ITEMS, dtype=torch.float64)
     (losses * scale).sum().backward()
     (expected * scale).sum().backward()
-    assert (terms is not None) == watch and not weights.requires_grad
+    assert (metrics is not None) == with_metrics and not weights.requires_grad
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
@@ -69,10 +76,10 @@ def test_losses_weights_and_gradient_are_those_of_the_chain(rows, objective, wat
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
 @pytest.mark.parametrize("label_weight", [0.0, 1.0, 0.3])
 def test_temperature_and_label_weight(rows, temperature, label_weight):
-    loss = ItemLoss(soft=True, temperature=temperature, label_weight=label_weight)
+    loss = ItemLoss(soft_targets=True, temperature=temperature, label_weight=label_weight)
     for target in (labels(), None) if label_weight == 0 else (labels(),):
         ours, theirs = (logits(1).requires_grad_() for _ in range(2))
-        losses, weights, _ = weighed_items(loss, ours, logits(2), target)
+        losses, weights, _ = fused_item_losses(loss, ours, logits(2), target)
         expected = chain(theirs, logits(2), labels(), temperature, label_weight)
         losses.sum().backward()
         expected.sum().backward()
@@ -83,40 +90,40 @@ def test_temperature_and_label_weight(rows, temperature, label_weight):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_watched_items_are_the_items_and_the_terms(rows, objective, temperature):
+def test_items_with_metrics_are_the_items_and_the_metrics(rows, objective, temperature):
     ours, theirs = (logits(1).requires_grad_() for _ in range(2))
     target = labels(0, 6, 12)
     settings = {"temperature": temperature, "label_weight": 0.7, "permutation": "fixed"}
-    losses, weights, terms = watched_items(objective, ours, logits(2), target, **settings)
+    losses, weights, metrics = objective_items_and_metrics(objective, ours, logits(2), target, **settings)
     expected, expected_weights = objective_items(objective, theirs, logits(2), target, **settings)
     assert losses.equal(expected) and weights.equal(expected_weights)
     losses.mul(weights).sum().backward()
     expected.mul(expected_weights).sum().backward()
     assert ours.grad.equal(theirs.grad) and not ours.grad[[0, 6, 12]].any()
-    reference = distillation_terms(logits(1), logits(2), target)
-    assert tuple(terms) == TERMS and set(terms) == set(reference)
-    for name in TERMS:
-        assert not terms[name].requires_grad
-        torch.testing.assert_close(terms[name], reference[name], rtol=0, atol=1e-10, msg=name)
+    reference = distillation_metrics(logits(1), logits(2), target)
+    assert tuple(metrics) == METRICS and set(metrics) == set(reference)
+    for name in METRICS:
+        assert not metrics[name].requires_grad
+        torch.testing.assert_close(metrics[name], reference[name], rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("objective", LOSSES)
 def test_narrow_logits_are_widened_and_their_gradient_is_narrow_again(rows, objective, dtype):
     student = logits(1, dtype).requires_grad_()
-    losses, weights, terms = weighed_items(
+    losses, weights, metrics = fused_item_losses(
         LOSSES[objective],
         student,
         logits(2, dtype),
         labels(3),
         generator=torch.Generator().manual_seed(4),
-        watch=True,
+        with_metrics=True,
     )
     losses.mul(weights).mean().backward()
     wide = logits(1, dtype).float().requires_grad_()
     expected, expected_weights = chain_of(objective, wide, logits(2, dtype).float(), labels(3))
     expected.mul(expected_weights).mean().backward()
-    assert losses.dtype == weights.dtype == terms["kd_loss"].dtype == torch.float32 and student.grad.dtype == dtype
+    assert losses.dtype == weights.dtype == metrics["kd_loss"].dtype == torch.float32 and student.grad.dtype == dtype
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-6)
     torch.testing.assert_close(student.grad, wide.grad.to(dtype), rtol=1e-2, atol=1e-3)
@@ -124,17 +131,20 @@ def test_narrow_logits_are_widened_and_their_gradient_is_narrow_again(rows, obje
 
 def test_ties_agree_as_argmax_does(rows):
     student, teacher = (logits(seed).mul(2).round() for seed in (1, 2))  # few values, many ties
-    terms = weighed_items(ItemLoss(soft=True), student, teacher, labels(), watch=True)[2]
-    assert terms["teacher_agreement"] == (student.argmax(-1) == teacher.argmax(-1)).sum()
+    metrics = fused_item_losses(ItemLoss(soft_targets=True), student, teacher, labels(), with_metrics=True)[2]
+    assert metrics["teacher_agreement"] == (student.argmax(-1) == teacher.argmax(-1)).sum()
 
 
 def test_a_class_that_both_rule_out_adds_nothing(rows):
-    for loss in (ItemLoss(soft=True, label_weight=1.0), ItemLoss(soft=True, temperature=2.0, label_weight=1.0)):
+    for loss in (
+        ItemLoss(soft_targets=True, label_weight=1.0),
+        ItemLoss(soft_targets=True, temperature=2.0, label_weight=1.0),
+    ):
         student, teacher = logits(1), logits(2)
         student[:, 2] = teacher[:, 2] = -torch.inf
         student.requires_grad_()
-        losses, _, terms = weighed_items(loss, student, teacher, labels().clamp(0, 1), watch=True)
-        assert losses.isfinite().all() and all(value.isfinite() for value in terms.values())
+        losses, _, metrics = fused_item_losses(loss, student, teacher, labels().clamp(0, 1), with_metrics=True)
+        assert losses.isfinite().all() and all(value.isfinite() for value in metrics.values())
         kept = [index for index in range(CLASSES) if index != 2]
         expected = chain(student[:, kept], teacher[:, kept], labels().clamp(0, 1), loss.temperature, 1.0)
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
@@ -145,7 +155,7 @@ def test_a_class_that_both_rule_out_adds_nothing(rows):
 def test_a_class_that_the_student_alone_rules_out_costs_infinitely_much(rows):
     student = logits(1)
     student[4, 2] = -torch.inf
-    losses = weighed_items(ItemLoss(soft=True), student, logits(2), labels())[0]
+    losses = fused_item_losses(ItemLoss(soft_targets=True), student, logits(2), labels())[0]
     assert losses.isinf().tolist() == [index == 4 for index in range(ITEMS)]
 
 
@@ -154,7 +164,7 @@ def test_nan_comes_out_as_nan_where_it_counts(rows, objective):
     student = logits(1)
     student[[4, 5], 3] = torch.nan
     student.requires_grad_()
-    losses = weighed_items(LOSSES[objective], student, logits(2), labels(5))[0]
+    losses = fused_item_losses(LOSSES[objective], student, logits(2), labels(5))[0]
     assert losses.isnan().tolist() == [index == 4 for index in range(ITEMS)]
     losses.sum().backward()
     assert student.grad.isnan().any(-1).tolist() == [index == 4 for index in range(ITEMS)]
@@ -165,14 +175,14 @@ def test_a_label_that_is_no_class_is_an_error():
         target = labels()
         target[3] = wrong
         with pytest.raises(RuntimeError, match="out of bounds"):
-            weighed_items(LOSSES["label"], logits(1), None, target)
+            fused_item_losses(LOSSES["label"], logits(1), None, target)
 
 
 @pytest.mark.parametrize("objective", LOSSES)
 def test_the_gradient_is_that_of_finite_differences(rows, objective):
     def loss(student):
         generator = torch.Generator().manual_seed(4)
-        return weighed_items(LOSSES[objective], student, logits(2), labels(3), generator=generator)[0]
+        return fused_item_losses(LOSSES[objective], student, logits(2), labels(3), generator=generator)[0]
 
     assert torch.autograd.gradcheck(loss, logits(1).requires_grad_())
 
@@ -180,7 +190,7 @@ def test_the_gradient_is_that_of_finite_differences(rows, objective):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_backward_twice_gives_the_same_where_the_graph_is_retained(rows, dtype):
     student = logits(1, dtype).requires_grad_()
-    total = weighed_items(LOSSES["ban+l"], student, logits(2, dtype), labels())[0].mean()
+    total = fused_item_losses(LOSSES["ban+l"], student, logits(2, dtype), labels())[0].mean()
     (first,) = torch.autograd.grad(total, student, retain_graph=True)
     (second,) = torch.autograd.grad(total, student, retain_graph=True)
     (third,) = torch.autograd.grad(total, student)
@@ -193,7 +203,7 @@ def test_a_narrow_gradient_has_the_same_bits_whether_all_items_are_scaled_alike_
     scale = torch.full((ITEMS,), 0.3, dtype=torch.float32)
     for ours in (scale, torch.cat([scale[1:], torch.tensor([0.7])])):
         student = logits(1, torch.bfloat16).requires_grad_()
-        losses, *_ = weighed_items(LOSSES["ban+l"], student, logits(2, torch.bfloat16), labels())
+        losses, *_ = fused_item_losses(LOSSES["ban+l"], student, logits(2, torch.bfloat16), labels())
         (kept,) = torch.autograd.grad(losses.sum(), student, retain_graph=True)
         (losses * ours).sum().backward()
         assert student.grad.equal((kept.float() * ours.unsqueeze(-1)).to(torch.bfloat16))
@@ -201,7 +211,7 @@ def test_a_narrow_gradient_has_the_same_bits_whether_all_items_are_scaled_alike_
 
 def test_no_items_have_no_gradient():
     student = logits(1, torch.bfloat16)[:0].requires_grad_()
-    losses, *_ = weighed_items(LOSSES["ban+l"], student, logits(2, torch.bfloat16)[:0], labels()[:0])
+    losses, *_ = fused_item_losses(LOSSES["ban+l"], student, logits(2, torch.bfloat16)[:0], labels()[:0])
     losses.sum().backward()
     assert len(losses) == 0 and student.grad.shape == (0, CLASSES)
 
@@ -211,26 +221,26 @@ def test_logits_far_from_zero_cost_no_digits_of_the_loss(rows, objective):
     """GPT-2's are around -100, and only their differences mean anything."""
     student, teacher = ((logits(seed) + offset).float() for seed, offset in ((1, -1e4), (2, 3e3)))
     generators = [torch.Generator().manual_seed(4) for _ in range(2)]
-    losses, weights, terms = weighed_items(
-        LOSSES[objective], student, teacher, labels(3), generator=generators[0], watch=True
+    losses, weights, metrics = fused_item_losses(
+        LOSSES[objective], student, teacher, labels(3), generator=generators[0], with_metrics=True
     )
-    expected, expected_weights, expected_terms = weighed_items(
-        LOSSES[objective], student.double(), teacher.double(), labels(3), generator=generators[1], watch=True
+    expected, expected_weights, expected_metrics = fused_item_losses(
+        LOSSES[objective], student.double(), teacher.double(), labels(3), generator=generators[1], with_metrics=True
     )
     torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(weights.double(), expected_weights, rtol=2e-6, atol=0)
-    for name in TERMS:
-        torch.testing.assert_close(terms[name].double(), expected_terms[name], rtol=1e-5, atol=0, msg=name)
+    for name in METRICS:
+        torch.testing.assert_close(metrics[name].double(), expected_metrics[name], rtol=1e-5, atol=0, msg=name)
 
 
 def test_a_second_derivative_is_refused():
     student = logits(1).requires_grad_()
-    total = weighed_items(LOSSES["ban"], student, logits(2), labels())[0].mean()
+    total = fused_item_losses(LOSSES["ban"], student, logits(2), labels())[0].mean()
     with pytest.raises(RuntimeError, match="create_graph: got True .* differentiable once"):
         torch.autograd.grad(total, student, create_graph=True)
 
 
-def test_what_was_kept_is_given_away_without_a_copy(monkeypatch):
+def test_the_saved_gradient_is_returned_without_a_copy(monkeypatch):
     kept = []
     fill = fused.fill_items
 
@@ -240,21 +250,21 @@ def test_what_was_kept_is_given_away_without_a_copy(monkeypatch):
 
     monkeypatch.setattr(fused, "fill_items", remember)
     student = logits(1).requires_grad_()
-    weighed_items(LOSSES["ban"], student, logits(2), labels())[0].mean().backward()
+    fused_item_losses(LOSSES["ban"], student, logits(2), labels())[0].mean().backward()
     assert kept == [student.grad.data_ptr()]
     with torch.no_grad():
-        weighed_items(LOSSES["ban"], student, logits(2), labels())
-    assert kept[1:] == [None]  # nothing is kept where nothing will be differentiated
+        fused_item_losses(LOSSES["ban"], student, logits(2), labels())
+    assert kept[1:] == [None]  # nothing is saved where nothing will be differentiated
 
 
 def test_largest_probabilities(rows):
-    torch.testing.assert_close(largest_probabilities(logits(2)), logits(2).softmax(-1).amax(-1), rtol=0, atol=1e-14)
-    assert largest_probabilities(logits(2, torch.bfloat16)).dtype == torch.float32
+    torch.testing.assert_close(max_probabilities(logits(2)), logits(2).softmax(-1).amax(-1), rtol=0, atol=1e-14)
+    assert max_probabilities(logits(2, torch.bfloat16)).dtype == torch.float32
 
 
 def test_no_items_give_no_losses():
     for loss in LOSSES.values():
-        losses, weights, terms = weighed_items(
-            loss, torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), watch=True
+        losses, weights, metrics = fused_item_losses(
+            loss, torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), with_metrics=True
         )
-        assert losses.shape == weights.shape == (0,) and terms["items"] == 0
+        assert losses.shape == weights.shape == (0,) and metrics["items"] == 0

@@ -10,10 +10,10 @@ from born_again.objectives import (
     IGNORED,
     confidence_weighted_loss,
     dark_knowledge_loss,
-    distillation_terms,
+    distillation_metrics,
     hard_label_loss,
     objective_items,
-    permute_all_but_largest,
+    permute_all_but_argmax,
     permuted_dark_knowledge_loss,
 )
 
@@ -112,7 +112,7 @@ def test_confidence_weighted_loss_equals_its_twin(logits):
 @pytest.mark.parametrize("permutation", ["fresh", "fixed"])
 def test_permuted_dark_knowledge_loss_equals_its_twin(logits, permutation):
     student, teacher, _ = logits
-    shuffled = permute_all_but_largest(teacher, permutation, torch.Generator().manual_seed(5))
+    shuffled = permute_all_but_argmax(teacher, permutation, torch.Generator().manual_seed(5))
     assert not torch.equal(shuffled, teacher)
     assert_value_and_gradient(
         permuted_dark_knowledge_loss(student, teacher, permutation, torch.Generator().manual_seed(5)),
@@ -172,7 +172,7 @@ def test_cwtm_with_an_equally_sure_teacher_is_cross_entropy(logits):
 @pytest.mark.parametrize("permutation", ["fresh", "fixed"])
 def test_dkpp_keeps_the_largest_and_the_others_as_a_set(permutation):
     teacher = torch.randn(500, 6, dtype=torch.float64)
-    shuffled = permute_all_but_largest(teacher, permutation, torch.Generator().manual_seed(1))
+    shuffled = permute_all_but_argmax(teacher, permutation, torch.Generator().manual_seed(1))
     top = teacher.argmax(-1, keepdim=True)
     assert torch.equal(shuffled.argmax(-1, keepdim=True), top)
     assert torch.equal(shuffled.gather(1, top), teacher.gather(1, top))
@@ -182,7 +182,7 @@ def test_dkpp_keeps_the_largest_and_the_others_as_a_set(permutation):
 
 def test_dkpp_draws_every_order_of_the_others_equally_often():
     teacher = torch.tensor([[9.0, 1.0, 2.0, 3.0]]).repeat(6000, 1)
-    shuffled = permute_all_but_largest(teacher, "fresh", torch.Generator().manual_seed(1))
+    shuffled = permute_all_but_argmax(teacher, "fresh", torch.Generator().manual_seed(1))
     orders, counts = shuffled[:, 1:].unique(dim=0, return_counts=True)
     assert len(orders) == 6
     assert (counts - 1000).abs().max() < 5 * math.sqrt(1000)
@@ -191,21 +191,21 @@ def test_dkpp_draws_every_order_of_the_others_equally_often():
 def test_fixed_permutation_is_one_for_every_item_and_call_and_fresh_is_not():
     ranks = torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]).repeat(40, 1)
     generator = torch.Generator().manual_seed(11)
-    first, second = (permute_all_but_largest(ranks, "fixed", generator) for _ in range(2))
+    first, second = (permute_all_but_argmax(ranks, "fixed", generator) for _ in range(2))
     assert torch.equal(first, second)
     assert len(first.unique(dim=0)) == 1
-    other_seed = permute_all_but_largest(ranks, "fixed", torch.Generator().manual_seed(12))
+    other_seed = permute_all_but_argmax(ranks, "fixed", torch.Generator().manual_seed(12))
     assert not torch.equal(first, other_seed)
-    first, second = (permute_all_but_largest(ranks, "fresh", generator) for _ in range(2))
+    first, second = (permute_all_but_argmax(ranks, "fresh", generator) for _ in range(2))
     assert not torch.equal(first, second)
     assert len(first.unique(dim=0)) > 30
 
 
 def test_fresh_permutations_of_one_batch_are_those_of_its_parts():
     teacher = torch.randn(8, 5)
-    whole = permute_all_but_largest(teacher, "fresh", torch.Generator().manual_seed(4))
+    whole = permute_all_but_argmax(teacher, "fresh", torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
-    parts = [permute_all_but_largest(part, "fresh", generator) for part in teacher.split(2)]
+    parts = [permute_all_but_argmax(part, "fresh", generator) for part in teacher.split(2)]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -270,8 +270,8 @@ def test_a_class_that_both_rule_out_adds_nothing():
 
 def test_terms_are_the_sums_of_their_definitions(logits):
     student, teacher, labels = logits
-    terms = distillation_terms(student, teacher, labels)
-    expected = dict.fromkeys(terms, 0.0)
+    metrics = distillation_metrics(student, teacher, labels)
+    expected = dict.fromkeys(metrics, 0.0)
     for z, t, label in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
         if label == IGNORED:
             continue
@@ -285,19 +285,19 @@ def test_terms_are_the_sums_of_their_definitions(logits):
         expected["dark_knowledge_norm"] += math.sqrt(
             sum((a - b) ** 2 for i, (a, b) in enumerate(zip(q, p, strict=True)) if i != label)
         )
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-10)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(logits):
     student, _, labels = logits
-    terms = distillation_terms(student, student.detach(), labels)
-    assert terms["kd_loss"].item() == pytest.approx(0, abs=1e-12)
-    assert terms["teacher_agreement"] == terms["items"]
+    metrics = distillation_metrics(student, student.detach(), labels)
+    assert metrics["kd_loss"].item() == pytest.approx(0, abs=1e-12)
+    assert metrics["teacher_agreement"] == metrics["items"]
     (gradient,) = torch.autograd.grad(dark_knowledge_loss(student, student.detach()), student)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
 
 
-def test_bad_input_is_answered_with_a_sentence(logits):
+def test_bad_input_is_refused_with_a_sentence(logits):
     student, teacher, labels = logits
     with pytest.raises(ValueError, match="student_logits: got shape .* zero classes"):
         hard_label_loss(torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64))
@@ -316,7 +316,7 @@ def test_bad_input_is_answered_with_a_sentence(logits):
     with pytest.raises(ValueError, match="labels: got 5, expected 0 to 4"):
         hard_label_loss(student, labels + 1)
     with pytest.raises(ValueError, match="labels: got -1, expected 0 to 4, or -100"):
-        distillation_terms(student, teacher, torch.full_like(labels, -1))
+        distillation_metrics(student, teacher, torch.full_like(labels, -1))
     with pytest.raises(TypeError, match="labels: got torch.float32, expected class numbers .* labels.long"):
         confidence_weighted_loss(student, teacher, labels.float())
     with pytest.raises(TypeError, match="labels: got torch.float32, expected class numbers .* mixup"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from born_again.objectives.permutations import first_largest, permute_all_but_largest
+from born_again.objectives.permutations import argmax_column, permute_all_but_argmax
 
 CLASSES = 300
 
@@ -17,7 +17,7 @@ def threads(request):
 
 
 def shuffled(rows, seed=1):
-    return permute_all_but_largest(rows, "fresh", torch.Generator().manual_seed(seed))
+    return permute_all_but_argmax(rows, "fresh", torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -38,7 +38,7 @@ def test_it_does_not_matter_which_thread_or_call_draws_a_row():
         results.append(shuffled(teacher))
     torch.set_num_threads(before)
     generator = torch.Generator().manual_seed(1)
-    results.append(torch.cat([permute_all_but_largest(part, "fresh", generator) for part in teacher.split(3)]))
+    results.append(torch.cat([permute_all_but_argmax(part, "fresh", generator) for part in teacher.split(3)]))
     assert all(result.equal(results[0]) for result in results)
     assert not shuffled(teacher, seed=2).equal(results[0])
 
@@ -59,4 +59,4 @@ def test_every_place_is_as_likely_as_any_other(threads):
 def test_first_largest_is_argmax_with_ties_and_nan():
     values = torch.tensor([[1.0, 3.0, 3.0], [2.0, torch.nan, 5.0], [-torch.inf] * 3])
     for dtype in (torch.float32, torch.float64, torch.float16):
-        assert first_largest(values.to(dtype)).equal(values.to(dtype).argmax(-1, keepdim=True))
+        assert argmax_column(values.to(dtype)).equal(values.to(dtype).argmax(-1, keepdim=True))

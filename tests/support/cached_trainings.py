@@ -1,4 +1,4 @@
-"""Trainings of images and of text that are over in a moment, with and without a cache of the teacher's answers."""
+"""Trainings of images and of text that are over in a moment, with and without a teacher cache."""
 
 from __future__ import annotations
 
@@ -128,4 +128,6 @@ def weights(trainer) -> torch.Tensor:
 
 
 def hits(trainer) -> list[float]:
-    return [entry["teacher_cache_hits"] for entry in trainer.state.log_history if "teacher_cache_hits" in entry]
+    return [
+        entry["teacher_cache_hit_rate"] for entry in trainer.state.log_history if "teacher_cache_hit_rate" in entry
+    ]

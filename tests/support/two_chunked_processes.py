@@ -1,6 +1,6 @@
-"""What one of several processes does in test_chunked_distributed.py: the loss in its chunked or its plain form.
+"""What one of several processes does in test_chunked_distributed.py: the chunked or the full loss.
 
-torchrun --nproc_per_node N tests/two_chunked_processes.py FOLDER FORM
+torchrun --nproc_per_node N tests/two_chunked_processes.py FOLDER IMPLEMENTATION
 """
 
 import os
@@ -18,12 +18,14 @@ NETWORKS = {"tied": language_model, "untied": llama}
 CASES = (("ban", 1, None), ("ban+l", 2, None), ("cwtm", 1, None), ("cwtm", 2, False))  # objective, accumulated, unused
 
 
-def trained(folder: Path, form: str, network: str, objective: str, accumulate: int, unused: bool | None) -> dict:
+def trained(
+    folder: Path, implementation: str, network: str, objective: str, accumulate: int, unused: bool | None
+) -> dict:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = arguments(
         folder,
         objective=objective,
-        loss_form=form,
+        loss_implementation=implementation,
         max_steps=3,
         per_device_train_batch_size=8 // processes // accumulate,
         gradient_accumulation_steps=accumulate,
@@ -43,11 +45,11 @@ def trained(folder: Path, form: str, network: str, objective: str, accumulate: i
     }
 
 
-def main(folder: Path, form: str) -> None:
+def main(folder: Path, implementation: str) -> None:
     torch.set_num_threads(1)
     chunked._CHUNK = 23 * 7 * 8
     results = {
-        f"{network} {' '.join(map(str, case))}": trained(folder, form, network, *case)
+        f"{network} {' '.join(map(str, case))}": trained(folder, implementation, network, *case)
         for network in NETWORKS
         for case in CASES
     }

@@ -71,8 +71,8 @@ def trained(folder: Path, objective: str, accumulate: int, resume: bool = False)
         "tokens": torch.tensor(after["eval_tokens"]),
         "predictions": torch.from_numpy(predicted.predictions),
         "labels": torch.from_numpy(predicted.label_ids),
-        "fit": torch.tensor(trainer.teacher_fit["nll"] if taught else 0.0, dtype=torch.float64),
-        "fit_tokens": torch.tensor(trainer.teacher_fit["tokens"] if taught else 0),
+        "fit": torch.tensor(trainer.teacher_train_metrics["nll"] if taught else 0.0, dtype=torch.float64),
+        "fit_tokens": torch.tensor(trainer.teacher_train_metrics["tokens"] if taught else 0),
         "losses": torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]),
     }
 

@@ -50,11 +50,11 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     seen["wrapped"] = torch.tensor(isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel))
     seen["weights"] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     seen["eval_loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
-    seen["fit"] = torch.tensor(trainer.teacher_fit["accuracy"] if taught else 0.0)
+    seen["fit"] = torch.tensor(trainer.teacher_train_metrics["accuracy"] if taught else 0.0)
     # 21 rows: two processes read some of them twice to fill the last batch.
     trainer.train_dataset, ragged = data[:21], trainer.predict(data[:21])
     seen["ragged_loss"] = torch.tensor(ragged.metrics["test_loss"])
-    seen["ragged_fit"] = torch.tensor(trainer.measure_teacher_fit()["accuracy"] if taught else 0.0)
+    seen["ragged_fit"] = torch.tensor(trainer.evaluate_teacher()["accuracy"] if taught else 0.0)
     names = ["loss", *(["kd_loss", "teacher_agreement"] if taught else [])]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     seen["logged"] = torch.tensor([[entry[name] for name in names] for entry in logged])
@@ -72,7 +72,7 @@ def of_sentences(folder: Path) -> dict[str, torch.Tensor]:
     )
     data = sentences("next", 21)
     trainer = BornAgainLMTrainer(language_model(1), args, train_dataset=data, teacher=language_model(2))
-    fit, metrics = trainer.measure_teacher_fit(), trainer.evaluate(data)
+    fit, metrics = trainer.evaluate_teacher(), trainer.evaluate(data)
     return {
         "fit": torch.tensor([fit["nll"], fit["tokens"]], dtype=torch.float64),
         "eval": torch.tensor([metrics["eval_nll"], metrics["eval_tokens"]], dtype=torch.float64),

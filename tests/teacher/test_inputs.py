@@ -158,7 +158,7 @@ def test_the_training_accuracy_of_the_teacher_is_its_own(tmp_path):
     teacher = fitted_bert()
     for rows in (pairs(), as_datasets(pairs())):
         trainer = BornAgainTrainer(distilbert(), arguments(tmp_path), train_dataset=rows, teacher=teacher)
-        assert trainer.measure_teacher_fit() == {"accuracy": 1.0, "samples": 24}
+        assert trainer.evaluate_teacher() == {"accuracy": 1.0, "samples": 24}
 
 
 def test_columns_found_before_the_teacher_came_are_found_again(tmp_path):
@@ -198,7 +198,7 @@ def test_a_student_with_kwargs_sees_what_trainer_would_show_it(tmp_path):
         assert {name for call in read for name in call[1]} - {"labels"} == names  # which are tried out once
 
 
-def test_the_teacher_cache_is_asked_with_the_teachers_columns(tmp_path):
+def test_the_teacher_cache_is_called_with_the_teachers_columns(tmp_path):
     class Named(list):
         emit_view_keys, view_count, cache_fingerprint = False, 24, "pairs"
 
@@ -221,7 +221,7 @@ def test_the_teacher_cache_is_asked_with_the_teachers_columns(tmp_path):
         args = arguments(tmp_path, max_steps=9, teacher_cache=cache, remove_unused_columns=False)
         trainer = BornAgainTrainer(student, args, train_dataset=Named(pairs()), teacher=teacher, data_collator=collate)
         trainer.train()
-        assert trainer.teacher_fit["accuracy"] == 1.0
+        assert trainer.teacher_train_metrics["accuracy"] == 1.0
         weights.append(student.classifier.weight.detach())
     assert torch.equal(*weights)
 
@@ -473,12 +473,12 @@ NARROW = {"norm first": Convolutions, "mixed": Recast, "resnet": plain_resnet, "
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["autocast", "inference", "float32"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-def test_a_narrow_teacher_of_convolutions_answers_in_every_form(case, stored, precision, autocast):
+def test_a_narrow_teacher_of_convolutions_works_in_every_precision(case, stored, precision, autocast):
     network = NARROW[case]()
     batch = {"pixel_values": torch.stack([row["pixel_values"] for row in pictures(4)])}
     expected = FrozenTeacher(copy.deepcopy(network))(batch)
     network.to(stored)
-    teacher = FrozenTeacher(network).in_form(precision, autocast).to(torch.device("cpu"))
+    teacher = FrozenTeacher(network).set_precision(precision, autocast).to(torch.device("cpu"))
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         logits = teacher(batch)
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.03 * expected.abs().max().item())
@@ -566,7 +566,7 @@ def test_quantised_weights_are_not_widened():
 
     network = Quantised(1).half()
     with pytest.raises(ValueError, match="teacher_precision: got 'float32' for a teacher .Quantised. whose weights"):
-        FrozenTeacher(network).in_form("float32")
+        FrozenTeacher(network).set_precision("float32")
 
 
 def refusals(folder):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import born_again  # noqa: F401
 from born_again.models.image_classifier import create_image_classifier
-from born_again.teacher.precision import inference_form
+from born_again.teacher.precision import folded_copy
 
 
 def trained(network):
@@ -44,7 +44,7 @@ def pixels(rows=2):
 def test_the_outputs_are_those_of_the_network(name, left):
     network = trained(timm.create_model(name, num_classes=10))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    folded = inference_form(network, {"x": pixels()})
+    folded = folded_copy(network, {"x": pixels()})
     with torch.no_grad():
         torch.testing.assert_close(folded(pixels()), network(pixels()), rtol=1e-10, atol=1e-12)
     assert norms(folded) < norms(network) if left is None else norms(folded) == left
@@ -56,11 +56,11 @@ def test_a_classifier_of_transformers_and_a_smaller_dtype():
     labels = [str(label) for label in range(10)]
     network = trained(create_image_classifier("wide_resnet16_1_cifar", labels, [0.5] * 3, [0.25] * 3))
     inputs = {"pixel_values": pixels(16)}
-    folded = inference_form(network, inputs)
+    folded = folded_copy(network, inputs)
     with torch.no_grad():
         expected = network(**inputs).logits
         torch.testing.assert_close(folded(**inputs).logits, expected, rtol=1e-10, atol=1e-12)
-        small = inference_form(network, inputs, torch.bfloat16)(**inputs).logits
+        small = folded_copy(network, inputs, torch.bfloat16)(**inputs).logits
     assert small.dtype == torch.bfloat16
     # bfloat16 has 8 bits of precision; 16 layers add up their rounding.
     assert (small.double() - expected).abs().max() < 0.05 * expected.abs().max()
@@ -84,20 +84,20 @@ class Shared(nn.Module):
 
 def test_what_cannot_be_folded_stays():
     network = trained(Shared())
-    folded = inference_form(network, {"x": pixels()})
+    folded = folded_copy(network, {"x": pixels()})
     assert norms(folded) == 4
     assert torch.equal(folded(pixels()), network(pixels()))
 
 
 def test_a_network_without_convolutions_is_copied():
     network = nn.Linear(3, 2).eval()
-    folded = inference_form(network, {"input": torch.ones(1, 3)})
+    folded = folded_copy(network, {"input": torch.ones(1, 3)})
     assert folded is not network and torch.equal(folded(torch.ones(1, 3)), network(torch.ones(1, 3)))
 
 
 def test_train_mode_is_refused():
     with pytest.raises(ValueError, match="network: is in train mode, expected eval mode"):
-        inference_form(nn.Conv2d(3, 4, 1), {"input": pixels()})
+        folded_copy(nn.Conv2d(3, 4, 1), {"input": pixels()})
 
 
 # ---- Layers that are not what their class says ----
@@ -178,14 +178,14 @@ def test_a_layer_that_computes_more_than_its_class_says_is_left_alone(name, capl
     network = trained(UNFOLDED[name]()).requires_grad_(False)
     expected = network(pixels(4))
     with caplog.at_level(logging.WARNING):
-        form = inference_form(network, {"x": pixels(4)})
-    assert norms(form) == 1 and not caplog.records
-    assert torch.equal(form(pixels(4)), expected)
+        folded = folded_copy(network, {"x": pixels(4)})
+    assert norms(folded) == 1 and not caplog.records
+    assert torch.equal(folded(pixels(4)), expected)
 
 
 def test_a_norm_that_goes_on_learning_is_left_alone():
     network = in_train_mode(trained(Pair()))
-    assert norms(inference_form(network, {"x": pixels(4)})) == 1
+    assert norms(folded_copy(network, {"x": pixels(4)})) == 1
 
 
 @pytest.mark.parametrize(
@@ -203,18 +203,18 @@ def test_convolutions_of_every_padding_are_folded(settings):
     network = Pair(**settings).double().eval()
     network.norm.running_mean.normal_(0, 0.3)
     network.norm.running_var.uniform_(0.5, 2.0)
-    form = inference_form(network, {"x": pixels()})
-    assert norms(form) == 0
-    torch.testing.assert_close(form(pixels()), network(pixels()), rtol=1e-10, atol=1e-12)
+    folded = folded_copy(network, {"x": pixels()})
+    assert norms(folded) == 0
+    torch.testing.assert_close(folded(pixels()), network(pixels()), rtol=1e-10, atol=1e-12)
 
 
 def test_a_network_of_timm_with_standardised_convolutions():
     small = {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_chs": 8, "num_classes": 10}
     plain = trained(timm.create_model("resnetv2_50", **small))
-    assert norms(inference_form(plain, {"x": pixels()})) < norms(plain)
+    assert norms(folded_copy(plain, {"x": pixels()})) < norms(plain)
     network = trained(timm.create_model("resnetv2_50", **small, conv_layer=StdConv2d))
-    form = inference_form(network, {"x": pixels()})
-    assert norms(form) == norms(network) and torch.equal(form(pixels()), network(pixels()))
+    folded = folded_copy(network, {"x": pixels()})
+    assert norms(folded) == norms(network) and torch.equal(folded(pixels()), network(pixels()))
 
 
 def test_a_norm_in_two_places_is_replaced_in_both():
@@ -222,9 +222,9 @@ def test_a_norm_in_two_places_is_replaced_in_both():
     network.before = nn.ModuleDict({"norm": network.norm})  # found first, while forward calls the other
     network._modules = {"before": network._modules.pop("before"), **network._modules}
     network = trained(network)
-    form = inference_form(network, {"x": pixels()})
-    assert norms(form) == 0
-    torch.testing.assert_close(form(pixels()), network(pixels()), rtol=1e-10, atol=1e-12)
+    folded = folded_copy(network, {"x": pixels()})
+    assert norms(folded) == 0
+    torch.testing.assert_close(folded(pixels()), network(pixels()), rtol=1e-10, atol=1e-12)
 
 
 def test_a_norm_that_is_called_by_keyword_stays():
@@ -233,7 +233,7 @@ def test_a_norm_that_is_called_by_keyword_stays():
             return self.out(self.norm(input=self.convolution(x)).relu().mean((2, 3)))
 
     network = trained(Named())
-    assert torch.equal(inference_form(network, {"x": pixels()})(pixels()), network(pixels()))
+    assert torch.equal(folded_copy(network, {"x": pixels()})(pixels()), network(pixels()))
 
 
 class Sneaky(Pair):
@@ -248,12 +248,12 @@ def test_where_outputs_would_differ_nothing_is_folded_and_a_warning_names_the_ne
     network, x = trained(Sneaky()).to(dtype), pixels(4).to(dtype)
     expected = network(x)
     with caplog.at_level(logging.WARNING):
-        form = inference_form(network, {"x": x})
+        folded = folded_copy(network, {"x": x})
     (record,) = caplog.records
     message = record.getMessage()
     assert message.startswith("BatchNorm of Sneaky is not folded into its convolutions: the outputs would differ by ")
-    assert norms(form) == 1 and torch.equal(form(x), expected)
-    assert all(torch.equal(a, b) for a, b in zip(form.parameters(), network.parameters(), strict=True))
+    assert norms(folded) == 1 and torch.equal(folded(x), expected)
+    assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), network.parameters(), strict=True))
 
 
 def test_what_is_not_a_number_is_a_difference(caplog):
@@ -262,17 +262,17 @@ def test_what_is_not_a_number_is_a_difference(caplog):
         network.norm.running_var.zero_()  # the folded weight overflows, while what BatchNorm reads is small
         network.convolution.weight.mul_(1000)
     x = pixels(4).half() * 1e-3
-    form = inference_form(network, {"x": x})
-    assert norms(form) == 1 and len(caplog.records) == 1
-    assert torch.equal(form(x), network(x)) and form(x).isfinite().all()
+    folded = folded_copy(network, {"x": x})
+    assert norms(folded) == 1 and len(caplog.records) == 1
+    assert torch.equal(folded(x), network(x)) and folded(x).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["resnet18", "wide_resnet28_1_cifar", "tf_efficientnet_b0"])
 def test_rounding_is_no_difference(caplog, name, dtype):
     network = trained(timm.create_model(name, num_classes=10)).to(dtype)
-    form = inference_form(network, {"x": pixels().to(dtype)})
-    assert norms(form) < norms(network) and not caplog.records
+    folded = folded_copy(network, {"x": pixels().to(dtype)})
+    assert norms(folded) < norms(network) and not caplog.records
 
 
 def test_what_is_among_nested_outputs_has_a_reader():
@@ -282,6 +282,6 @@ def test_what_is_among_nested_outputs_has_a_reader():
             return {"logits": self.out(self.norm(features).relu().mean((2, 3))), "hidden": [(features,)]}
 
     network = trained(Nested())
-    form = inference_form(network, {"x": pixels()})
-    assert norms(form) == 1
-    assert torch.equal(form(pixels())["hidden"][0][0], network(pixels())["hidden"][0][0])
+    folded = folded_copy(network, {"x": pixels()})
+    assert norms(folded) == 1
+    assert torch.equal(folded(pixels())["hidden"][0][0], network(pixels())["hidden"][0][0])

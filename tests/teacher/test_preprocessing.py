@@ -105,7 +105,7 @@ def test_its_logits_are_those_of_its_own_preprocessing(tmp_path, caplog, precisi
     trained.train()
     labels = batch(OURS)["labels"]
     own = (own_logits(teacher, augment=True).argmax(-1) == labels).double().mean().item()
-    assert trained.teacher_fit == {"accuracy": own, "samples": ROWS}
+    assert trained.teacher_train_metrics == {"accuracy": own, "samples": ROWS}
 
 
 def test_a_little_is_a_difference_and_rounding_is_none(tmp_path, caplog):
@@ -170,7 +170,7 @@ class DoubleImages(ImageDataset):
         return {**found, "pixel_values": found["pixel_values"].double()}
 
 
-def test_a_kept_answer_depends_on_what_was_done_to_the_pixels(tmp_path):
+def test_a_cached_output_depends_on_what_was_done_to_the_pixels(tmp_path):
     same, other = (trainer(tmp_path, classifier(seed=2), classifier(each)).teacher.facts for each in (OURS, THEIRS))
     assert "pixels" not in same
     assert other["pixels"][0]["scale"] == pytest.approx([0.25 / 0.11, 0.24 / 0.6, 0.26 / 0.33])

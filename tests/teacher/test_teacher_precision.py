@@ -1,4 +1,4 @@
-"""A teacher in its inference form, or in float32, says what it says inside autocast, and is nobody else's network."""
+"""A folded teacher, or one in float32, has the logits that it has under autocast, and is a private copy."""
 
 import copy
 
@@ -59,7 +59,7 @@ CASES = {
 
 def answers(network, inputs, precision, dtype=None, calls=1):
     """The logits as a trainer gets them, in the autocast of a bf16 student where a dtype is given."""
-    teacher = FrozenTeacher(network).in_form(precision, dtype).to(CPU)
+    teacher = FrozenTeacher(network).set_precision(precision, dtype).to(CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
         return [teacher(inputs) for _ in range(calls)][-1]
 
@@ -81,9 +81,9 @@ def test_the_forms_agree(case):
     assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_each_member_of_an_ensemble_has_its_form():
+def test_each_member_of_an_ensemble_is_folded():
     members, inputs = [classifier(seed=1), classifier("test_densenet_cifar", seed=2)], pixels()
-    teacher = FrozenTeacher(members).in_form("inference").to(CPU, torch.channels_last)
+    teacher = FrozenTeacher(members).set_precision("inference").to(CPU, torch.channels_last)
     expected = mean_log_probabilities([member(**inputs).logits for member in members])
     torch.testing.assert_close(teacher(inputs), expected, rtol=1e-5, atol=1e-5)
     norms = [sum(isinstance(part, nn.BatchNorm2d) for part in module.modules()) for module in members]
@@ -93,33 +93,33 @@ def test_each_member_of_an_ensemble_has_its_form():
 
 
 def test_what_needs_its_digits_keeps_them():
-    teacher = FrozenTeacher(classifier()).in_form("inference", torch.bfloat16).to(CPU)
+    teacher = FrozenTeacher(classifier()).set_precision("inference", torch.bfloat16).to(CPU)
     teacher(pixels())
     kinds = {nn.BatchNorm2d: torch.float32, nn.Conv2d: torch.bfloat16, nn.Linear: torch.bfloat16}
     for kind, dtype in kinds.items():
         assert {part.weight.dtype for part in teacher.modules[0].modules() if isinstance(part, kind)} == {dtype}
-    teacher = FrozenTeacher(llama(1).float()).in_form("inference", torch.bfloat16).to(CPU)
+    teacher = FrozenTeacher(llama(1).float()).set_precision("inference", torch.bfloat16).to(CPU)
     teacher(words())
     assert teacher.modules[0].model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_a_state_is_carried_in_the_dtype_of_the_form():
+def test_a_state_is_carried_in_the_dtype_of_the_folded_copy():
     network, inputs = recurrent(), words()
-    teacher = FrozenTeacher(network).in_form("inference", torch.bfloat16).to(CPU)
+    teacher = FrozenTeacher(network).set_precision("inference", torch.bfloat16).to(CPU)
     first = {"input_ids": inputs["input_ids"][:, :5]}
     second = {"input_ids": inputs["input_ids"][:, 5:]}
-    _, states = teacher.read_on(first, [None])
+    _, states = teacher.forward_with_states(first, [None])
     assert {part.dtype for part in states[0]} == {torch.bfloat16}
-    parts, _ = teacher.read_on(second, states)
+    parts, _ = teacher.forward_with_states(second, states)
     torch.testing.assert_close(parts, teacher(inputs)[:, 5:], rtol=0.02, atol=0.002)
     # A state of another dtype, such as one that autocast left, is taken too.
-    again, _ = teacher.read_on(second, [tuple(part.float() for part in states[0])])
+    again, _ = teacher.forward_with_states(second, [tuple(part.float() for part in states[0])])
     assert torch.equal(again, parts)
 
 
 def test_float32_widens_a_private_copy_of_narrow_weights():
     network = classifier().to(torch.bfloat16)
-    teacher = FrozenTeacher(network).in_form("float32", torch.bfloat16).to(CPU)
+    teacher = FrozenTeacher(network).set_precision("float32", torch.bfloat16).to(CPU)
     with torch.autocast("cpu", torch.bfloat16):
         assert teacher(pixels()).dtype == torch.float32
     assert next(network.parameters()).dtype == torch.bfloat16
@@ -130,7 +130,7 @@ def test_a_teacher_that_cannot_be_copied_is_refused():
         def __deepcopy__(self, memo):
             raise TypeError("no copies")
 
-    teacher = FrozenTeacher(Stubborn(1)).in_form("inference").to(CPU)
+    teacher = FrozenTeacher(Stubborn(1)).set_precision("inference").to(CPU)
     with pytest.raises(ValueError, match="teacher_precision: .* Stubborn cannot be copied .no copies.; expected"):
         teacher({"x": vectors()[0]["x"]})
 
@@ -174,8 +174,8 @@ def test_a_language_model_resumes_to_the_bit_with_its_teachers_state(tmp_path):
 
 
 def test_it_is_part_of_the_experiment_and_checked(tmp_path):
-    assert "teacher_precision" not in arguments(tmp_path).decisive()
-    assert arguments(tmp_path, teacher_precision="inference").decisive()["teacher_precision"] == "inference"
+    assert "teacher_precision" not in arguments(tmp_path).weight_affecting()
+    assert arguments(tmp_path, teacher_precision="inference").weight_affecting()["teacher_precision"] == "inference"
     message = "teacher_precision: got 'inferense', expected one of 'autocast', 'inference', 'float32'; did you mean"
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, teacher_precision="inferense")

@@ -225,17 +225,17 @@ def grown(trained) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("objective", ["ban", "ban+l", "cwtm", "dkpp"])
-@pytest.mark.parametrize("form", ["plain", "chunked"])
-def test_a_teacher_with_padded_tokens_teaches_as_the_one_without(tmp_path, monkeypatch, objective, form):
-    monkeypatch.setattr("born_again.training.step_loss.CHUNKED_FROM", 1 if form == "chunked" else 2**26)
+@pytest.mark.parametrize("implementation", ["full", "chunked"])
+def test_a_teacher_with_padded_tokens_teaches_as_the_one_without(tmp_path, monkeypatch, objective, implementation):
+    monkeypatch.setattr("born_again.training.step_loss.CHUNKED_FROM", 1 if implementation == "chunked" else 2**26)
     narrow = language_model(2)
     found = []
     for teacher in (narrow, widened(narrow, WORDS + 6)):
-        changes = {"objective": objective, "loss_form": form}
+        changes = {"objective": objective, "loss_implementation": implementation}
         ours = pair(tmp_path, tokenizer(), tokenizer(), teacher=teacher, **changes)
         ours.train()
-        assert ours._chunked is (form == "chunked")
-        found.append((grown(ours), ours.measure_teacher_fit()))
+        assert ours._chunked is (implementation == "chunked")
+        found.append((grown(ours), ours.evaluate_teacher()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-9, atol=1e-12)
     assert found[0][1] == found[1][1]
 
@@ -272,7 +272,7 @@ def test_windows_of_a_padded_teacher_are_cached_as_they_are(tmp_path, cache, cou
             teacher_processing_class=tokenizer(),
         )  # fmt: skip
         ours.train()
-        found.append((grown(ours), ours.measure_teacher_fit()["nll"]))
+        found.append((grown(ours), ours.evaluate_teacher()["nll"]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
@@ -315,8 +315,10 @@ def test_what_cannot_be_taught_across_sizes_is_refused_with_words_of_tokens(tmp_
         pair(tmp_path, tokenizer(), tokenizer(), student=wide, objective="dkpp")
     with pytest.raises(ValueError, match="networks with vocabularies of 23 and 29 tokens.*on each"):
         pair(tmp_path, tokenizer(), tokenizer(), teacher=[language_model(2), sized(3, WORDS + 6)])
-    chunked = pair(tmp_path, tokenizer(), tokenizer(), student=wide, loss_form="chunked")
-    with pytest.raises(ValueError, match="loss_form: got 'chunked', but the student has more tokens than the teacher"):
+    chunked = pair(tmp_path, tokenizer(), tokenizer(), student=wide, loss_implementation="chunked")
+    with pytest.raises(
+        ValueError, match="loss_implementation: got 'chunked', but the student has more tokens than the teacher"
+    ):
         chunked.train()
 
 

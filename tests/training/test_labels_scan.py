@@ -50,7 +50,7 @@ SHIFTED_THERE = """
     MusicFlamingoForConditionalGeneration Nemotron3_5TranscribeForConditionalGeneration OmniASRForConditionalGeneration
     Qwen2AudioForConditionalGeneration Qwen3ASRForConditionalGeneration VoxtralForConditionalGeneration
 """.split()
-OTHER_LOSS = r"model: \w+ computes a loss of .* it adds something to it, or weighs it"
+OTHER_LOSS = r"model: \w+ computes a loss of .* it adds something to it, or scales it"
 OTHER_LOGITS = r"model: \w+ gives other logits when it is given labels"
 OTHER_SHAPE = r"labels: shape .* for logits of shape"
 NO_LOGITS = "model output: got the keys .* expected 'logits'"

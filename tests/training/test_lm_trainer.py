@@ -304,14 +304,14 @@ def test_padded_sentences_are_shifted_as_transformers_shifts_them(tmp_path):
     assert metrics["eval_tokens"] == tokens
     assert metrics["eval_loss"] == pytest.approx(total / tokens, abs=1e-10)
     ours.train()
-    assert ours.teacher_fit["tokens"] == tokens
+    assert ours.teacher_train_metrics["tokens"] == tokens
 
 
-def test_teacher_fit_is_its_perplexity_on_the_training_text(tmp_path):
+def test_the_train_metrics_of_the_teacher_are_its_perplexity(tmp_path):
     ours = trainer(tmp_path, lstm(1), lstm(2), teacher_accuracy_samples=2048)
     twin = trainer(tmp_path, lstm(2), evaluated=streams())
     ours.train()
-    assert ours.teacher_fit == pytest.approx(
+    assert ours.teacher_train_metrics == pytest.approx(
         {"nll": twin.evaluate()["eval_nll"], "perplexity": twin.evaluate()["eval_perplexity"], "tokens": TOKENS}
     )
 

@@ -212,7 +212,7 @@ def test_plateau_arguments_are_checked(tmp_path):
         args(lr_plateau_factor=0.5, lr_scheduler_type="cosine")
 
 
-def test_the_plateau_watches_the_evaluation_loss_unless_told_otherwise(tmp_path):
+def test_the_plateau_is_that_of_the_evaluation_loss_by_default(tmp_path):
     args = arguments(tmp_path, eval_strategy="epoch", lr_plateau_factor=0.5, lr_plateau_gain=0.1)
     assert args.metric_for_best_model == "loss" and args.greater_is_better is False
     assert args.lr_scheduler_kwargs["mode"] == "min" and args.lr_scheduler_kwargs["threshold"] == 0.1
@@ -227,13 +227,13 @@ def test_the_plateau_watches_the_evaluation_loss_unless_told_otherwise(tmp_path)
 
 
 def test_evaluations_decide_weights_where_the_learning_rate_hangs_on_them(tmp_path):
-    def decisive(**changes):
-        return BornAgainTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **changes).decisive()
+    def weight_affecting(**changes):
+        return BornAgainTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **changes).weight_affecting()
 
-    plain = decisive(eval_strategy="epoch", per_device_eval_batch_size=3)
+    plain = weight_affecting(eval_strategy="epoch", per_device_eval_batch_size=3)
     assert not {"eval_strategy", "per_device_eval_batch_size"} & set(plain)
     for changes in ({"lr_plateau_factor": 0.5}, {"load_best_model_at_end": True, "save_strategy": "epoch"}):
-        chosen = decisive(eval_strategy="epoch", per_device_eval_batch_size=3, **changes)
+        chosen = weight_affecting(eval_strategy="epoch", per_device_eval_batch_size=3, **changes)
         assert chosen["per_device_eval_batch_size"] == 3 and "epoch" in str(chosen["eval_strategy"])
 
 

@@ -144,4 +144,4 @@ def test_what_has_no_such_loss_is_refused(tmp_path):
 
 
 def test_it_is_no_part_of_the_record_of_an_experiment(tmp_path):
-    assert "loss_normalization" not in arguments(tmp_path, loss_normalization="step").decisive()
+    assert "loss_normalization" not in arguments(tmp_path, loss_normalization="step").weight_affecting()

@@ -66,7 +66,7 @@ def test_loss_and_gradient_are_those_of_the_network_itself(tmp_path, case):
         args = arguments(tmp_path, loss_normalization=how, max_steps=1, logging_steps=1, gradient_accumulation_steps=1)
         trainer = kind(build(1), args, train_dataset=data)
         found[kind] = gradients(trainer), trainer.state.log_history[0]["loss"]
-    # GPT-2's is divided by a count of unshifted labels in Trainer, so the network is asked itself.
+    # GPT-2's is divided by a count of unshifted labels in Trainer, so the network itself is called.
     model = build(1).train()
     loss = model(**next(iter(DataLoader(data, batch_size=8)))).loss
     loss.backward()
@@ -121,13 +121,13 @@ def test_student_and_teacher_of_an_encoder_decoder_read_the_labels_shifted_to_th
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-6, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("loss_form", ["plain", "chunked"])
+@pytest.mark.parametrize("loss_implementation", ["full", "chunked"])
 @pytest.mark.parametrize("taught", [False, True])
-def test_the_auxiliary_loss_counts_by_the_items_of_its_micro_batch(tmp_path, loss_form, taught):
+def test_the_auxiliary_loss_counts_by_the_items_of_its_micro_batch(tmp_path, loss_implementation, taught):
     data = data_of("next")
     student, teacher = mixtral(1), mixtral(2)
     args = arguments(
-        tmp_path, objective="ban", max_steps=1, loss_form=loss_form, loss_normalization="step",
+        tmp_path, objective="ban", max_steps=1, loss_implementation=loss_implementation, loss_normalization="step",
         per_device_train_batch_size=2, gradient_accumulation_steps=4,
     )  # fmt: skip
     trainer = BornAgainTrainer(

@@ -1,4 +1,4 @@
-"""The chunked form in a training: the weights, losses and terms of the plain form, and who gets which."""
+"""The chunked implementation in a training: weights, losses and metrics of the full one, and when each is chosen."""
 
 import logging
 
@@ -25,8 +25,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("born_again.objectives.fused._CPU_BLOCK", 23 * 2)
 
 
-def trained(folder, form, build=language_model, teacher=None, resume=None, **changes):
-    settings = {"max_steps": 3, "logging_steps": 1, "loss_form": form}
+def trained(folder, implementation, build=language_model, teacher=None, resume=None, **changes):
+    settings = {"max_steps": 3, "logging_steps": 1, "loss_implementation": implementation}
     trainer = BornAgainTrainer(
         build(1),
         arguments(folder, **{**settings, **changes}),
@@ -42,11 +42,11 @@ def weights(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def assert_same(ours, plain, rtol=1e-10, atol=1e-12):
-    assert ours._chunked is True and plain._chunked is False
-    torch.testing.assert_close(weights(ours), weights(plain), rtol=rtol, atol=atol)
-    assert len(ours.state.log_history) == len(plain.state.log_history)
-    for entry, expected in zip(ours.state.log_history, plain.state.log_history, strict=True):
+def assert_same(ours, full, rtol=1e-10, atol=1e-12):
+    assert ours._chunked is True and full._chunked is False
+    torch.testing.assert_close(weights(ours), weights(full), rtol=rtol, atol=atol)
+    assert len(ours.state.log_history) == len(full.state.log_history)
+    for entry, expected in zip(ours.state.log_history, full.state.log_history, strict=True):
         for name, value in expected.items():
             if "runtime" not in name and "per_second" not in name:
                 assert entry[name] == pytest.approx(value, rel=1e-6), name
@@ -55,16 +55,16 @@ def assert_same(ours, plain, rtol=1e-10, atol=1e-12):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("build", [language_model, llama], ids=["tied", "untied"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_training_is_that_of_the_plain_form(tmp_path, objective, build, accumulate):
+def test_a_training_is_that_of_the_full_implementation(tmp_path, objective, build, accumulate):
     changes = {
         "objective": objective,
         "per_device_train_batch_size": 8 // accumulate,
         "gradient_accumulation_steps": accumulate,
         **({"temperature": 2.0, "label_weight": 0.5} if objective == "ban+l" else {}),
     }
-    ours, plain = (trained(tmp_path, form, build, **changes) for form in ("chunked", "plain"))
-    assert_same(ours, plain)
-    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-9)
+    ours, full = (trained(tmp_path, implementation, build, **changes) for implementation in ("chunked", "full"))
+    assert_same(ours, full)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(full.evaluate()["eval_loss"], rel=1e-9)
 
 
 def lstm(seed: int, units: int = 8) -> LstmLMForCausalLM:
@@ -77,11 +77,11 @@ def lstm(seed: int, units: int = 8) -> LstmLMForCausalLM:
 def test_streams_with_a_carried_state_and_a_smaller_teacher(tmp_path, objective, accumulate):
     tokens = torch.randint(0, 23, (STREAMS * (4 * WINDOW + 3) - 2,), generator=torch.Generator().manual_seed(3))
     runs = []
-    for form in ("chunked", "plain"):
+    for implementation in ("chunked", "full"):
         args = arguments(
             tmp_path,
             objective="ban" if objective == "label" else objective,
-            loss_form=form,
+            loss_implementation=implementation,
             per_device_train_batch_size=STREAMS,
             gradient_accumulation_steps=accumulate,
             max_steps=-1,
@@ -114,12 +114,15 @@ def test_under_autocast(tmp_path):
         return language_model(seed).float()
 
     for objective in ("ban+l", "cwtm"):
-        ours, plain = (trained(tmp_path, form, build, objective=objective, bf16=True) for form in ("chunked", "plain"))
+        ours, full = (
+            trained(tmp_path, implementation, build, objective=objective, bf16=True)
+            for implementation in ("chunked", "full")
+        )
         assert ours._chunked is True
-        torch.testing.assert_close(weights(ours), weights(plain), rtol=0, atol=5e-3)
+        torch.testing.assert_close(weights(ours), weights(full), rtol=0, atol=5e-3)
 
 
-def test_the_teacher_of_cwtm_is_asked_once_a_batch(tmp_path):
+def test_the_teacher_of_cwtm_is_called_once_a_batch(tmp_path):
     for accumulate in (1, 2):
         teacher = language_model(2)
         asked = []
@@ -146,9 +149,17 @@ def soft_capped(seed: int) -> Gemma2ForCausalLM:
 
 
 REASONS = {
-    "soft cap": (soft_capped, None, "the student's logits are not what its output layer makes"),
-    "soft cap of the teacher": (llama, lambda: soft_capped(2), "the teacher's logits are not what its output layer"),
-    "several teachers": (language_model, lambda: [language_model(2), language_model(3)], "several teachers teach as"),
+    "soft cap": (soft_capped, None, "the student's logits are not the output of its output layer"),
+    "soft cap of the teacher": (
+        llama,
+        lambda: soft_capped(2),
+        "the teacher's logits are not the output of its output layer",
+    ),
+    "several teachers": (
+        language_model,
+        lambda: [language_model(2), language_model(3)],
+        "the mean probabilities of several teachers",
+    ),
 }
 
 
@@ -158,16 +169,16 @@ def test_what_cannot_be_chunked_falls_back_and_is_refused_when_asked_for(tmp_pat
     build, teacher, reason = REASONS[case]
     with caplog.at_level(logging.INFO, LOGGER):
         fallen = trained(tmp_path, "auto", build, None if teacher is None else teacher())
-    plain = trained(tmp_path, "plain", build, None if teacher is None else teacher())
-    assert fallen._chunked is False and weights(fallen).equal(weights(plain))
+    full = trained(tmp_path, "full", build, None if teacher is None else teacher())
+    assert fallen._chunked is False and weights(fallen).equal(weights(full))
     (line,) = [record.message for record in caplog.records if record.name == LOGGER]
-    assert f"plain form: {reason}" in line
-    with pytest.raises(ValueError, match=f"loss_form: got 'chunked', but {reason}.* expected 'auto'"):
+    assert f"full, since {reason}" in line
+    with pytest.raises(ValueError, match=f"loss_implementation: got 'chunked', but {reason}.* expected 'auto'"):
         trained(tmp_path, "chunked", build, None if teacher is None else teacher())
 
 
 def test_networks_without_an_output_layer_and_compiled_ones(tmp_path, monkeypatch):
-    args = arguments(tmp_path, loss_form="chunked")
+    args = arguments(tmp_path, loss_implementation="chunked")
     trainer = BornAgainTrainer(Network(1), args, train_dataset=vectors(8), teacher=Network(2))
     with pytest.raises(ValueError, match="but the student has no output layer that is a plain nn.Linear"):
         trainer.train()
@@ -175,26 +186,26 @@ def test_networks_without_an_output_layer_and_compiled_ones(tmp_path, monkeypatc
         language_model(1), args, train_dataset=sentences("next", rows=8), teacher=language_model(2)
     )
     args.torch_compile = True
-    with pytest.raises(ValueError, match="but a compiled network cannot leave its output layer out"):
-        trainer._choose_form({})
+    with pytest.raises(ValueError, match="but a compiled network cannot skip its output layer"):
+        trainer._choose_loss_implementation({})
     args.torch_compile = False
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="but FSDP or DeepSpeed keep the output layer in pieces"):
-        trainer._choose_form({})
+        trainer._choose_loss_implementation({})
 
 
-def test_the_form_follows_the_number_of_logits_and_is_logged_once(tmp_path, caplog, monkeypatch):
+def test_the_implementation_follows_the_number_of_logits_and_is_logged_once(tmp_path, caplog, monkeypatch):
     assert trained(tmp_path, "auto")._chunked is False
     monkeypatch.setattr(step_loss, "CHUNKED_FROM", 8 * 10 * 23)
     caplog.clear()
     with caplog.at_level(logging.INFO, LOGGER):
         assert trained(tmp_path, "auto")._chunked is True
     lines = [record.message for record in caplog.records if record.name == LOGGER]
-    assert lines == ["The loss is computed in its chunked form, no more than some rows of logits at a time."]
+    assert lines == ["Loss implementation: chunked, logits of some rows at a time."]
     monkeypatch.setattr(step_loss, "CHUNKED_FROM", 8 * 10 * 23 + 1)
     with caplog.at_level(logging.INFO, LOGGER):
         trained(tmp_path, "auto")
-    assert caplog.records[-1].message.endswith("plain form: a batch has 1,840 logits, fewer than 1,841.")
+    assert caplog.records[-1].message.endswith("full, since a batch has 1,840 logits, fewer than 1,841.")
 
 
 def test_every_training_chooses_anew_and_evaluation_sees_logits(tmp_path):
@@ -206,14 +217,27 @@ def test_every_training_chooses_anew_and_evaluation_sees_logits(tmp_path):
 
     trainer = trained(tmp_path, "chunked")
     trainer.add_callback(Remember())
-    trainer.args.loss_form = "plain"
+    trainer.args.loss_implementation = "full"
     trainer.train()
     assert seen == [False] * 3
-    trainer.args.loss_form = "chunked"
+    trainer.args.loss_implementation = "chunked"
     trainer.train()
     assert trainer.predict(sentences("next", rows=4)).predictions.shape == (4, 10, 23)
 
 
-def test_an_unknown_form_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="loss_form: got 'chunk', expected one of .*; did you mean 'chunked'"):
-        arguments(tmp_path, loss_form="chunk")
+def test_an_unknown_implementation_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="loss_implementation: got 'chunk', expected one of .*; did you mean 'chunked'"
+    ):
+        arguments(tmp_path, loss_implementation="chunk")
+
+
+def test_the_old_name_of_the_argument_still_works(tmp_path):
+    with pytest.warns(FutureWarning, match="loss_form is deprecated: use loss_implementation='full'"):
+        args = arguments(tmp_path, loss_form="plain")
+    assert args.weight_affecting()["loss_implementation"] == "full" and "loss_form" not in args.weight_affecting()
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(ValueError, match="loss_form: got 'full' beside loss_implementation 'chunked'"),
+    ):
+        arguments(tmp_path, loss_form="plain", loss_implementation="chunked")

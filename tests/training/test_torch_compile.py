@@ -144,7 +144,7 @@ def test_an_evaluation_before_training_leaves_the_student_to_be_prepared(tmp_pat
 
 
 def test_a_ragged_batch_is_compiled_for_once(tmp_path):
-    shapes = FrozenTeacher(Small(1)).in_form("inference").to(torch.device("cpu")).compile(backend="eager")
+    shapes = FrozenTeacher(Small(1)).set_precision("inference").to(torch.device("cpu")).compile(backend="eager")
     pixels = torch.randn(8, 3, 32, 32)
     shapes({"pixel_values": pixels})
     first = graphs()
@@ -167,12 +167,12 @@ def test_the_module_that_was_given_stays_as_it_was():
 @pytest.mark.parametrize("precision", ["autocast", "inference", "float32"])
 def test_a_teacher_that_is_compiled_already_is_one(precision):
     network = sequence_classifier(1)
-    frozen = FrozenTeacher(torch.compile(network, backend="eager")).in_form(precision).to(torch.device("cpu"))
+    frozen = FrozenTeacher(torch.compile(network, backend="eager")).set_precision(precision).to(torch.device("cpu"))
     inputs = {"input_ids": torch.randint(1, 23, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.int64)}
     assert torch.equal(frozen({**inputs, "unknown": 1}), network(**inputs).logits)
 
 
-def test_answers_outlive_the_next_call_where_the_compiler_writes_over_them():
+def test_logits_outlive_the_next_call_where_the_compiler_overwrites_them():
     buffer = torch.zeros(2, 3)
 
     class Graph(nn.Module):
@@ -180,7 +180,7 @@ def test_answers_outlive_the_next_call_where_the_compiler_writes_over_them():
             return buffer.fill_(x)
 
     frozen = FrozenTeacher(Graph()).compile(backend="eager", mode="reduce-overhead")
-    frozen._callable = frozen.modules  # as a CUDA graph would, the network itself answers in one place
+    frozen._callable = frozen.modules  # as a CUDA graph would, the network's output is always in one place
     first, second = frozen({"x": 1.0}), frozen({"x": 2.0})
     assert first.tolist() == [[1.0] * 3] * 2 and second.tolist() == [[2.0] * 3] * 2
 

@@ -44,7 +44,7 @@ def test_evaluations_after_the_teacher_was_measured_read_the_evaluation_set(tmp_
     )
     trainer = kind(language_model(1), args, train_dataset=data, eval_dataset=data[:5], teacher=language_model(2))
     trainer.train()
-    assert trainer.teacher_fit is not None
+    assert trainer.teacher_train_metrics is not None
     assert len(trainer.get_eval_dataloader().dataset) == 5
     row_losses, items = 0.0, 0
     for row in data[:5]:
@@ -90,7 +90,7 @@ def test_measuring_the_teacher_draws_no_number_of_the_training(tmp_path, workers
         args = arguments(tmp_path, teacher_accuracy_samples=samples, dataloader_num_workers=workers)
         trainer = BornAgainTrainer(Network(1, dropout=0.3), args, train_dataset=Drawing(), teacher=Network(2))
         trainer.train()
-        assert (trainer.teacher_fit is not None) == (samples > 0)
+        assert (trainer.teacher_train_metrics is not None) == (samples > 0)
         weights.append(trainer.model.out.weight.detach())
     assert torch.equal(*weights)
 
@@ -118,7 +118,7 @@ def test_a_stream_is_left_to_the_training(tmp_path, kind, stream):
     trainer = kind(language_model(1), args, train_dataset=data, teacher=language_model(2))
     trainer.in_lineage = True
     trainer.train()
-    assert trainer.state.global_step == 2 and trainer.teacher_fit is None
+    assert trainer.state.global_step == 2 and trainer.teacher_train_metrics is None
 
 
 class Epochs(Dataset):
@@ -181,7 +181,7 @@ def test_no_row_is_dropped_where_the_teacher_is_measured(tmp_path, rows):
     args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
     trainer = BornAgainTrainer(Network(1), args, train_dataset=data, teacher=teacher)
     right = sum(int(teacher(row["x"])["logits"].argmax() == row["labels"]) for row in data)
-    assert trainer.measure_teacher_fit() == {"accuracy": right / rows, "samples": rows}
+    assert trainer.evaluate_teacher() == {"accuracy": right / rows, "samples": rows}
     assert args.dataloader_drop_last
 
 
@@ -192,7 +192,7 @@ def test_measuring_the_teacher_changes_no_weight(tmp_path):
         args = arguments(tmp_path, teacher_accuracy_samples=samples)
         trainer = BornAgainTrainer(student, args, train_dataset=vectors(), teacher=Network(2))
         trainer.train()
-        assert (trainer.teacher_fit is None) == (samples == 0)
+        assert (trainer.teacher_train_metrics is None) == (samples == 0)
         found.append(student.out.weight.detach())
     assert torch.equal(*found)
 
@@ -203,7 +203,7 @@ def test_the_teacher_is_measured_where_a_warning_can_come_of_it(tmp_path, object
         Network(1), arguments(tmp_path, objective=objective), train_dataset=vectors(), teacher=Network(2)
     )
     trainer.train()
-    assert (trainer.teacher_fit is not None) == measured
+    assert (trainer.teacher_train_metrics is not None) == measured
 
 
 def test_a_number_of_samples_below_zero_is_refused(tmp_path):
@@ -234,7 +234,7 @@ def test_all_logits_of_a_large_vocabulary_are_never_there_at_once(tmp_path, monk
             language_model(1, words), arguments(tmp_path), train_dataset=data, teacher=language_model(2, words)
         )
         with LargestTensor() as largest:
-            return trainer.measure_teacher_fit(), largest.numel
+            return trainer.evaluate_teacher(), largest.numel
 
     full, size = measured(2**26)
     assert size >= rows * length * words
@@ -499,7 +499,7 @@ class OutOfMemoryAt(Network):
 
 def test_logged_metrics_of_an_attempt_that_was_given_up_are_forgotten(tmp_path, monkeypatch):
     logged = []
-    monkeypatch.setattr(BornAgainTrainer, "_watch", _watch_and_tell(logged, BornAgainTrainer._watch))
+    monkeypatch.setattr(BornAgainTrainer, "_add_metrics", _recording_items(logged, BornAgainTrainer._add_metrics))
     args = arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, logging_steps=1, max_steps=1)
     trainer = BornAgainTrainer(OutOfMemoryAt(1), args, train_dataset=vectors(), teacher=Network(2))
     trainer.model.calls.append(None)  # the labels' probe is no step
@@ -522,12 +522,12 @@ def test_logged_metrics_of_an_attempt_that_was_given_up_are_forgotten(tmp_path, 
     assert trainer.last_items == trainer._train_batch_size
 
 
-def _watch_and_tell(logged, watch):
-    def told(self, terms):
-        watch(self, terms)
-        self.last_items = int(self._terms["items"])
+def _recording_items(logged, add_metrics):
+    def recording(self, metrics):
+        add_metrics(self, metrics)
+        self.last_items = int(self._metric_sums["items"])
 
-    return told
+    return recording
 
 
 class Convolutional(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from born_again import BornAgainTrainer
-from born_again.objectives import OBJECTIVES, objective_items, permute_all_but_largest, watched_items
+from born_again.objectives import OBJECTIVES, objective_items, objective_items_and_metrics, permute_all_but_argmax
 
 TASKS = {
     "vectors": (Network, lambda: vectors(22, ignored=(3, 20))),
@@ -91,7 +91,7 @@ def fixed(objective):
 
 def shuffle_as(seed):
     def shuffle(row):
-        return permute_all_but_largest(row.unsqueeze(0), "fixed", torch.Generator().manual_seed(seed)).squeeze(0)
+        return permute_all_but_argmax(row.unsqueeze(0), "fixed", torch.Generator().manual_seed(seed)).squeeze(0)
 
     return shuffle
 
@@ -157,7 +157,7 @@ def test_both_networks_see_the_same_tensors_once_each(tmp_path):
             tmp_path, objective=objective, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2
         )
         trainer = BornAgainTrainer(student, args, train_dataset=vectors(16), teacher=teacher)
-        trainer.measure_teacher_fit = lambda: None
+        trainer.evaluate_teacher = lambda: None
         trainer.train()
         assert len(student.calls) == len(teacher.calls) == 4
         assert all(torch.equal(a, b) for a, b in zip(student.calls, teacher.calls, strict=True))
@@ -267,9 +267,9 @@ def test_a_step_of_ignored_items_changes_nothing(tmp_path):
 
 def test_every_eighth_step_is_watched_and_the_one_that_is_logged(tmp_path, monkeypatch):
     seen = []
-    watch = BornAgainTrainer._watch
+    watch = BornAgainTrainer._add_metrics
     monkeypatch.setattr(
-        BornAgainTrainer, "_watch", lambda self, terms: seen.append(self.state.global_step) or watch(self, terms)
+        BornAgainTrainer, "_add_metrics", lambda self, terms: seen.append(self.state.global_step) or watch(self, terms)
     )
     args = arguments(tmp_path, max_steps=20, logging_steps=10, per_device_train_batch_size=2, num_train_epochs=9)
     trainer = BornAgainTrainer(Network(1), args, train_dataset=vectors(8), teacher=Network(2))
@@ -283,7 +283,7 @@ def test_watching_changes_no_bit_of_loss_and_gradient(objective):
     student, teacher = torch.randn(50, 1000), 2 * torch.randn(50, 1000)
     labels = torch.randint(0, 1000, (50,)).where(torch.arange(50) % 7 != 0, -100)
     found = []
-    for items in (objective_items, watched_items):
+    for items in (objective_items, objective_items_and_metrics):
         logits = student.clone().requires_grad_()
         losses, weights = items(objective, logits, teacher, labels, generator=torch.Generator().manual_seed(1))[:2]
         (losses * weights).sum().backward()

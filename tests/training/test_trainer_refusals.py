@@ -156,10 +156,10 @@ def test_arguments_out_of_range(tmp_path, changes, message):
         arguments(tmp_path, **changes)
 
 
-def test_decisive_arguments_leave_out_what_changes_no_weight(tmp_path):
+def test_weight_affecting_arguments_leave_out_what_changes_no_weight(tmp_path):
     first = BornAgainTrainingArguments(str(tmp_path / "a"), use_cpu=True, learning_rate=0.1, logging_steps=3, seed=1)
     second = BornAgainTrainingArguments(str(tmp_path / "b"), use_cpu=True, learning_rate=0.1, save_steps=9, seed=2)
-    assert first.decisive() == second.decisive() == {"learning_rate": 0.1}
+    assert first.weight_affecting() == second.weight_affecting() == {"learning_rate": 0.1}
 
 
 def test_sequences_train_with_labels_named_otherwise(tmp_path):

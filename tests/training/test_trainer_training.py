@@ -128,7 +128,7 @@ def test_the_teacher_stays_as_it_was(tmp_path):
     assert not any(module is teacher for module in trainer.model.modules())
 
 
-def test_a_teacher_put_in_train_mode_answers_in_eval_mode(tmp_path):
+def test_a_teacher_put_in_train_mode_runs_in_eval_mode(tmp_path):
     teacher = image_classifier(2)
     trainer = BornAgainTrainer(image_classifier(1), arguments(tmp_path), train_dataset=images(), teacher=teacher)
     teacher.train()
@@ -228,7 +228,7 @@ def test_evaluation_before_training_leaves_no_mark(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_fit_of_the_teacher_is_measured_and_a_bad_one_warned_of(tmp_path, caplog):
+def test_a_teacher_that_underfits_is_warned_of(tmp_path, caplog):
     data, teacher = vectors(20, ignored=(5,)), Network(2)
     right = sum(
         teacher(row["x"])["logits"].argmax().item() == row["labels"].item() for row in data if row["labels"] != -100
@@ -240,7 +240,7 @@ def test_fit_of_the_teacher_is_measured_and_a_bad_one_warned_of(tmp_path, caplog
         )
         with caplog.at_level(logging.WARNING, logger="born_again"):
             trainer.train()
-        assert trainer.teacher_fit == ({"accuracy": right / 19, "samples": 20} if warns else None)
+        assert trainer.teacher_train_metrics == ({"accuracy": right / 19, "samples": 20} if warns else None)
         warned = [
             record.getMessage() for record in caplog.records if "sample of the training set" in record.getMessage()
         ]
@@ -249,10 +249,10 @@ def test_fit_of_the_teacher_is_measured_and_a_bad_one_warned_of(tmp_path, caplog
             assert f"{right / 19:.1%}" in warned[0] and "'ban+l'" in warned[0]
 
 
-def test_fit_is_measured_on_evenly_spaced_samples(tmp_path):
+def test_the_teacher_is_evaluated_on_evenly_spaced_samples(tmp_path):
     teacher = Network(2)
     trainer = BornAgainTrainer(Network(1), arguments(tmp_path), train_dataset=vectors(20), teacher=teacher)
-    assert trainer.measure_teacher_fit(samples=5)["samples"] == 5
+    assert trainer.evaluate_teacher(samples=5)["samples"] == 5
     seen = torch.cat(teacher.calls)
     assert torch.equal(seen, torch.stack([vectors(20)[row]["x"] for row in (0, 4, 8, 12, 16)]))
 

@@ -187,7 +187,7 @@ def test_evaluate_is_the_plain_cross_entropy_of_the_sentences(folders, tmp_path,
 
 @pytest.mark.parametrize("taught", [True, False])
 @pytest.mark.parametrize("task", LANGUAGE_MODELS)
-def test_perplexity_weighs_every_token_alike_whatever_the_padding(folders, tmp_path, task, taught):
+def test_perplexity_weights_every_token_alike_whatever_the_padding(folders, tmp_path, task, taught):
     student, tokenizer = load(folders / task / "student", task)
     data = corpus(task, tokenizer, 8)
     nll = loss_by_hand(student.eval(), None, data).item()

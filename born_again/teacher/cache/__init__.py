@@ -1,4 +1,4 @@
-"""The teacher's outputs, cached in memory or on disk under the keys of the views they belong to."""
+"""The teacher cache: outputs in memory or on disk, each under the cache key of the view it belongs to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.cache.cached_teacher import CachedTeacher, has_view_keys
-from born_again.teacher.cache.outputs import KeptAnswers, cache_identity
+from born_again.teacher.cache.outputs import CachedOutputs, cache_identity
 from born_again.teacher.cache.samples import CachedRows
 from born_again.teacher.cache.windows import CachedWindows
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FOLDER_NAME = "teacher_cache"
 
 
-def with_kept_answers(
+def with_teacher_cache(
     teacher: FrozenTeacher, args: BornAgainTrainingArguments, dataset: Any
 ) -> FrozenTeacher | CachedTeacher:
     """The teacher, with a cache where the arguments ask for one.
@@ -30,7 +30,7 @@ def with_kept_answers(
         dataset: the training set; None where nothing is trained.
 
     Raises:
-        ValueError: a training set that cannot name its views; a folder that cannot be made.
+        ValueError: a training set without cache keys; a folder that cannot be made.
     """
     if args.teacher_cache == "off" or dataset is None:
         return teacher
@@ -47,7 +47,7 @@ def with_kept_answers(
     rows = args.train_batch_size // (args.world_size if args.accelerator_config.split_batches else 1)
     rows = max(1, min(rows, -(-len(dataset) // args.world_size)))
 
-    networks = list(teacher.modules)  # as they are given: their form is made of them, and is among the facts
+    networks = list(teacher.modules)  # as given: folded copies are made from them, and `facts` says how
 
     def identify() -> dict[str, Any]:
         return cache_identity(
@@ -60,7 +60,7 @@ def with_kept_answers(
         )
 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    answers = KeptAnswers(folder, dataset.view_count, args.teacher_cache_limit_gib, processes, identify)
+    outputs = CachedOutputs(folder, dataset.view_count, args.teacher_cache_limit_gib, processes, identify)
     if hasattr(dataset, "streams"):
-        return CachedWindows(teacher, answers, rows, dataset.streams, dataset.window)
-    return CachedRows(teacher, answers, rows)
+        return CachedWindows(teacher, outputs, rows, dataset.streams, dataset.window)
+    return CachedRows(teacher, outputs, rows)

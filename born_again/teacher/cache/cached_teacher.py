@@ -1,4 +1,4 @@
-"""A `FrozenTeacher` that remembers its answers."""
+"""A `FrozenTeacher` with a cache of its outputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from born_again.teacher import FrozenTeacher
-from born_again.teacher.cache.outputs import KeptAnswers
+from born_again.teacher.cache.outputs import CachedOutputs
 from born_again.teacher.inputs import NetworkInputs
 
-# (B,) int64 of numpy: a tensor would be moved to the device, and whoever reads it there makes the host wait.
+# (B,) int64 of numpy: a tensor would be moved to the device, and reading it there would make the host wait.
 VIEW_KEYS = "view_keys"
 
 
 def has_view_keys(dataset: Any) -> bool:
-    """Whether a dataset can put keys into its batches."""
+    """Whether a dataset can put cache keys into its batches."""
     return all(hasattr(dataset, name) for name in ("emit_view_keys", "view_count", "cache_fingerprint"))
 
 
@@ -29,7 +29,7 @@ def without_view_keys(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @contextmanager
 def emitting_view_keys(dataset: Any) -> Iterator[None]:
-    """Inside, the dataset's batches have keys; those of DataLoaders made inside, where they have workers."""
+    """Inside, the dataset's batches have cache keys; those of DataLoaders made inside, where they have workers."""
     before = dataset.emit_view_keys
     dataset.emit_view_keys = True
     try:
@@ -39,13 +39,13 @@ def emitting_view_keys(dataset: Any) -> Iterator[None]:
 
 
 class CachedTeacher:
-    """Answers as the teacher that it stands for, from what is kept where it can.
+    """A drop-in for its `FrozenTeacher` that reads outputs from a cache where they are there.
 
-    A batch without keys is answered by the teacher, and nothing of it is kept.
+    A batch without cache keys goes through the teacher, and its outputs are not cached.
 
     Args:
         frozen: the teacher.
-        answers: where its answers are kept.
+        outputs: the cache.
         batch_rows: rows of a full training batch of this process.
 
     Attributes:
@@ -54,11 +54,11 @@ class CachedTeacher:
         carries_state: whether each carries a state.
     """
 
-    def __init__(self, frozen: FrozenTeacher, answers: KeptAnswers, batch_rows: int) -> None:
+    def __init__(self, frozen: FrozenTeacher, outputs: CachedOutputs, batch_rows: int) -> None:
         self.frozen = frozen
-        self.answers = answers
+        self.outputs = outputs
         self.batch_rows = batch_rows
-        self._hits, self._asked = 0, 0
+        self._hits, self._lookups = 0, 0
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -78,28 +78,28 @@ class CachedTeacher:
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
         """As that of `FrozenTeacher`."""
-        return self.read_on(inputs, [None] * len(self.modules))[0]
+        return self.forward_with_states(inputs, [None] * len(self.modules))[0]
 
-    def read_on(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
-        """As that of `FrozenTeacher`; `inputs` may have a column of keys."""
+    def forward_with_states(self, inputs: Mapping[str, Any], states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """As that of `FrozenTeacher`; `inputs` may have a column of cache keys."""
         raise NotImplementedError
 
-    def take_hits(self) -> tuple[int, int]:
-        """How many answers came from what is kept since the last call, and how many were asked for."""
-        counted, self._hits, self._asked = (self._hits, self._asked), 0, 0
+    def pop_hit_counts(self) -> tuple[int, int]:
+        """Cache hits and lookups since the last call, in rows."""
+        counted, self._hits, self._lookups = (self._hits, self._lookups), 0, 0
         return counted
 
     def close(self) -> None:
-        """Closes files; the next question opens them again."""
-        self.answers.close()
+        """Closes files; the next lookup opens them again."""
+        self.outputs.close()
 
     def _count(self, found: np.ndarray) -> None:
         self._hits += int(found.sum())
-        self._asked += len(found)
+        self._lookups += len(found)
 
 
 def keys_of(inputs: Mapping[str, Any]) -> tuple[np.ndarray | None, Mapping[str, Any]]:
-    """The keys of a batch (rows,) int64, None where it has none, and the batch without them."""
+    """The cache keys of a batch (rows,) int64, None where it has none, and the batch without them."""
     keys = inputs.get(VIEW_KEYS)
     if keys is None:
         return None, inputs

@@ -1,4 +1,4 @@
-"""The answers of one teacher to one training set: where they are kept, how large they become, and whose they are."""
+"""Cached outputs of one teacher on one training set: where they are, how large they become, what they depend on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def network_sha256(network: nn.Module) -> str:
 
 
 def precision_of(device: torch.device) -> dict[str, Any]:
-    """What decides the last bits of an answer beside weights and inputs, at the moment of the call."""
+    """What decides the last bits of an output beside weights and inputs, at the moment of the call."""
     autocast = torch.is_autocast_enabled(device.type)
     on_cuda = device.type == "cuda"
     return {
@@ -53,7 +53,7 @@ def precision_of(device: torch.device) -> dict[str, Any]:
 
 
 def cache_identity(networks: Sequence[nn.Module], data: str, device: torch.device, **facts: Any) -> dict[str, Any]:
-    """Everything that one kept answer depends on.
+    """Everything that a cached output depends on.
 
     Args:
         networks: of the teacher, as they were given.
@@ -76,24 +76,24 @@ HEADER_NAME, SIZES_NAME = "header.json", "exact_sizes.json"
 _GIB = 1 << 30
 
 
-class KeptAnswers:
-    """Answers under the keys of a training set, opened when the first question shows what they depend on.
+class CachedOutputs:
+    """Outputs by the cache keys of a training set, opened at the first lookup, when what they depend on is known.
 
-    On disk each identity has a folder of its own in `folder`, named by its hash, so that answers of another teacher,
-    of other data or of another precision are never looked at.
+    On disk each identity has a folder of its own in `folder`, named by its hash, so that outputs of another teacher,
+    of other data or of another precision are never read.
 
     Args:
-        folder: where they are kept on disk; None keeps them in memory.
+        folder: on disk; None caches in memory.
         keys: how many keys the training set has.
-        limit_gib: what they may take; None is half of the memory (a process's share of it) or disk that is free.
+        limit_gib: their maximum size; None is half of the memory (a process's share of it) or disk that is free.
         processes: of this machine, which share its memory.
-        identify: gives what answers depend on, JSON-able; called once, at the first question.
+        identify: returns what outputs depend on, JSON-able; called once, at the first lookup.
 
     Attributes:
-        layout: of one answer, None until the first is kept or found.
-        meaning: of it, a word of who asks the teacher, kept beside the answers.
-        sizes: for batches of so many rows, whether a row's answer has the bits that it has in a batch of full size;
-            found out by who asks the teacher, kept beside the answers.
+        layout: of one output, None until the first is cached or found.
+        kind: what an output is, "logits" or "hidden states"; stored beside the outputs.
+        sizes: for batches of so many rows, whether a row's output is bit-equal to that in a batch of full size;
+            stored beside the outputs.
 
     Raises:
         ValueError: a folder that cannot be made or written.
@@ -109,27 +109,27 @@ class KeptAnswers:
     ) -> None:
         self.folder, self.keys, self.limit_gib, self.processes = folder, keys, limit_gib, processes
         self.layout: RowLayout | None = None
-        self.meaning: str | None = None
+        self.kind: str | None = None
         self.sizes: dict[int, bool] = {}
         self._identify = identify
         self._identity: dict[str, Any] | None = None
         self._store: RowStore | None = None
         self._own_folder: Path | None = None
-        self._asked = False
+        self._is_open = False
         if folder is not None:
             self._check_folder(folder)
 
     def read(self, keys: np.ndarray, device: torch.device) -> tuple[np.ndarray, list[Tensor] | None]:
-        """Looks answers up.
+        """Looks outputs up.
 
         Args:
             keys: (n,) int64.
             device: for the tensors.
 
         Returns:
-            Which are kept (n,) bool, and the parts of those alone, in order; None where none is.
+            Which are cached (n,) bool, and the parts of those alone, in order; None where none is.
         """
-        self._look_for_earlier()
+        self._open_existing()
         if self._store is None:
             return np.zeros(len(keys), bool), None
         rows, found = self._store.read(keys)
@@ -137,46 +137,46 @@ class KeptAnswers:
             return found, None
         return found, self.layout.unpack(rows if found.all() else rows[found], device)
 
-    def write(self, keys: np.ndarray, parts: Sequence[Tensor], meaning: str) -> None:
-        """Keeps answers, as long as there is room.
+    def write(self, keys: np.ndarray, parts: Sequence[Tensor], kind: str) -> None:
+        """Caches outputs until the limit is reached.
 
         Args:
             keys: (n,) int64.
-            parts: the tensors of the answers, (n, ...) each.
-            meaning: the same for all.
+            parts: the tensors of the outputs, (n, ...) each.
+            kind: the same for all.
 
         Raises:
             ValueError: tensors of another dtype or shape than those before.
         """
-        self._look_for_earlier()
+        self._open_existing()
         if self._store is None:
             if self.layout is not None:
                 return  # it could not be opened
-            self.layout, self.meaning = RowLayout.of(parts), meaning
+            self.layout, self.kind = RowLayout.of(parts), kind
             self._open()
         if self._store is not None and not self._store.closed:
             self._store.write(keys, self.layout.pack(parts))
             if self._store.closed:
-                logger.info("Teacher cache: full with %s answers; no more are kept.", f"{self._store.kept:,}")
+                logger.info("Teacher cache: full with %s outputs; no more are added.", f"{self._store.count:,}")
 
     def remember_size(self, rows: int, exact: bool) -> None:
-        """Notes in `sizes` what was found out."""
+        """Records in `sizes` whether batches of so many rows are bit-equal."""
         self.sizes[rows] = exact
         if self._own_folder is not None and self._store is not None and not self._store.closed:
             text = json.dumps({str(size): found for size, found in sorted(self.sizes.items())})
             self._try(lambda: write_atomically(self._own_folder / SIZES_NAME, text))
 
     def close(self) -> None:
-        """Closes files; the next question opens them again, if the answers are still those to be given then."""
+        """Closes files; the next lookup opens them again if the outputs are still valid."""
         if self._store is not None:
             self._store.close()
-        self._asked = False
+        self._is_open = False
 
-    def _look_for_earlier(self) -> None:
-        """Opens on disk what an earlier training kept of the same identity."""
-        if self._asked:
+    def _open_existing(self) -> None:
+        """Opens the outputs that an earlier training cached on disk for the same identity."""
+        if self._is_open:
             return
-        self._asked = True
+        self._is_open = True
         identity = self._identify()
         if identity == self._identity:
             return
@@ -194,22 +194,22 @@ class KeptAnswers:
         if header.get("identity") != self._identity:
             shutil.rmtree(self._own_folder, ignore_errors=True)
             return
-        self.layout, self.meaning = RowLayout.from_json(header["layout"]), header["meaning"]
+        self.layout, self.kind = RowLayout.from_json(header["layout"]), header["meaning"]
         self._open()
 
     def _open(self) -> None:
-        """Says how large it becomes, then makes or opens the store."""
+        """Logs how large the cache becomes, then makes or opens the store."""
         row, where = self.layout.row_bytes, "memory" if self.folder is None else str(self.folder)
         limit = self._limit_bytes()
         fitting = min(self.keys, limit // row)
         logger.info(
-            "Teacher cache in %s: %s answers of %s bytes, %.3g GiB when all are there, limit %.3g GiB%s.",
+            "Teacher cache in %s: %s outputs of %s bytes, %.3g GiB when all are there, limit %.3g GiB%s.",
             where,
             f"{self.keys:,}",
             f"{row:,}",
             (self.keys * row) / _GIB,
             limit / _GIB,
-            "" if fitting == self.keys else f": {fitting / self.keys:.0%} of them fit, the teacher answers the rest",
+            "" if fitting == self.keys else f": {fitting / self.keys:.0%} of them fit, the teacher computes the rest",
         )
         if self.folder is None:
             self._store = MemoryRows(self.keys, row, limit)
@@ -218,7 +218,7 @@ class KeptAnswers:
 
     def _open_on_disk(self) -> None:
         self._own_folder.mkdir(parents=True, exist_ok=True)
-        header = {"identity": self._identity, "layout": self.layout.to_json(), "meaning": self.meaning}
+        header = {"identity": self._identity, "layout": self.layout.to_json(), "meaning": self.kind}
         if not (self._own_folder / HEADER_NAME).is_file():
             write_atomically(self._own_folder / HEADER_NAME, json.dumps(header, indent=2))
         sizes = self._own_folder / SIZES_NAME
@@ -242,7 +242,7 @@ class KeptAnswers:
             if self._store is not None:
                 self._store.closed = True
             logger.warning(
-                "teacher_cache: %s cannot be written (%s). The teacher answers by itself; the training is not "
+                "teacher_cache: %s cannot be written (%s). The teacher computes every output; the training is not "
                 "affected.",
                 self.folder,
                 error.strerror or error,

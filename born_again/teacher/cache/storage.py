@@ -1,9 +1,9 @@
 """Rows in files that several processes, runs and students share, and that survive kill -9 at any moment.
 
-Every process that writes has a pair of files of its own, to which it only appends: rows, and marks that say which key
-a row is for. A row is written before its mark, and the mark holds a checksum of key and row. So whoever reads a mark
-finds the whole row of that key, or notices that it is not: then the row counts as missing and is computed again.
-Nobody waits for anybody: two processes that compute the same row at once keep it twice.
+Every writing process has a pair of files of its own, to which it only appends: rows, and index entries ("marks") that
+say which key a row is for. A row is written before its mark, and the mark holds a checksum of key and row. So a reader
+of a mark finds the whole row of that key, or notices that it does not: the row then counts as missing and is computed
+again. There is no lock: two processes that compute the same row at once both store it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class RowLayout:
         """
         if RowLayout.of(tensors) != self:
             raise ValueError(
-                f"teacher_cache: the teacher's answer to a sample is {RowLayout.of(tensors).to_json()} after "
-                f"{self.to_json()} to others, expected the same dtype and shape for all; use teacher_cache='off'."
+                f"teacher_cache: the teacher's output for a sample is {RowLayout.of(tensors).to_json()} after "
+                f"{self.to_json()} for others, expected the same dtype and shape for all; use teacher_cache='off'."
             )
         rows = [part.detach().cpu().reshape(len(part), -1).contiguous().view(torch.uint8).numpy() for part in tensors]
         return rows[0] if len(rows) == 1 else np.concatenate(rows, 1)
@@ -98,8 +98,8 @@ class RowStore:
         limit_bytes: what all rows together may take.
 
     Attributes:
-        kept: how many keys have a row.
-        closed: no row is added any more: the limit is reached, or the disk took no more.
+        count: how many keys have a row.
+        closed: no row is added any more: the limit is reached, or a write failed.
     """
 
     def __init__(self, keys: int, row_bytes: int, limit_bytes: int) -> None:
@@ -109,7 +109,7 @@ class RowStore:
         self._place = np.full(keys, NOWHERE, np.int64)  # where a key's row is
 
     @property
-    def kept(self) -> int:
+    def count(self) -> int:
         return int(np.count_nonzero(self._place != NOWHERE))
 
     def read(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,12 +119,12 @@ class RowStore:
             keys: (n,) int64.
 
         Returns:
-            The rows (n, row_bytes) uint8, arbitrary where none is kept, and which are (n,) bool.
+            The rows (n, row_bytes) uint8, arbitrary where there is none, and which there are (n,) bool.
         """
         raise NotImplementedError
 
     def write(self, keys: np.ndarray, rows: np.ndarray) -> None:
-        """Keeps rows; those that are kept already, or find no room, are passed over.
+        """Adds rows; those that are there already, or beyond the limit, are skipped.
 
         Args:
             keys: (n,) int64.
@@ -135,16 +135,16 @@ class RowStore:
         new, first = new[missing], first[missing]
         if self.closed or not len(new):
             return
-        room = self._room()
-        if room < len(new):
+        free = self._free_rows()
+        if free < len(new):
             self.closed = True
-        if room:
-            self._append(new[:room], np.ascontiguousarray(rows[first[:room]]))
+        if free:
+            self._append(new[:free], np.ascontiguousarray(rows[first[:free]]))
 
     def close(self) -> None:
-        """Lets go of what reading does not need; writing takes it up again."""
+        """Releases what only writing needs; the next write opens it again."""
 
-    def _room(self) -> int:
+    def _free_rows(self) -> int:
         """Rows that may be added."""
         raise NotImplementedError
 
@@ -168,7 +168,7 @@ class MemoryRows(RowStore):
         rows[found] = self._rows[places[found]]
         return rows, found
 
-    def _room(self) -> int:
+    def _free_rows(self) -> int:
         return len(self._rows) - self._used
 
     def _append(self, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -279,7 +279,7 @@ class DiskRows(RowStore):
         missing = self._place[keys] == NOWHERE
         self._place[keys[missing]] = places[missing]
 
-    def _room(self) -> int:
+    def _free_rows(self) -> int:
         return max(0, (self.limit_bytes - self._used_bytes) // (self.row_bytes + _MARK.itemsize))
 
     def _append(self, keys: np.ndarray, rows: np.ndarray) -> None:
@@ -308,11 +308,11 @@ class DiskRows(RowStore):
         self._files.append(open(self._own.marks_path, "xb", buffering=0))
 
     def _stop(self, error: OSError) -> None:
-        """Keeps no more, and gives the room back: the next thing to be written is a checkpoint."""
+        """Stops writing and frees the disk space: the next thing to be written is a checkpoint."""
         self.closed = True
         logger.warning(
-            "teacher_cache: %s takes no more (%s). What this process had written there is deleted, and the teacher "
-            "answers by itself from here on; the training is not affected.",
+            "teacher_cache: %s cannot be written (%s). What this process wrote there is deleted, and the teacher "
+            "computes every output from here on; the training is not affected.",
             self.folder,
             error.strerror or error,
         )

@@ -1,4 +1,4 @@
-"""Trainings on images whose teacher's answers are kept: the same weights, bit by bit, and fewer questions."""
+"""Trainings on images with a teacher cache: bit-equal weights, and fewer teacher forwards."""
 
 import logging
 
@@ -58,12 +58,14 @@ def test_weights_are_those_without_a_cache(tmp_path, name):
         seen = hits(trainer)
         assert seen[-1] > 0.5 or len(seen) < 6
         rows = round(trainer.args.num_train_epochs) * len(trainer.train_dataset)
-        assert sum(trainer.teacher.modules[0].answered) < rows + 250  # the fit and the sizes that were tried out
+        assert (
+            sum(trainer.teacher.modules[0].answered) < rows + 250
+        )  # its accuracy, and the batch sizes that were checked
         assert not trainer.train_dataset.emit_view_keys
 
 
 def test_another_view_would_be_seen(tmp_path):
-    """The test above can fail: answers to other views give other weights."""
+    """The test above can fail: outputs for other views give other weights."""
     wrong = images()
     wrong.views = lambda samples: torch.zeros_like(samples)
     assert not torch.equal(trained(tmp_path, "off"), trained(tmp_path, "off", dataset=wrong))
@@ -71,26 +73,26 @@ def test_another_view_would_be_seen(tmp_path):
 
 @pytest.mark.parametrize("habit", ["size", "some", "layer"])
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_sizes_that_round_otherwise_are_noticed_and_not_asked_for(tmp_path, cache, habit):
-    """Batches of 8 out of 50 leave 2, whose live answers are those of a small batch."""
+def test_batch_sizes_that_round_differently_are_not_computed_alone(tmp_path, cache, habit):
+    """Batches of 8 out of 50 leave 2, whose outputs are those of a small batch."""
     changes = {"per_device_train_batch_size": 8}
     expected = trained(tmp_path, "off", teacher=Convolutions(2, habit), **changes)
     teacher = Convolutions(2, habit)
     trainer = image_trainer(tmp_path, teacher=teacher, teacher_cache=cache, **changes)
     trainer.train()
     assert torch.equal(weights(trainer), expected)
-    assert {size: exact for size, exact in trainer.teacher.answers.sizes.items() if size < 5} == {
-        size: False for size in trainer.teacher.answers.sizes if size < 5
+    assert {size: exact for size, exact in trainer.teacher.outputs.sizes.items() if size < 5} == {
+        size: False for size in trainer.teacher.outputs.sizes if size < 5
     }
-    assert trainer.teacher.answers.sizes[2] is False and 5 in teacher.answered and hits(trainer)[-1] > 0.5
+    assert trainer.teacher.outputs.sizes[2] is False and 5 in teacher.answered and hits(trainer)[-1] > 0.5
 
 
-def test_a_teacher_whose_rows_depend_on_their_place_is_said_to_be(tmp_path, caplog):
+def test_a_teacher_whose_outputs_depend_on_the_order_of_rows_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trained(tmp_path, "memory", num_train_epochs=2)
-        assert "other last bits" not in caplog.text
+        assert "the last bits of the teacher's output" not in caplog.text
         trained(tmp_path, "memory", num_train_epochs=2, teacher=Convolutions(2, "place"))
-    assert "equal to live ones up to that rounding only" in caplog.text
+    assert "equal uncached ones only up to that rounding" in caplog.text
 
 
 def test_several_networks_teach_from_one_cache(tmp_path):
@@ -110,7 +112,7 @@ def test_further_students_never_call_the_teacher(tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("the teacher was called")
 
-    monkeypatch.setattr(FrozenTeacher, "answers_on", refuse)
+    monkeypatch.setattr(FrozenTeacher, "logits_by_network", refuse)
     for (objective, seed), other in expected.items():
         trainer = image_trainer(
             tmp_path,
@@ -128,7 +130,7 @@ def folders(path) -> int:
     return len([folder for folder in path.iterdir() if folder.is_dir()])
 
 
-def test_another_teacher_data_or_precision_has_answers_of_its_own(tmp_path):
+def test_another_teacher_data_or_precision_has_a_cache_of_its_own(tmp_path):
     shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 2}
     trained(tmp_path, "disk", **shared)
     others = [
@@ -159,7 +161,7 @@ def test_resuming_in_an_epoch_gives_the_same_weights(tmp_path, cache):
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_what_does_not_fit_is_answered_by_the_teacher(tmp_path, cache, caplog):
+def test_what_does_not_fit_is_computed_by_the_teacher(tmp_path, cache, caplog):
     with caplog.at_level(logging.INFO):
         limited = trained(tmp_path, cache, teacher_cache_limit_gib=1000 / 2**30)
     assert torch.equal(limited, trained(tmp_path, "off"))
@@ -178,7 +180,7 @@ def test_a_disk_that_fills_up_does_not_end_the_training(tmp_path, monkeypatch, c
     monkeypatch.setattr(storage, "_write_all", full_after_a_while)
     weights_ = trained(tmp_path, "disk")
     assert torch.equal(weights_, trained(tmp_path, "off"))
-    assert len(calls) == 22 and caplog.text.count("takes no more (No space left on device)") == 1
+    assert len(calls) == 22 and caplog.text.count("cannot be written (No space left on device)") == 1
 
 
 def test_a_training_set_without_keys_is_refused(tmp_path):
@@ -218,9 +220,9 @@ def test_arguments_that_would_not_be_read_are_refused(tmp_path, changes, message
         arguments(tmp_path, **changes)
 
 
-def test_the_cache_decides_no_weight(tmp_path):
+def test_the_cache_affects_no_weight(tmp_path):
     changes = {"teacher_cache": "disk", "teacher_cache_dir": "x", "teacher_cache_limit_gib": 2.0}
-    assert arguments(tmp_path, **changes).decisive() == arguments(tmp_path).decisive()
+    assert arguments(tmp_path, **changes).weight_affecting() == arguments(tmp_path).weight_affecting()
 
 
 # ---- Keys ----

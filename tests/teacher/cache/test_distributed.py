@@ -1,4 +1,4 @@
-"""Two processes that keep their teacher's answers, each for itself or both on one disk: the weights of none."""
+"""Two processes with a teacher cache, each its own or one on disk: the weights of a training without one."""
 
 from pathlib import Path
 
@@ -28,6 +28,6 @@ def test_weights_are_those_without_a_cache(ranks, what, place):
         assert seen[-1] > 0.3
 
 
-def test_a_second_training_finds_what_both_processes_of_the_first_have_kept(ranks):
+def test_a_second_training_reads_what_both_processes_of_the_first_cached(ranks):
     for what in ("images", "text"):
         assert (ranks[0][f"{what} 3"]["hits"] == 1).all() and not (ranks[0]["images 2"]["hits"] == 1).all()

@@ -15,7 +15,7 @@ from helpers import Network
 from torch import nn
 
 from born_again.teacher.cache import storage
-from born_again.teacher.cache.outputs import HEADER_NAME, KeptAnswers, network_sha256
+from born_again.teacher.cache.outputs import HEADER_NAME, CachedOutputs, network_sha256
 from born_again.teacher.cache.storage import DiskRows, MemoryRows, RowLayout, checksum
 
 KEYS, ROW = 500, 24
@@ -50,11 +50,11 @@ def store(request, tmp_path):
 def test_rows_are_found_again_in_any_order_and_mixture(store):
     assert everything(store) == []
     store.write(np.array([7, 3, 499]), rows_of([7, 3, 499]))
-    store.write(np.array([3, 0, 0, 7]), np.stack([row_of(1), row_of(0), row_of(1), row_of(1)]))  # kept ones stay
+    store.write(np.array([3, 0, 0, 7]), np.stack([row_of(1), row_of(0), row_of(1), row_of(1)]))  # earlier ones stay
     rows, found = store.read(np.array([499, 5, 0, 3, 3, 7]))
     assert found.tolist() == [True, False, True, True, True, True]
     assert np.array_equal(rows[found], rows_of([499, 0, 3, 3, 7]))
-    assert everything(store) == [0, 3, 7, 499] and store.kept == 4 and not store.closed
+    assert everything(store) == [0, 3, 7, 499] and store.count == 4 and not store.closed
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -76,7 +76,7 @@ def test_another_run_goes_on_with_what_is_on_disk(tmp_path):
     first.write(np.arange(5, 8), rows_of(range(5, 8)))
     second = on_disk(tmp_path)
     second.write(np.arange(10), rows_of(range(10)))
-    assert second.kept == 10 and sum(path.stat().st_size for path in tmp_path.glob("*.rows")) == 10 * ROW
+    assert second.count == 10 and sum(path.stat().st_size for path in tmp_path.glob("*.rows")) == 10 * ROW
     assert everything(second) == everything(on_disk(tmp_path)) == list(range(10))
     assert everything(first) == list(range(8))
     first.refresh()
@@ -167,11 +167,11 @@ def fill_under_a_limit(folder):
     store = on_disk(folder)
     for key in range(100):
         store.write(np.array([key]), rows_of([key]))
-    (folder / "seen").write_text(json.dumps([store.closed, everything(store), store.kept]))
+    (folder / "seen").write_text(json.dumps([store.closed, everything(store), store.count]))
     os._exit(0)
 
 
-def test_a_disk_that_takes_no_more_ends_the_filling_and_gets_its_room_back(tmp_path, caplog):
+def test_a_full_disk_ends_the_filling_and_frees_its_space(tmp_path, caplog):
     other = on_disk(tmp_path)
     other.write(np.arange(490, 495), rows_of(range(490, 495)))
     child = fork.Process(target=fill_under_a_limit, args=(tmp_path,))
@@ -193,7 +193,7 @@ def test_rows_of_a_writer_that_gave_up_are_missing_to_those_who_had_seen_them(tm
     monkeypatch.setattr(storage, "_write_all", full)
     with caplog.at_level(logging.WARNING):
         writer.write(np.array([6]), rows_of([6]))
-    assert "takes no more (No space left on device)" in caplog.text and everything(writer) == []
+    assert "cannot be written (No space left on device)" in caplog.text and everything(writer) == []
     reader.refresh()
     assert set(everything(reader)) <= set(range(5))
 
@@ -217,8 +217,8 @@ def test_tensors_come_back_with_the_same_bits(dtype):
         assert torch.equal(other.view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_answers_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="teacher_cache: the teacher's answer to a sample is .* expected the same"):
+def test_outputs_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="teacher_cache: the teacher's output for a sample is .* expected the same"):
         RowLayout.of([torch.zeros(2, 3)]).pack([torch.zeros(2, 4)])
 
 
@@ -245,35 +245,35 @@ def test_a_network_is_known_by_every_parameter_buffer_and_setting():
         assert network_sha256(network) != expected
 
 
-def answers(folder, identity, limit=None) -> KeptAnswers:
-    return KeptAnswers(folder, KEYS, limit, 1, lambda: {"teacher": identity})
+def cached(folder, identity, limit=None) -> CachedOutputs:
+    return CachedOutputs(folder, KEYS, limit, 1, lambda: {"teacher": identity})
 
 
-def test_answers_of_another_identity_are_never_looked_at(tmp_path):
-    first, second = answers(tmp_path, "a"), answers(tmp_path, "b")
+def test_outputs_of_another_identity_are_never_read(tmp_path):
+    first, second = cached(tmp_path, "a"), cached(tmp_path, "b")
     first.write(np.arange(3), [torch.ones(3, 2)], "logits")
     assert not second.read(np.arange(3), torch.device("cpu"))[0].any()
     second.write(np.arange(3), [torch.zeros(3, 5)], "logits")
-    for again, expected in ((answers(tmp_path, "a"), torch.ones(3, 2)), (answers(tmp_path, "b"), torch.zeros(3, 5))):
+    for again, expected in ((cached(tmp_path, "a"), torch.ones(3, 2)), (cached(tmp_path, "b"), torch.zeros(3, 5))):
         found, (parts,) = again.read(np.arange(3), torch.device("cpu"))
         assert found.all() and torch.equal(parts, expected)
 
 
 def test_a_header_that_is_not_what_its_folder_is_called_is_made_anew(tmp_path, caplog):
-    answers(tmp_path, "a").write(np.arange(3), [torch.ones(3, 2)], "logits")
+    cached(tmp_path, "a").write(np.arange(3), [torch.ones(3, 2)], "logits")
     (header,) = tmp_path.glob(f"*/{HEADER_NAME}")
     for text in ("{", json.dumps({"identity": {"teacher": "b"}, "layout": [], "meaning": "logits"})):
         header.write_text(text)
-        again = answers(tmp_path, "a")
+        again = cached(tmp_path, "a")
         assert not again.read(np.arange(3), torch.device("cpu"))[0].any()
         again.write(np.arange(3), [torch.ones(3, 2)], "logits")
-        assert answers(tmp_path, "a").read(np.arange(3), torch.device("cpu"))[0].all()
+        assert cached(tmp_path, "a").read(np.arange(3), torch.device("cpu"))[0].all()
 
 
 @pytest.mark.parametrize("on", ["memory", "disk"])
-def test_a_teacher_that_was_changed_between_two_trainings_gets_new_answers(tmp_path, on):
+def test_a_teacher_that_was_changed_between_two_trainings_is_cached_anew(tmp_path, on):
     known = {"teacher": "a"}
-    kept = KeptAnswers(tmp_path if on == "disk" else None, KEYS, None, 1, lambda: dict(known))
+    kept = CachedOutputs(tmp_path if on == "disk" else None, KEYS, None, 1, lambda: dict(known))
     kept.write(np.arange(3), [torch.ones(3, 2)], "logits")
     kept.close()
     assert kept.read(np.arange(3), torch.device("cpu"))[0].all()
@@ -282,18 +282,18 @@ def test_a_teacher_that_was_changed_between_two_trainings_gets_new_answers(tmp_p
     assert not kept.read(np.arange(3), torch.device("cpu"))[0].any()
 
 
-def test_the_size_is_said_before_anything_is_made(tmp_path, caplog):
-    kept = answers(tmp_path, "a", limit=2000 / 2**30)
+def test_the_size_is_logged_before_anything_is_made(tmp_path, caplog):
+    kept = cached(tmp_path, "a", limit=2000 / 2**30)
     with caplog.at_level(logging.INFO):
         kept.write(np.arange(300), [torch.ones(300, 2)], "logits")
-    assert "500 answers of 8 bytes" in caplog.text and "50% of them fit" in caplog.text
-    assert "full with 83 answers" in caplog.text  # 24 bytes each on disk
+    assert "500 outputs of 8 bytes" in caplog.text and "50% of them fit" in caplog.text
+    assert "full with 83 outputs" in caplog.text  # 24 bytes each on disk
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="teacher_cache_dir: .*file/inner cannot be made"):
-        answers(tmp_path / "file" / "inner", "a")
+        cached(tmp_path / "file" / "inner", "a")
 
 
 def test_a_full_disk_at_the_start_is_no_end(tmp_path, monkeypatch, caplog):
@@ -301,7 +301,7 @@ def test_a_full_disk_at_the_start_is_no_end(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("born_again.teacher.cache.outputs.write_atomically", full)
-    kept = answers(tmp_path, "a")
+    kept = cached(tmp_path, "a")
     kept.write(np.arange(3), [torch.ones(3, 2)], "logits")
     kept.write(np.arange(3), [torch.ones(3, 2)], "logits")
     assert not kept.read(np.arange(3), torch.device("cpu"))[0].any()

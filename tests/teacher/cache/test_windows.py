@@ -1,4 +1,4 @@
-"""Trainings on text whose teacher's hidden states are kept: the same weights, bit by bit, and no question twice."""
+"""Trainings on text whose teacher's hidden states are cached: bit-equal weights, and no window computed twice."""
 
 import logging
 from pathlib import Path
@@ -23,13 +23,13 @@ def one_thread(two_threads):
 @pytest.fixture
 def counted(monkeypatch):
     """The windows that a teacher has read."""
-    read, calls = FrozenTeacher.answers_on, []
+    read, calls = FrozenTeacher.logits_by_network, []
 
     def count(self, *args):
         calls.append(1)
         return read(self, *args)
 
-    monkeypatch.setattr(FrozenTeacher, "answers_on", count)
+    monkeypatch.setattr(FrozenTeacher, "logits_by_network", count)
     return calls
 
 
@@ -46,9 +46,9 @@ SETTINGS = {
     "bf16": {"bf16": True},
     "inference": {"bf16": True, "teacher_precision": "inference"},
     "float32": {"bf16": True, "teacher_precision": "float32"},
-    "chunked": {"loss_form": "chunked"},
-    "chunked inference": {"bf16": True, "loss_form": "chunked", "teacher_precision": "inference"},
-    "chunked cwtm": {"loss_form": "chunked", "objective": "cwtm", "gradient_accumulation_steps": 2},
+    "chunked": {"loss_implementation": "chunked"},
+    "chunked inference": {"bf16": True, "loss_implementation": "chunked", "teacher_precision": "inference"},
+    "chunked cwtm": {"loss_implementation": "chunked", "objective": "cwtm", "gradient_accumulation_steps": 2},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager", "num_train_epochs": 2},
     "accumulation": {"gradient_accumulation_steps": 2},
     "cwtm": {"objective": "cwtm", "gradient_accumulation_steps": 2},
@@ -68,7 +68,7 @@ def test_weights_are_those_without_a_cache_and_each_window_is_read_once(tmp_path
         assert hits(trainer)[-1] == 1.0
         # Two more to see that the output layer alone makes the logits; what is compiled is not taken apart. The fit
         # reads the windows before the training.
-        looked = 2 if "chunked" in name else 0  # at the first row, for the form of the loss
+        looked = 2 if "chunked" in name else 0  # at the first row, to choose the loss implementation
         assert len(counted) == text().windows + looked + (0 if name == "compiled" else 2)
         counted.clear()
     assert torch.equal(weights(trained(tmp_path, "disk", student, **SETTINGS[name])), expected)
@@ -78,15 +78,15 @@ def test_weights_are_those_without_a_cache_and_each_window_is_read_once(tmp_path
 def test_a_state_that_was_not_carried_would_be_seen(tmp_path, monkeypatch):
     """The test above can fail: a teacher that begins anew in every window gives other weights."""
     expected = weights(trained(tmp_path, "off"))
-    read = FrozenTeacher.answers_on
-    monkeypatch.setattr(FrozenTeacher, "answers_on", lambda self, inputs, states: read(self, inputs, [None]))
+    read = FrozenTeacher.logits_by_network
+    monkeypatch.setattr(FrozenTeacher, "logits_by_network", lambda self, inputs, states: read(self, inputs, [None]))
     assert not torch.equal(weights(trained(tmp_path, "off")), expected)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 @pytest.mark.parametrize("limit", [None, 6 * STREAMS * 260])
 def test_resuming_in_an_epoch_gives_the_same_weights(tmp_path, cache, limit):
-    """From a checkpoint after windows that were found: the state is that of what was kept with them."""
+    """From a checkpoint after windows that were found: the state is that cached with them."""
     changes = {"save_strategy": "steps", "save_steps": 14}
     expected = weights(trained(tmp_path / "whole", "off", **changes))
     changes |= {"teacher_cache_limit_gib": limit and limit / 2**30}
@@ -99,7 +99,7 @@ def test_resuming_in_an_epoch_gives_the_same_weights(tmp_path, cache, limit):
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_windows_that_found_no_room_are_read_with_the_state_kept_before(tmp_path, cache, counted):
+def test_windows_beyond_the_limit_are_computed_with_the_cached_state(tmp_path, cache, counted):
     expected = weights(trained(tmp_path, "off"))
     counted.clear()
     limited = trained(tmp_path, cache, teacher_cache_limit_gib=4 * STREAMS * 260 / 2**30)
@@ -114,7 +114,7 @@ def test_evaluation_in_between_does_not_disturb(tmp_path):
     assert torch.equal(weights(trainer), weights(expected))
     losses = [each.evaluate(each.train_dataset)["eval_loss"] for each in (trainer, expected)]
     assert losses[0] == losses[1]
-    assert trainer.teacher_fit == expected.teacher_fit
+    assert trainer.teacher_train_metrics == expected.teacher_train_metrics
     assert trainer.predict(text(seed=8)).predictions.shape == (9 * STREAMS, WINDOW)
 
 
@@ -125,12 +125,12 @@ def gemma(seed: int, units: int = 8) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(Gemma2Config(vocab_size=17, final_logit_softcapping=0.01, **sizes, **heads))
 
 
-def test_logits_are_kept_where_hidden_states_do_not_make_them(tmp_path, caplog):
+def test_logits_are_cached_where_hidden_states_do_not_give_them(tmp_path, caplog):
     expected = weights(trained(tmp_path, "off", gemma))
     with caplog.at_level(logging.WARNING):
         first = trained(tmp_path, "disk", gemma)
-    assert "the teacher's output layer does not make its logits alone" in caplog.text
-    assert first.teacher.output_layers is None and first.teacher.answers.meaning == "logits"
+    assert "the teacher's logits are not the output of its output layer alone" in caplog.text
+    assert first.teacher.output_layers is None and first.teacher.outputs.kind == "logits"
     for trainer in (first, trained(tmp_path, "disk", gemma), trained(tmp_path, "memory", gemma)):
         assert torch.equal(weights(trainer), expected) and hits(trainer)[-1] == 1.0
 
@@ -143,22 +143,22 @@ def test_hidden_states_are_offered_as_such(tmp_path):
     for window in range(data.windows):
         batch = data.__getitems__(range(window * STREAMS, (window + 1) * STREAMS))
         del batch["labels"]
-        (hidden,), states = trainer.teacher.read_hidden_on(batch, states)
-        logits, plain = trainer.teacher.frozen.read_on({"input_ids": batch["input_ids"]}, plain)
+        (hidden,), states = trainer.teacher.hidden_with_states(batch, states)
+        logits, plain = trainer.teacher.frozen.forward_with_states({"input_ids": batch["input_ids"]}, plain)
         (layer,) = trainer.teacher.output_layers
         assert hidden.shape == (*batch["input_ids"].shape, 6) and torch.equal(layer(hidden), logits)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(states[0], plain[0], strict=True))
-    assert trainer.teacher.take_hits() == (9 * STREAMS, 9 * STREAMS)
+    assert trainer.teacher.pop_hit_counts() == (9 * STREAMS, 9 * STREAMS)
 
 
-def test_a_window_without_the_state_before_it_is_not_kept(tmp_path):
+def test_a_window_without_the_state_before_it_is_not_cached(tmp_path):
     trainer = text_trainer(tmp_path, lstm(1), lstm(2), teacher_cache="memory")
     data = trainer.train_dataset
     data.emit_view_keys = True
     batch = data.__getitems__(range(STREAMS, 2 * STREAMS))
     del batch["labels"]
-    trainer.teacher.read_on(batch, [None])
-    assert trainer.teacher.answers.layout is None
+    trainer.teacher.forward_with_states(batch, [None])
+    assert trainer.teacher.outputs.layout is None
 
 
 def test_a_key_names_stream_and_window():
