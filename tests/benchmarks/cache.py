@@ -33,7 +33,7 @@ from born_again.models.language_models import create_language_model
 from born_again.teacher.cache.cached_teacher import CachedTeacher
 from tests.benchmarks.training import STATISTICS, classifier
 
-WAYS = ("labels alone", "teacher, cached", "teacher, live")
+VARIANTS = ("labels alone", "teacher, cached", "teacher, live")
 GOALS = {"images": 1.05, "text": 1.25}
 
 
@@ -65,7 +65,7 @@ class SecondEpoch(TrainerCallback):
         return time.perf_counter(), time.process_time()
 
 
-def arguments(folder: str, way: str, cache: str, batch: int, **changes) -> BornAgainTrainingArguments:
+def arguments(folder: str, variant: str, cache: str, batch: int, **changes) -> BornAgainTrainingArguments:
     return BornAgainTrainingArguments(
         folder,
         num_train_epochs=2,
@@ -73,7 +73,7 @@ def arguments(folder: str, way: str, cache: str, batch: int, **changes) -> BornA
         per_device_eval_batch_size=batch,
         optim="sgd",
         bf16=True,
-        teacher_cache=cache if way == "teacher, cached" else "off",
+        teacher_cache=cache if variant == "teacher, cached" else "off",
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=10,
         save_strategy="no",
@@ -100,14 +100,14 @@ def images(steps: int, cache: str) -> tuple[int, Callable[[str], list[float]]]:
     split = ImageSplit(pixels, torch.randint(0, 10, (len(pixels),)))
     dataset = SameViews(split, *STATISTICS, augment=True, flip=True, seed=0)
 
-    def epoch(way: str) -> list[float]:
+    def epoch(variant: str) -> list[float]:
         watch = SecondEpoch(steps)
         with tempfile.TemporaryDirectory() as folder:
             momentum = {"optim_args": "momentum=0.9,nesterov=True", "learning_rate": 0.01, "max_grad_norm": 0.0}
             trainer = BornAgainTrainer(
                 classifier("wide_resnet16_1_cifar"),
-                arguments(folder, way, cache, batch, channels_last=True, **momentum),
-                teacher=None if way == "labels alone" else classifier("wide_resnet16_1_cifar"),
+                arguments(folder, variant, cache, batch, channels_last=True, **momentum),
+                teacher=None if variant == "labels alone" else classifier("wide_resnet16_1_cifar"),
                 train_dataset=dataset,
                 data_collator=collate_batch,
                 callbacks=[watch],
@@ -127,14 +127,14 @@ def text(steps: int, cache: str, ptb: str | None) -> tuple[int, Callable[[str], 
         words, tokens = vocabulary_of(data.tokenizer), data.train[:count]
     dataset = TokenStreams(tokens, streams, window, before=0)
 
-    def epoch(way: str) -> list[float]:
+    def epoch(variant: str) -> list[float]:
         watch = SecondEpoch(dataset.windows)
         with tempfile.TemporaryDirectory() as folder:
             own = {"objective": "ban+l", "learning_rate": 1.0, "max_grad_norm": 0.25}
             trainer = BornAgainLMTrainer(
                 create_language_model("lstm-small", words),
-                arguments(folder, way, cache, streams, **own),
-                teacher=None if way == "labels alone" else create_language_model("lstm-small", words),
+                arguments(folder, variant, cache, streams, **own),
+                teacher=None if variant == "labels alone" else create_language_model("lstm-small", words),
                 train_dataset=dataset,
                 data_collator=collate_windows,
                 callbacks=[watch],
@@ -145,22 +145,22 @@ def text(steps: int, cache: str, ptb: str | None) -> tuple[int, Callable[[str], 
 
 
 def compare(what: str, items: int, epoch: Callable[[str], list[float]], repeats: int) -> None:
-    seconds: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
     for repeat in range(repeats + 1):
-        for way, measured in seconds.items():
-            once = epoch(way)
+        for variant, measured in seconds.items():
+            once = epoch(variant)
             if repeat:
                 measured.append(once)
     print(f"{what}: {items:,} an epoch, {torch.get_num_threads()} threads, bf16; goal {GOALS[what]} x labels alone")
-    print("| way             | seconds, median | min   | max   | x labels alone, wall | x labels alone, processor |")
+    print("| variant         | seconds, median | min   | max   | x labels alone, wall | x labels alone, processor |")
     print("|-----------------|-----------------|-------|-------|----------------------|---------------------------|")
-    for way, measured in seconds.items():
+    for variant, measured in seconds.items():
         wall = [pair[0] for pair in measured]
-        pairs = list(zip(measured, seconds[WAYS[0]], strict=True))
+        pairs = list(zip(measured, seconds[VARIANTS[0]], strict=True))
         ratios = [statistics.median(ours[clock] / labels[clock] for ours, labels in pairs) for clock in (0, 1)]
         print(
-            f"| {way:15} | {statistics.median(wall):15.2f} | {min(wall):5.2f} | {max(wall):5.2f} | {ratios[0]:20.3f} "
-            f"| {ratios[1]:25.3f} |"
+            f"| {variant:15} | {statistics.median(wall):15.2f} | {min(wall):5.2f} | {max(wall):5.2f} "
+            f"| {ratios[0]:20.3f} | {ratios[1]:25.3f} |"
         )
 
 

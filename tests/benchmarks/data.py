@@ -3,7 +3,7 @@
     python -m tests.benchmarks.data [--cifar10 FOLDER] [--batch 128] [--batches 20] [--repeats 5]
 
 Both give the same: a shuffled batch of 32x32 images, padded by reflection, cropped and mirrored at random, normalised,
-float32, collated, on the device, asked of a DataLoader by a RandomSampler. Reading the dataset and decoding it into
+float32, collated, on the device, drawn from a DataLoader by a RandomSampler. Reading the dataset and decoding it into
 memory is not counted for ours; theirs decodes in each epoch, as `datasets` does. Repeats alternate; the first of each
 is a warm-up that is not counted. At last a training step of BornAgainTrainer under a teacher, bf16 and channels_last
 where the machine has them, on as many threads as torch takes, and the share of it that our batch is.
@@ -109,16 +109,16 @@ def main() -> None:
     threads, device = torch.get_num_threads(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     on_device = split.to(device)
-    ways = {
+    variants = {
         "born_again.data": endless(our_loader(on_device, options.batch)),
         "datasets + torchvision v2": endless(their_loader(rows, options.batch)),
     }
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(options.repeats + 1):
-        for way, batches in ways.items():
+        for variant, batches in variants.items():
             seconds = seconds_per_batch(batches, options.batches, device)
             if repeat:
-                times[way].append(seconds)
+                times[variant].append(seconds)
     torch.set_num_threads(threads)
     steps = max(2, min(20, len(split) // options.batch))
     task = ImageTask(MODEL, options.batch, steps)
@@ -126,12 +126,12 @@ def main() -> None:
 
     source = "CIFAR-10" if options.cifar10 else "random images"
     print(f"{source}, batch {options.batch}, 1 of {os.cpu_count()} cores, device {device}")
-    print("| way                       | ms a batch, median | min     | max     | images/s, median |")
+    print("| variant                   | ms a batch, median | min     | max     | images/s, median |")
     print("|---------------------------|--------------------|---------|---------|------------------|")
-    for way, values in times.items():
+    for variant, values in times.items():
         middle = statistics.median(values)
         print(
-            f"| {way:25} | {1e3 * middle:18.3f} | {1e3 * min(values):7.3f} | {1e3 * max(values):7.3f} "
+            f"| {variant:25} | {1e3 * middle:18.3f} | {1e3 * min(values):7.3f} | {1e3 * max(values):7.3f} "
             f"| {options.batch / middle:16,.0f} |"
         )
     mine, theirs = times.values()

@@ -84,7 +84,7 @@ def resident_mib() -> int:
 
 
 def random_images(count: int, test: int) -> ImageData:
-    """As many images as asked, of ten classes, with nothing to learn."""
+    """Random images of ten classes, with nothing to learn."""
     generator = torch.Generator().manual_seed(0)
 
     def split(rows: int) -> ImageSplit:

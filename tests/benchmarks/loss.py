@@ -43,7 +43,7 @@ def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Callable
 
         return run
 
-    def ours(objective: str, with_metrics: bool, permutation: str = "fresh") -> Tensor:
+    def fused(objective: str, with_metrics: bool, permutation: str = "fresh") -> Tensor:
         items = objective_items_and_metrics if with_metrics else objective_items
         losses, weights, *_ = items(objective, student, teacher, labels, permutation=permutation)
         return (losses * weights).sum() / at_least_tiny(weights.sum())
@@ -59,13 +59,13 @@ def rows(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Callable
         "F.cross_entropy": hard,
         "F.cross_entropy, + soft": lambda: hard() + F.cross_entropy(student.float(), teacher.float().softmax(-1)),
         "F.cross_entropy, + F.kl_div": kl,
-        "ours: label": lambda: ours("label", False),
+        "born_again: label": lambda: fused("label", False),
     }
     for objective in OBJECTIVES:
         for with_metrics in (False, True):
-            name = f"ours: {objective}{', with metrics' if with_metrics else ''}"
-            table[name] = lambda objective=objective, with_metrics=with_metrics: ours(objective, with_metrics)
-    table["ours: dkpp, fixed"] = lambda: ours("dkpp", False, "fixed")
+            name = f"born_again: {objective}{', with metrics' if with_metrics else ''}"
+            table[name] = lambda objective=objective, with_metrics=with_metrics: fused(objective, with_metrics)
+    table["born_again: dkpp, fixed"] = lambda: fused("dkpp", False, "fixed")
     return {name: backward(loss) for name, loss in table.items()}
 
 

@@ -5,23 +5,23 @@
 
 Images: wide_resnet16_1_cifar taught by another, batch 128. Text: a GPT-2 of 4 layers, 128 wide, 10,000 words, taught
 by another, batch 16 x 64 words. Every peer trains the same student under the same teacher with SGD on the same items,
-in two ways: as it runs by default, and at equal precision; see `peers_images` and `peers_text` for what that means for
-each. Every training has a process of its own (`peers_run`), which loads the data, warms up, times the steps after that
-and tells its peak memory; repeats alternate between the peers, and the first of each is not counted. Gradient and
+in two modes: as it runs by default, and at equal precision; see `peers_images` and `peers_text` for what that means
+for each. Every training has a process of its own (`peers_run`), which loads the data, warms up, times the steps after
+that and tells its peak memory; repeats alternate between the peers, and the first of each is not counted. Gradient and
 teacher are looked at in one more process, in float64, with the teacher handed over in training mode, as weights just
 loaded leave it: the gradient of the first step against the float64 twin of the paper's loss, as "exact" (within 1e-6),
 as a plain factor, or as how far it is off beside such a factor; the same over two accumulated micro-batches.
 
-Ratios are ours over the row's time, by the wall and by the CPU time of the process; a worker of a loader (timm's has
-one by default) is in neither the CPU time nor the memory. Memory is the peak of the process, imports included, and
-what it grew by from the moment the networks stood; on a GPU both are what was allocated there.
+Ratios are the time of born_again over that of the row, by the wall and by the CPU time of the process; a worker of a
+loader (timm's has one by default) is in neither the CPU time nor the memory. Memory is the peak of the process,
+imports included, and what it grew by from the moment the networks stood; on a GPU both are what was allocated there.
 
-The peers are no dependency of this project, and most of them name versions of ours that exclude today's. Install them
+The peers are no dependency of this project, and most of them require other versions of our dependencies. Install them
 without their dependencies:
 
     pip install --no-deps torchdistill==1.1.5 KD_Lib==0.0.32 textbrewer==0.2.1.post1 trl==1.16.0
 
-KD_Lib brings a package called `tests`, which stands in the way of this folder: delete that. A peer that is missing or
+KD_Lib brings a package called `tests`, which shadows this folder: delete that. A peer that is missing or
 fails stands in the table with the reason.
 """
 
@@ -122,15 +122,15 @@ def run_child(request: dict[str, Any]) -> dict[str, Any]:
 def be_child(request: dict[str, Any]) -> dict[str, Any]:
     """What a child does; anything it raises is its result."""
     task = TASKS[request.pop("task")]
-    way, mode, settings = task.WAYS[request.pop("way")], request.pop("mode"), request
+    variant, mode, settings = task.VARIANTS[request.pop("variant")], request.pop("mode"), request
     settings["folder"] = Path(settings["folder"])
     try:
         if mode != "check":
-            return measure(Run(**settings, equal=mode == "equal"), way, task.networks)
+            return measure(Run(**settings, equal=mode == "equal"), variant, task.networks)
         settings |= {"checked": True, "batch": task.CHECK_BATCH, "warm_up": 1, "steps": CHECK_STEPS - 2}
-        found = check(Run(**settings), way, task.networks, task.logits)
+        found = check(Run(**settings), variant, task.networks, task.logits)
         try:
-            found["accumulated"] = check(Run(**settings, accumulate=2), way, task.networks, task.logits)
+            found["accumulated"] = check(Run(**settings, accumulate=2), variant, task.networks, task.logits)
         except NotImplementedError as reason:
             found["accumulated"] = {"failed": str(reason)}
         return found
@@ -141,22 +141,22 @@ def be_child(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_task(name: str, folder: Path, options: argparse.Namespace, steps: int) -> tuple[Results, dict[str, Any]]:
-    """Figures of every repeat by (way, mode), and what the check of every way found."""
+    """Figures of every repeat by (variant, mode), and what the check of every variant found."""
     task = TASKS[name]
-    ways = [way for way in task.WAYS if options.only is None or way in options.only]
+    variants = [variant for variant in task.VARIANTS if options.only is None or variant in options.only]
     request = {"task": name, "folder": str(folder), "warm_up": options.warm_up, "steps": steps}
     request |= {"batch": _batch(name, options), "model": options.model}
     checks = {}
-    for way in ways:
-        _say(f"{name}: check of {way}")
-        checks[way] = run_child({**request, "way": way, "mode": "check"})
-    results: Results = {(way, mode): [] for mode in options.modes for way in ways}
+    for variant in variants:
+        _say(f"{name}: check of {variant}")
+        checks[variant] = run_child({**request, "variant": variant, "mode": "check"})
+    results: Results = {(variant, mode): [] for mode in options.modes for variant in variants}
     for repeat in range(options.repeats + 1):
-        for (way, mode), found in results.items():
+        for (variant, mode), found in results.items():
             if found and "failed" in found[-1]:
                 continue
-            _say(f"{name}: {'warm-up' if repeat == 0 else f'repeat {repeat}'} of {way}, {MODES[mode]}")
-            figures = run_child({**request, "way": way, "mode": mode})
+            _say(f"{name}: {'warm-up' if repeat == 0 else f'repeat {repeat}'} of {variant}, {MODES[mode]}")
+            figures = run_child({**request, "variant": variant, "mode": mode})
             if repeat or "failed" in figures:
                 found.append(figures)
     return results, checks
@@ -164,20 +164,20 @@ def run_task(name: str, folder: Path, options: argparse.Namespace, steps: int) -
 
 def table(results: Results, checks: dict[str, Any], mode: str, items: int) -> Iterator[str]:
     """The lines of one table; `items` are those of the timed steps."""
-    yield "| way | items/s, median | min | max | ratio to ours | by CPU time | peak MiB | training MiB | teacher \
-| gradient | accumulated |"
+    yield "| variant | items/s, median | min | max | ratio to born_again | by CPU time | peak MiB | training MiB \
+| teacher | gradient | accumulated |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for (way, its_mode), found in results.items():
+    for (variant, its_mode), found in results.items():
         if its_mode != mode:
             continue
         if "failed" in found[-1]:
-            yield f"| {_title(way)} | does not run: {found[-1]['failed']} |" + " |" * 9
+            yield f"| {_title(variant)} | does not run: {found[-1]['failed']} |" + " |" * 9
             continue
         rates = [items / figures["seconds"] for figures in found]
         cells = [f"{value:,.0f}" for value in (statistics.median(rates), min(rates), max(rates))]
-        cells += [_ratio(results, way, mode, clock) for clock in ("seconds", "cpu_seconds")]
+        cells += [_ratio(results, variant, mode, clock) for clock in ("seconds", "cpu_seconds")]
         cells += [f"{statistics.median(part[name] for part in found):,.0f}" for name in ("peak_mib", "training_mib")]
-        yield f"| {_title(way)} | {' | '.join([*cells, *verdict(checks[way])])} |"
+        yield f"| {_title(variant)} | {' | '.join([*cells, *verdict(checks[variant])])} |"
 
 
 def verdict(found: dict[str, Any]) -> tuple[str, str, str]:
@@ -199,38 +199,38 @@ def _exactness(found: dict[str, Any]) -> str:
     return "exact" if abs(factor - 1) <= EXACT else f"x {factor:.3g}"
 
 
-def _ratio(results: Results, way: str, mode: str, clock: str) -> str:
+def _ratio(results: Results, variant: str, mode: str, clock: str) -> str:
     ours = results.get((OURS, mode), [])
     if not ours or "failed" in ours[-1]:
-        return "no ours"
-    return f"{_times_ours(ours, results[way, mode], clock):.3f}"
+        return "no born_again"
+    return f"{_speed_ratio(ours, results[variant, mode], clock):.3f}"
 
 
-def _times_ours(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], clock: str) -> float:
-    """How many times as fast as ours: the median over the pairs of a repeat."""
+def _speed_ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], clock: str) -> float:
+    """Speed relative to born_again: the median over the pairs of a repeat."""
     return statistics.median(mine[clock] / its[clock] for mine, its in zip(ours, theirs, strict=True))
 
 
 def goals(results: Results, mode: str) -> str:
     """Ours against the fastest peer, which the bare loop is not, and against the smallest."""
-    done = {way: found for (way, its), found in results.items() if its == mode and "failed" not in found[-1]}
-    peers = [way for way in done if way not in (OURS, FLOOR)]
+    done = {variant: found for (variant, its), found in results.items() if its == mode and "failed" not in found[-1]}
+    peers = [variant for variant in done if variant not in (OURS, FLOOR)]
     if OURS not in done or not peers:
-        return "no comparison: ours or every peer is missing"
-    speed = {way: _times_ours(done[OURS], done[way], "seconds") for way in peers}
-    memory = {way: statistics.median(part["peak_mib"] for part in done[way]) for way in done}
+        return "no comparison: born_again or every peer is missing"
+    speed = {variant: _speed_ratio(done[OURS], done[variant], "seconds") for variant in peers}
+    memory = {variant: statistics.median(part["peak_mib"] for part in done[variant]) for variant in done}
     fastest, smallest = max(peers, key=speed.get), min(peers, key=memory.get)
     return (
-        f"{MODES[mode]}: ours is {1 / speed[fastest]:.2f} x the fastest peer ({fastest}) and takes "
+        f"{MODES[mode]}: born_again is {1 / speed[fastest]:.2f} x the fastest peer ({fastest}) and takes "
         f"{memory[OURS] / memory[smallest]:.2f} x the memory of the smallest ({smallest})"
     )
 
 
-def _title(way: str) -> str:
+def _title(variant: str) -> str:
     try:
-        return f"{way} {importlib.metadata.version(PACKAGES[way])}"
+        return f"{variant} {importlib.metadata.version(PACKAGES[variant])}"
     except (KeyError, importlib.metadata.PackageNotFoundError):
-        return way
+        return variant
 
 
 def _batch(task: str, options: argparse.Namespace) -> int:
@@ -279,8 +279,8 @@ def main(command_line: list[str] | None = None) -> None:
     record = {}
     for name in options.tasks:
         per_item = 1 if name == "images" else peers_text.WINDOW
-        asked, source = (options.images, options.cifar10) if name == "images" else (options.tokens, options.ptb)
-        steps = max(1, asked // (_batch(name, options) * per_item))
+        requested, source = (options.images, options.cifar10) if name == "images" else (options.tokens, options.ptb)
+        steps = max(1, requested // (_batch(name, options) * per_item))
         source = source.resolve() if source is not None and source.is_dir() else None
         # The check accumulates two micro-batches in each of its steps.
         count = max((steps + options.warm_up + 1) * _batch(name, options), CHECK_STEPS * TASKS[name].CHECK_BATCH * 2)

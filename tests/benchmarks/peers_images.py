@@ -109,7 +109,7 @@ def loader(run: Run) -> DataLoader:
 
 
 def as_modules(run: Run, student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What a peer takes that knows no transformers: the timm networks, in autocast where that is asked for."""
+    """What a peer takes that knows no transformers: the timm networks, in autocast where requested."""
     if not run.equal:
         return student.timm_model, teacher.timm_model
     return Logits(run, student, logits), Logits(run, teacher, logits)
@@ -374,7 +374,7 @@ def documented(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -
     trainer.train()
 
 
-def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
+def born_again(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
     """BornAgainTrainer as examples/run_cifar.py sets it up."""
     keep_freed_memory()
     BornAgainTrainer(
@@ -393,12 +393,12 @@ def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None
     ).train()
 
 
-WAYS = {
+VARIANTS = {
     "bare loop": bare_loop,
     "torchdistill": torchdistill,
     "KD_Lib": kd_lib,
     "TextBrewer": textbrewer,
     "timm": timm_task,
     "HF docs pattern": documented,
-    "born_again": ours,
+    "born_again": born_again,
 }

@@ -169,15 +169,15 @@ def stand_ins(**modules: dict[str, Any]) -> Iterator[None]:
             del sys.modules[name]
 
 
-Way = Callable[[Run, nn.Module, nn.Module, Watch], None]
+Variant = Callable[[Run, nn.Module, nn.Module, Watch], None]
 
 
-def measure(run: Run, way: Way, networks: Callable[[Run], tuple[nn.Module, nn.Module]]) -> dict[str, float]:
-    """Trains by `way` and returns seconds, cpu_seconds of the timed steps, and peak memory in MiB of the process."""
+def measure(run: Run, variant: Variant, networks: Callable[[Run], tuple[nn.Module, nn.Module]]) -> dict[str, float]:
+    """Trains `variant`; returns seconds, cpu_seconds of the timed steps, and peak memory in MiB of the process."""
     student, teacher = networks(run)
     watch = Watch(run, student, teacher)
     before = _resident_mib()
-    way(run, student, teacher, watch)
+    variant(run, student, teacher, watch)
     peak = peak_memory_mib()
     return {
         "seconds": watch.seconds,
@@ -189,14 +189,14 @@ def measure(run: Run, way: Way, networks: Callable[[Run], tuple[nn.Module, nn.Mo
 
 def check(
     run: Run,
-    way: Way,
+    variant: Variant,
     networks: Callable[[Run], tuple[nn.Module, nn.Module]],
     logits: Callable[[nn.Module, Tensor], Tensor],
 ) -> dict[str, Any]:
-    """Trains a few steps by `way` and compares the first gradient with the float64 twin of the paper's loss.
+    """Trains a few steps of `variant` and compares the first gradient with the float64 twin of the paper's loss.
 
     Returns:
-        teacher_eval: whether the teacher was in eval mode whenever it was asked; teacher_unchanged: whether its
+        teacher_eval: whether the teacher was in eval mode at every forward; teacher_unchanged: whether its
         buffers are what they were; factor and error: the gradient is `factor` times the twin's, up to `error`
         (norm of the difference over the norm).
     """
@@ -205,7 +205,7 @@ def check(
     student, teacher = student.double(), teacher.double()
     twins = copy.deepcopy(student), copy.deepcopy(teacher)
     watch = Watch(run, student, teacher.train())  # as a network is when its weights have just been loaded
-    way(run, student, teacher, watch)
+    variant(run, student, teacher, watch)
     right = twin_gradient(*twins, watch.inputs, logits)
     factor = (watch.gradient @ right / (right @ right)).item()
     error = (watch.gradient - factor * right).norm() / (factor * right).norm()

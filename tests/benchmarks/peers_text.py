@@ -203,7 +203,7 @@ def documented(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -
     trainer.train()
 
 
-def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
+def born_again(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None:
     """BornAgainLMTrainer as examples/run_ptb.py sets it up, taught by the teacher alone."""
     keep_freed_memory()
     settings = {**trainer_settings(run), "learning_rate": LEARNING_RATE}
@@ -217,12 +217,12 @@ def ours(run: Run, student: nn.Module, teacher: nn.Module, watch: Watch) -> None
     ).train()
 
 
-WAYS = {
+VARIANTS = {
     "bare loop": bare_loop,
     "torchdistill": torchdistill,
     "KD_Lib": kd_lib,
     "TextBrewer": textbrewer,
     "TRL GKD": trl_gkd,
     "HF docs pattern": documented,
-    "born_again": ours,
+    "born_again": born_again,
 }

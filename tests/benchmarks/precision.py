@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.precision [--seeds 1 2 3] [--epochs 20] [--model wide_resnet16_1_cifar]
 
-Each way is a lineage of examples/run_cifar.py with its digits recipe and other flags. Test accuracy and negative
+Each variant is a lineage of examples/run_cifar.py with its digits recipe and other flags. Test accuracy and negative
 log-likelihood (nats) of the generations as lineage.json has them, by seed, their mean, and their spread (the sample
 standard deviation over the seeds); seconds are those of training.
 """
@@ -24,7 +24,7 @@ import torch
 from born_again.lineage.machine import hardware
 from examples.run_cifar import start
 
-WAYS = {
+VARIANTS = {
     "fp32": "--bf16 False --channels_last False --teacher_precision autocast",
     "bf16, channels_last, teacher autocast": "--bf16 True --channels_last True --teacher_precision autocast",
     "bf16, channels_last, teacher inference": "--bf16 True --channels_last True --teacher_precision inference",
@@ -49,17 +49,17 @@ def quantity(record: dict[str, Any], name: str) -> float:
 
 
 def table(records: dict[str, list[list[dict[str, Any]]]], seeds: list[int]) -> list[str]:
-    """One row for each way, generation and quantity."""
-    heads = ["way", "generation", "quantity", *(f"seed {seed}" for seed in seeds), "mean", "spread"]
+    """One row for each variant, generation and quantity."""
+    heads = ["variant", "generation", "quantity", *(f"seed {seed}" for seed in seeds), "mean", "spread"]
     rows = [heads]
-    for way, lineages in records.items():
+    for variant, lineages in records.items():
         for index, role in enumerate(("teacher", "student")):
             for name, title in QUANTITIES.items():
                 values = [quantity(generations[index], name) for generations in lineages]
                 digits = {"accuracy": 2, "nll": 4, "seconds": 1}[name]
                 spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "-"
                 numbers = [f"{value:.{digits}f}" for value in (*values, statistics.mean(values))]
-                rows.append([way, role, title, *numbers, spread])
+                rows.append([variant, role, title, *numbers, spread])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--model", default="wide_resnet16_1_cifar")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    records: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
-    for seed in options.seeds:  # ways alternate, so that a busy hour is everyone's
-        for way, flags in WAYS.items():
-            records[way].append(lineage(flags, seed, options))
+    records: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in VARIANTS}
+    for seed in options.seeds:  # variants alternate, so that a busy hour is everyone's
+        for variant, flags in VARIANTS.items():
+            records[variant].append(lineage(flags, seed, options))
     print(f"digits, {options.model}, {options.epochs or 'the recipe'} epochs, {hardware()}, torch {torch.__version__}")
     print("\n".join(table(records, options.seeds)))
 

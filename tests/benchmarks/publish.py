@@ -4,7 +4,7 @@
 
 The lineage is of images from --seconds of steps each; how many steps these are is measured first. The Hub is the one
 of the tests, on this machine, and lets every request wait for --delay seconds. Repeats alternate; a short lineage that
-is not counted goes first. Training ends when the publisher is asked to finish; what is still to be sent then is the
+is not counted goes first. Training ends when the publisher is told to finish; what is still to be sent then is the
 last upload: the newest generation, the ensemble, the cards of the others, the collection.
 
 A generation is sent while the next one trains, which takes some ten requests. Where --seconds is shorter than that,
@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from born_again import BornAgainTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.hub.files import HubSettings
-from born_again.hub.launch import of_generation
+from born_again.hub.launch import generation_arguments
 from born_again.hub.publishing import BackgroundPublisher
 from born_again.models.image_classifier import load_image_classifier, save_image_classifier
 from tests.benchmarks.training import classifier, images
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, steps: int, students: int, dataset: ImageDa
         def build_trainer(student, teacher, generation) -> BornAgainTrainer:
             trainer = BornAgainTrainer(
                 student,
-                of_generation(args, generation),
+                generation_arguments(args, generation),
                 teacher=teacher,
                 train_dataset=dataset,
                 data_collator=collate_batch,
@@ -154,12 +154,12 @@ def main() -> None:
     times: dict[str, list[Times]] = {"without": [], "with": []}
     for repeat in range(options.repeats):
         # In another order each time, so that a machine that gets slower or faster counts for both.
-        for way in sorted(times, reverse=bool(repeat % 2)):
-            if way == "without":
-                times[way].append(run(options, steps, options.students, dataset))
+        for variant in sorted(times, reverse=bool(repeat % 2)):
+            if variant == "without":
+                times[variant].append(run(options, steps, options.students, dataset))
                 continue
             with tempfile.TemporaryDirectory() as home, slow_hub(Path(home), options.delay) as (hub, token):
-                times[way].append(run(options, steps, options.students, dataset, hub, token))
+                times[variant].append(run(options, steps, options.students, dataset, hub, token))
                 requests = len(hub.requests)
     ratios = [ours.training / bare.training for ours, bare in zip(times["with"], times["without"], strict=True)]
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
@@ -167,14 +167,14 @@ def main() -> None:
     print(f"each of {requests} requests to the Hub takes {options.delay:g} s")
     print("| publishing | training, median s | min    | max    | before, s | last upload, s |")
     print("|------------|--------------------|--------|--------|-----------|----------------|")
-    for way, found in times.items():
+    for variant, found in times.items():
         training = [one.training for one in found]
         waited = f"{'':9} | {'':14}"
-        if way == "with":
+        if variant == "with":
             before, after = statistics.median(o.before for o in found), statistics.median(o.after for o in found)
             waited = f"{before:9.1f} | {after:14.1f}"
         middle = statistics.median(training)
-        print(f"| {way:10} | {middle:18.1f} | {min(training):6.1f} | {max(training):6.1f} | {waited} |")
+        print(f"| {variant:10} | {middle:18.1f} | {min(training):6.1f} | {max(training):6.1f} | {waited} |")
     print(f"ratio of the training: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 

@@ -4,9 +4,9 @@
 
 bf16 autocast, channels_last for images, SGD; images by BAN, text by BAN+L with the state carried and gradients
 clipped. `inference` is the folded teacher. The loops have a process of their own, in which malloc is as
-it comes; `kept` is the loop in the process of the trainers, which on a CPU keeps freed memory for the next step
+it comes; `memory kept` is the loop in the process of the trainers, which on a CPU keeps freed memory for the next step
 (born_again.lineage.machine), and tells how much of the difference that is. Repeats alternate; the first of each is a
-warm-up that is not counted. `mid` is the median; ratios are of pairs of one repeat.
+warm-up that is not counted. The median is shown; ratios are of pairs of one repeat.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ TASKS = {
     "lstm": TextTask("lstm-small", 20, 35, 40),
 }
 # What is trained in which process, and whether with a teacher; the loop of the same work comes first.
-WAYS = {
+VARIANTS = {
     "loop, labels only": ("loops", False),
     "trainer, labels only": ("trainers", False),
     "loop": ("loops", True),
-    "loop, kept": ("trainers", True),
+    "loop, memory kept": ("trainers", True),
     "trainer": ("trainers", True),
     "trainer, inference": ("trainers", True),
 }
 
 
-def seconds(task: ImageTask | TextTask, way: str) -> float:
+def seconds(task: ImageTask | TextTask, variant: str) -> float:
     """Seconds of the steps of one training."""
     disable_progress_bar()
-    taught = WAYS[way][1]
-    if way.startswith("loop"):
+    taught = VARIANTS[variant][1]
+    if variant.startswith("loop"):
         return task.with_bare_loop(taught)
-    precision = {"teacher_precision": "inference"} if "inference" in way else {}
+    precision = {"teacher_precision": "inference"} if "inference" in variant else {}
     return task.with_trainer(taught, **precision)
 
 
@@ -55,8 +55,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, bf16, {options.repeats} repeats")
-    print("| task                             | way                  | items/s, mid |    min |    max | to the loop |")
-    print("|----------------------------------|----------------------|--------------|--------|--------|-------------|")
+    print(
+        "| task                             | variant              | items/s, median |    min |    max | to the loop |"
+    )
+    print(
+        "|----------------------------------|----------------------|-----------------|--------|--------|-------------|"
+    )
     with ExitStack() as stack:
         pools = {
             name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), prepare))
@@ -64,17 +68,17 @@ def main() -> None:
         }
         for name in options.tasks:
             task = TASKS[name]
-            rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
             for repeat in range(options.repeats + 1):
-                for way, (process, _) in reversed(WAYS.items()):
-                    rate = task.items / pools[process].submit(seconds, task, way).result()
+                for variant, (process, _) in reversed(VARIANTS.items()):
+                    rate = task.items / pools[process].submit(seconds, task, variant).result()
                     if repeat:
-                        rates[way].append(rate)
-            for way, found in rates.items():
-                loop = rates["loop, labels only" if "labels" in way else "loop"]
+                        rates[variant].append(rate)
+            for variant, found in rates.items():
+                loop = rates["loop, labels only" if "labels" in variant else "loop"]
                 ratio = statistics.median(ours / bare for ours, bare in zip(found, loop, strict=True))
                 print(
-                    f"| {task!s:32} | {way:20} | {statistics.median(found):12,.0f} | {min(found):6,.0f} "
+                    f"| {task!s:32} | {variant:20} | {statistics.median(found):15,.0f} | {min(found):6,.0f} "
                     f"| {max(found):6,.0f} | {ratio:11.3f} |",
                     flush=True,
                 )

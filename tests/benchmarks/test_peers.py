@@ -35,7 +35,7 @@ def logits(network, inputs):
     return network(inputs)
 
 
-def way(scale=1.0, teacher_mode=False, soften=1.0):
+def variant(scale=1.0, teacher_mode=False, soften=1.0):
     def train(run, student, teacher, watch):
         generator = torch.Generator().manual_seed(1)
         teacher.train(teacher_mode)
@@ -54,27 +54,27 @@ def way(scale=1.0, teacher_mode=False, soften=1.0):
 
 
 def test_a_right_gradient_is_exact(peers, run):
-    found = peers.check(run, way(), networks, logits)
+    found = peers.check(run, variant(), networks, logits)
     run.accumulate = 2
-    found["accumulated"] = peers.check(run, way(), networks, logits)
+    found["accumulated"] = peers.check(run, variant(), networks, logits)
     assert peers.verdict(found) == ("eval", "exact", "exact")
 
 
 def test_a_scaled_gradient_is_told_by_its_factor(peers, run):
-    found = peers.check(run, way(scale=0.1), networks, logits)
+    found = peers.check(run, variant(scale=0.1), networks, logits)
     found["accumulated"] = {"failed": "it has none"}
     assert peers.verdict(found) == ("eval", "x 0.1", "none: it has none")
 
 
 def test_another_loss_is_off(peers, run):
-    found = peers.check(run, way(soften=4.0), networks, logits)
+    found = peers.check(run, variant(soften=4.0), networks, logits)
     assert found["error"] > 0.01
     found["accumulated"] = found
     assert "off by" in peers.verdict(found)[1]
 
 
 def test_a_teacher_in_training_mode_is_seen(peers, run):
-    found = peers.check(run, way(teacher_mode=True), networks, logits)
+    found = peers.check(run, variant(teacher_mode=True), networks, logits)
     found["accumulated"] = found
     assert peers.verdict(found)[0] == "IN TRAINING MODE, its statistics moved"
     assert found["error"] > 1e-3
@@ -82,7 +82,7 @@ def test_a_teacher_in_training_mode_is_seen(peers, run):
 
 def test_the_clock_runs_over_the_timed_steps(peers, run):
     run.checked = False
-    found = peers.measure(run, way(), networks)
+    found = peers.measure(run, variant(), networks)
     assert 0 < found["seconds"] < 60 and found["peak_mib"] > 0
 
 
