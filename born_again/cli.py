@@ -1,12 +1,12 @@
-"""The command born-again: looks at lineages that are on disk or on the Hub; also python -m born_again.cli.
+"""The command born-again: status, evaluation, cards and publishing of lineages; also python -m born_again.cli.
 
     born-again status OUTPUT_DIR
     born-again evaluate OUTPUT_DIR/gen2
     born-again card OUTPUT_DIR
     born-again publish OUTPUT_DIR --namespace NAME
 
-Exit status: 0; 1 where evaluate finds what differs from the record, or publish leaves something unpublished; 2 for
-arguments and files that are wrong.
+Exit status: 0; 1 if evaluate finds a difference to the record, or publish leaves something unpublished; 2 for invalid
+arguments or files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-# Column -> split, metric, factor and format of what it shows; shown where a generation has it.
+# Column -> split, metric, factor and format; shown if a generation has the metric.
 _METRICS = {
     "accuracy": ("test", "accuracy", 100, ".2f"),
     "valid. ppl": ("validation", "perplexity", 1, ".2f"),
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after the program's name; None reads sys.argv.
+        argv: the arguments after the program's name; None reads sys.argv.
 
     Returns:
         The exit status.
@@ -39,34 +39,38 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: after --help.
     """
-    # Imported here and in the commands: each loads what it needs, and status no network.
+    # Imports are in the functions, so that every command loads only what it needs.
     from born_again.lineage.manifest import LineageError
 
     try:
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if isinstance(error, RuntimeError) and not (isinstance(error, LineageError) or _is_of_the_hub(error)):
+        if isinstance(error, RuntimeError) and not (isinstance(error, LineageError) or _is_hub_error(error)):
             raise
-        print(f"born-again: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"born-again: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
-def _is_of_the_hub(error: RuntimeError) -> bool:
+def _is_hub_error(error: RuntimeError) -> bool:
     from born_again.hub.client import HubError
 
     return isinstance(error, HubError)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the rest of the command does."""
+    """Raises its errors, so that they are printed as one line like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
+        raise ValueError(f"{message}; {self.prog} --help lists the options.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("born-again", description="Looks at lineages of born-again networks.", allow_abbrev=False)
+    parser = _Parser(
+        "born-again",
+        description="Manages lineages of born-again networks.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_status(commands)
     _add_evaluate(commands)
@@ -76,36 +80,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_status(commands: Any) -> None:
-    description = "Says how far a lineage is, what runs, what is next; reads only, also while a run is going on."
+    description = "Shows results, progress and next step of a lineage; read-only, also during a run."
     parser = commands.add_parser("status", help=description, description=description, allow_abbrev=False)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
-    parser.add_argument("--verify", action="store_true", help="Hash the weights of the finished generations too.")
+    parser.add_argument("--verify", action="store_true", help="Also verify the hashes of the weights.")
     parser.add_argument("--json", action="store_true", help="Print the facts as one JSON object.")
     parser.set_defaults(run=_status)
 
 
 def _add_evaluate(commands: Any) -> None:
-    description = "Measures a generation or an ensemble again, and compares with its record."
+    description = "Evaluates a generation or an ensemble again, and compares with its record."
     parser = commands.add_parser("evaluate", help=description, description=description, allow_abbrev=False)
     parser.add_argument(
         "path", metavar="PATH_OR_HUB_ID", help="OUTPUT_DIR/gen2, OUTPUT_DIR/ensemble, or a Hub repository."
     )
     parser.add_argument("--revision", help="Branch, tag or commit of the Hub repository.")
-    parser.add_argument("--dataset", help="What to measure on; the lineage's when not given.")
+    parser.add_argument("--dataset", help="Dataset to evaluate on; the lineage's when not given.")
     parser.add_argument("--dataset_revision", help="Branch, tag or commit of a Hub dataset.")
     for name in ("image_column", "label_column", "text_column"):
         parser.add_argument(f"--{name}", help="The lineage's, or found by its type.")
     parser.add_argument("--image_size", type=int, metavar="N", help="The lineage's, or that of config.json.")
-    parser.add_argument("--max_eval_samples", type=int, metavar="N", help="Measure on so many items only.")
+    parser.add_argument("--max_eval_samples", type=int, metavar="N", help="Evaluate on at most N items.")
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="Images at once, or streams of a text without a state."
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="Images per batch, or streams of a stateless language model.",
     )
-    parser.add_argument("--device", help="cpu, cuda:0 ...; the accelerator where there is one.")
+    parser.add_argument("--device", help="cpu, cuda:0 ...; the accelerator if there is one.")
     parser.add_argument(
         "--tolerance",
         type=float,
         metavar="X",
-        help="How far, absolutely or relatively, a number may be from the record; 0.0001 when not given.",
+        help="Allowed absolute or relative difference to the record; 0.0001 when not given.",
     )
     parser.add_argument("--json", action="store_true", help="Print the result as one JSON object.")
     parser.set_defaults(run=_evaluate)
@@ -119,14 +126,14 @@ def _add_card(commands: Any) -> None:
 
 
 def _add_publish(commands: Any) -> None:
-    description = "Publishes what is finished and not on the Hub: generations, ensemble, collection."
+    description = "Publishes finished generations, ensemble and collection that are not on the Hub."
     parser = commands.add_parser("publish", help=description, description=description, allow_abbrev=False)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
     parser.add_argument("--namespace", help="User or organisation; that of the lineage when not given.")
-    parser.add_argument("--name_pattern", help="Of the repositories, such as '{name}-gen{index}'.")
-    parser.add_argument("--private", action="store_true", default=None, help="New repositories are private.")
+    parser.add_argument("--name_pattern", help="Pattern of the repository names, such as '{name}-gen{index}'.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make new repositories private.")
     parser.add_argument("--branch", help="Commit to this branch.")
-    parser.add_argument("--license", help="For the cards, such as apache-2.0.")
+    parser.add_argument("--license", help="License in the cards, such as apache-2.0.")
     parser.set_defaults(run=_publish)
 
 
@@ -137,7 +144,7 @@ def _status(arguments: argparse.Namespace) -> int:
     from born_again.lineage.status import lineage_status
 
     facts = lineage_status(arguments.output_dir, arguments.verify)
-    print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else _plain(_status_text(facts)))
+    print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else _printable(_status_text(facts)))
     return 0
 
 
@@ -213,7 +220,7 @@ def _holder(running: Mapping[str, Any]) -> str:
     where = "" if running["host"] is None else f" on {running['host']}"
     since = "" if running["since"] is None else f" since {running['since']}"
     command = f" ({running['command']})" if running["command"] else ""
-    doubt = "" if running["certain"] else "; perhaps, since this system knows no locks: that process may be gone"
+    doubt = "" if running["certain"] else "; perhaps: this system has no locks, so that process may have ended"
     return f"{who}{where}{since}{command}{doubt}"
 
 
@@ -223,13 +230,13 @@ def _holder(running: Mapping[str, Any]) -> str:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
-    from born_again.lineage.machine import use_cores
-    from born_again.lineage.reevaluation import TOLERANCE, remeasure
+    from born_again.lineage.machine import set_threads
+    from born_again.lineage.reevaluation import TOLERANCE, reevaluate
 
-    use_cores(None)  # as the runs are, so that sums are taken in the same order
+    set_threads(None)  # as in a training, so that sums have the same order
     disable_progress_bar()
     names = ("dataset_revision", "image_column", "label_column", "image_size", "text_column", "max_eval_samples")
-    result = remeasure(
+    result = reevaluate(
         arguments.path,
         revision=arguments.revision,
         dataset=arguments.dataset,
@@ -238,7 +245,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         tolerance=TOLERANCE if arguments.tolerance is None else arguments.tolerance,
     )
-    print(json.dumps(result, indent=2, allow_nan=False) if arguments.json else _plain(_evaluation_text(result)))
+    print(json.dumps(result, indent=2, allow_nan=False) if arguments.json else _printable(_evaluation_text(result)))
     return 1 if result["agrees"] is False else 0
 
 
@@ -267,8 +274,8 @@ def _evaluation_text(result: Mapping[str, Any]) -> str:
         if entry["sha256"] is None:
             lines.append(f"{entry['file']}: is missing")
         else:
-            verb = "hashes" if entry["agrees"] else "does not hash"
-            lines.append(f"{entry['file']}: {verb} to the record ({entry['recorded'][:12]}...)")
+            verb = "matches" if entry["agrees"] else "does not match"
+            lines.append(f"{entry['file']}: {verb} the recorded hash ({entry['recorded'][:12]}...)")
     if result["note"] is not None:
         lines.append(f"not compared: {result['note']}")
     else:
@@ -298,7 +305,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     names = ("namespace", "name_pattern", "private", "branch", "license")
     left = publish_lineage(arguments.output_dir, **{name: getattr(arguments, name) for name in names})
     for what, why in left.items():
-        print(_plain(f"not published: {what}: {why}"))
+        print(_printable(f"not published: {what}: {why}"))
     if not left:
         print("everything that is finished is published")
     return 1 if left else 0
@@ -312,8 +319,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _plain(text: str) -> str:
-    """Names in a folder of someone else's must not steer the terminal."""
+def _printable(text: str) -> str:
+    """Replaces control characters: a folder from someone else must not control the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 

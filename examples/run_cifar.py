@@ -3,7 +3,7 @@
     accelerate launch examples/run_cifar.py --generations 3
     accelerate launch examples/run_cifar.py --generations 3 --dataset digits
 
-The same command goes on where it stopped. Every training argument of transformers is a flag; without flags the recipe
+The same command resumes where it stopped. Every training argument of transformers is a flag; without flags the recipe
 is the paper's (digits and --smoke have small ones).
 """
 
@@ -30,22 +30,22 @@ from born_again import (
 from born_again.data.augment import usual_padding
 from born_again.data.decode import EMBEDDED, warn
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch, fits_on_gpu
-from born_again.data.images import ImageData, doubt_of_mirroring, load_images, may_mirror
+from born_again.data.images import ImageData, allows_flip, flip_warning, load_images
 from born_again.hub.launch import (
     LineageFlags,
-    go_on,
+    create_publisher,
+    generation_arguments,
     hub_settings,
     launch,
-    of_generation,
-    publishing,
-    teacher_named,
+    load_external_teacher,
+    resume_lineage,
     train,
 )
 from born_again.hub.model_card import ensemble_card, image_classifier_card
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_classifier
-from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.reevaluation import images_to_measure
+from born_again.lineage.machine import has_fast_bf16, set_threads
+from born_again.lineage.reevaluation import evaluation_images
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
@@ -59,7 +59,7 @@ IMAGE_SIZE = 32
 
 @dataclass
 class LineageArguments(LineageFlags):
-    """What is trained on what; how is said by the training arguments."""
+    """Model and data of a lineage; see BornAgainTrainingArguments for the training."""
 
     model: str | None = field(default=None, metadata={"help": "A timm architecture; densenet90_60_cifar for cifar."})
     dropout: float = field(
@@ -71,16 +71,16 @@ class LineageArguments(LineageFlags):
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     label_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
-    image_size: int = field(default=IMAGE_SIZE, metadata={"help": "Side that images are squashed to, in pixels."})
+    image_size: int = field(default=IMAGE_SIZE, metadata={"help": "Side that images are resized to, in pixels."})
     flip: bool = field(
         default=True, metadata={"help": "Mirror images at random; False where the name says digits or letters."}
     )
     test_samples: int | None = field(
-        default=None, metadata={"help": "How many of the 1,797 digits are for testing; 1,197 when not given."}
+        default=None, metadata={"help": "Number of test images of the 1,797 digits; 1,197 when not given."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
-    images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images on the GPU, if there is one to fit."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many images."})
+    images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images in GPU memory, if they fit."})
 
 
 # Zagoruyko and Komodakis 2016 (arXiv 1605.07146), as the paper uses it: batch 128, 200 epochs.
@@ -126,25 +126,25 @@ HOUSEKEEPING = {
 }
 
 
-def recipe(asked: Namespace) -> dict[str, Any]:
-    """The values that suit what was asked, under those that were asked."""
-    values = {**PAPER, **HOUSEKEEPING, "bf16": has_fast_bf16() and not asked.fp16}
-    values |= take_from_launcher(asked.given, asked)
+def recipe(args: Namespace) -> dict[str, Any]:
+    """Defaults that suit the given arguments, which take precedence over them."""
+    values = {**PAPER, **HOUSEKEEPING, "bf16": has_fast_bf16() and not args.fp16}
+    values |= take_from_launcher(args.given, args)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
-    if asked.smoke:
+    if args.smoke:
         values |= SMOKE
-    elif asked.dataset == "digits":
+    elif args.dataset == "digits":
         values |= DIGITS
     else:
         values |= CIFAR
     # The batch is that of all processes together.
     values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
-    model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
-    values["flip"] = may_mirror(dataset)
+    model, dataset = args.model or values["model"], args.dataset or values["dataset"]
+    values["flip"] = allows_flip(dataset)
     if model.startswith("wide_resnet28_"):
         values["dropout"] = 0.3
     values["name"] = plain_name(f"{family(model)}-{Path(dataset).name}")
-    values["output_dir"] = f"outputs/{asked.name or values['name']}"
+    values["output_dir"] = f"outputs/{args.name or values['name']}"
     return values
 
 
@@ -154,11 +154,11 @@ def family(model: str) -> str:
 
 
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
-    """What decides the weights, out of all flags."""
+    """The spec of the flags that affect the weights."""
     names = ("dataset_revision", "image_column", "label_column", "test_samples", "max_train_samples")
     names += ("max_eval_samples",)
     data_args = {name: getattr(lineage, name) for name in names if getattr(lineage, name) is not None}
-    # Lineages from before these could be chosen have neither: all but digits were mirrored.
+    # Earlier lineages do not have these fields: all datasets but digits were mirrored.
     if lineage.image_size != IMAGE_SIZE:
         data_args["image_size"] = lineage.image_size
     if lineage.flip != (lineage.dataset != EMBEDDED):
@@ -179,7 +179,7 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
 
 
 def describe_input(lineage: LineageArguments, training: BornAgainTrainingArguments) -> str:
-    """What becomes of an image in training and how long that is, for the first lines of a run."""
+    """Augmentation and length of the training, for the first lines of a run."""
     size = lineage.image_size
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     length = f"{training.num_train_epochs:g} epochs" if training.max_steps < 0 else f"{training.max_steps:,} steps"
@@ -195,13 +195,13 @@ def describe_input(lineage: LineageArguments, training: BornAgainTrainingArgumen
 def build_runner(
     spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, lineage: LineageArguments
 ) -> LineageRunner:
-    """The three factories, and how a generation is saved, measured and described."""
-    test = images_to_measure(data.test, data.mean, data.std)
+    """The runner, with functions that build, save, evaluate and describe a generation."""
+    test = evaluation_images(data.test, data.mean, data.std)
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
-        # A network trained elsewhere has other statistics than the data, which its config tells.
+        # A network trained elsewhere may have another mean and std, as its config says.
         own = model.config.pretrained_cfg or {}
-        images = images_to_measure(data.test, own.get("mean") or data.mean, own.get("std") or data.std)
+        images = evaluation_images(data.test, own.get("mean") or data.mean, own.get("std") or data.std)
         return {
             "test": evaluate_classifier(
                 model, images, collate_batch, training.per_device_eval_batch_size, training.device
@@ -222,7 +222,7 @@ def build_runner(
     def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
         return BornAgainTrainer(
             student,
-            of_generation(training, generation),
+            generation_arguments(training, generation),
             teacher=teacher,
             data_collator=collate_batch,
             train_dataset=ImageDataset(
@@ -240,15 +240,17 @@ def build_runner(
         )
 
     def take_teacher() -> nn.Module:
-        teacher = teacher_named(spec.teacher, lambda: load_image_classifier(spec.teacher, spec.teacher_revision))
+        teacher = load_external_teacher(
+            spec.teacher, lambda: load_image_classifier(spec.teacher, spec.teacher_revision)
+        )
         height, width, channels = data.test.pixels.shape[1:]
         check_image_shape(teacher, channels, (height, width))
-        if (asked := read_otherwise(teacher.config.pretrained_cfg, data.interpolation)) is not None:
+        if (difference := read_otherwise(teacher.config.pretrained_cfg, data.interpolation)) is not None:
             warn(
-                f"teacher: {spec.teacher} says that it was trained on images with {asked}; here images of another "
-                f"size than {height} x {width} are squashed by {data.interpolation}, on which it is measured and "
-                "teaches. Bring them to this size as it read them, or mend pretrained_cfg in its config.json where it "
-                "says what was not done."
+                f"teacher: {spec.teacher} says that it was trained on images with {difference}; here images of a size "
+                f"other than {height} x {width} are squashed by {data.interpolation}, and it is evaluated and teaches "
+                "on these. Resize them as it did before loading them, or correct pretrained_cfg in its config.json if "
+                "it is wrong."
             )
         return teacher
 
@@ -267,16 +269,16 @@ def build_runner(
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
-        publisher=publishing(lineage, training),
+        publisher=create_publisher(lineage, training),
     )
 
 
 def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
-    hub_settings(lineage, training)  # refused before any work
-    use_cores(lineage.threads)
+    hub_settings(lineage, training)  # validates before any work
+    set_threads(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
-    begun = go_on(lineage, training)
-    if begun is not None:  # what the name of the data has chosen, also by an earlier version
+    begun = resume_lineage(lineage, training)
+    if begun is not None:  # defaults that depend on the dataset, or on the version it was begun with
         chosen = {"flip": begun.dataset != EMBEDDED, "image_size": IMAGE_SIZE, "test_samples": None}
         for name, default in chosen.items():
             if name not in lineage.given:
@@ -295,11 +297,11 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     )
     if training.process_index == 0:
         print(describe_input(lineage, training))
-    if lineage.flip and (doubt := doubt_of_mirroring(data.label_names)):
+    if lineage.flip and (doubt := flip_warning(data.label_names)):
         warn(f"--flip: images are mirrored at random, and {doubt}; --no_flip turns this off")
     if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
         data = data.to(training.device)
-        training.dataloader_pin_memory = False  # which is for what is still in main memory
+        training.dataloader_pin_memory = False  # only for tensors in main memory
     dropout = f" with dropout {lineage.dropout:g}" if lineage.dropout else ""
     return train(
         build_runner(spec, data, training, lineage),

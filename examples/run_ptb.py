@@ -3,7 +3,7 @@
     accelerate launch examples/run_ptb.py --dataset FOLDER_WITH_PTB_TXT
     accelerate launch examples/run_ptb.py --generations 1 --dataset grammar --smoke
 
-The same command goes on where it stopped. Every training argument of transformers is a flag; without flags the recipe
+The same command resumes where it stopped. Every training argument of transformers is a flag; without flags the recipe
 suits the model (below). The loss is a mean over tokens: a learning rate for a loss summed over the 35 steps of a
 window is multiplied by 35 here, and its gradient clipping divided by 35.
 """
@@ -26,19 +26,19 @@ from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
 from born_again.hub.launch import (
     LineageFlags,
-    go_on,
+    create_publisher,
+    generation_arguments,
     hub_settings,
     launch,
-    of_generation,
-    publishing,
-    teacher_named,
+    load_external_teacher,
+    resume_lineage,
     train,
 )
 from born_again.hub.model_card import ensemble_card, language_model_card
 from born_again.lineage.arguments import parse_arguments
 from born_again.lineage.evaluation import evaluate_language_model
-from born_again.lineage.machine import has_fast_bf16, use_cores
-from born_again.lineage.reevaluation import texts_to_measure
+from born_again.lineage.machine import has_fast_bf16, set_threads
+from born_again.lineage.reevaluation import evaluation_streams
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.models.language_models import (
@@ -55,14 +55,14 @@ from born_again.training.environment import take_from_launcher
 
 @dataclass
 class LineageArguments(LineageFlags):
-    """What is trained on what; how is said by the training arguments."""
+    """Model and data of a lineage; see BornAgainTrainingArguments for the training."""
 
     generations: int = field(default=1, metadata={"help": "Students after the teacher."})
     model: str | None = field(
         default=None,
         metadata={
             "help": "lstm-small (the default), lstm-medium, lstm-large, char-cnn-lstm, gpt2-small, or a Hub id or "
-            "folder whose configuration is taken."
+            "folder whose configuration is used."
         },
     )
     dropout: float | None = field(
@@ -75,8 +75,8 @@ class LineageArguments(LineageFlags):
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     text_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many tokens only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many tokens only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many tokens."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many tokens."})
 
 
 # Two layers, embeddings tied to the softmax, in the way of Zaremba et al. 2014 (arXiv 1409.2329): learning rate 20
@@ -135,25 +135,25 @@ HOUSEKEEPING = {
 }
 
 
-def recipe(asked: Namespace) -> dict[str, Any]:
-    """The values that suit what was asked, under those that were asked."""
-    values = {"model": "lstm-small", "dataset": "ptb", **(SMOKE if asked.smoke else {})}
-    model, dataset = asked.model or values["model"], asked.dataset or values["dataset"]
+def recipe(args: Namespace) -> dict[str, Any]:
+    """Defaults that suit the given arguments, which take precedence over them."""
+    values = {"model": "lstm-small", "dataset": "ptb", **(SMOKE if args.smoke else {})}
+    model, dataset = args.model or values["model"], args.dataset or values["dataset"]
     own = RECIPES[model] if model in RECIPES else LSTM if is_recurrent(model) else TRANSFORMER
-    values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not asked.fp16}
-    values |= take_from_launcher(asked.given, asked)
+    values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not args.fp16}
+    values |= take_from_launcher(args.given, args)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
-    # Streams in which validation is read: fewer where the training has fewer.
-    values["per_device_eval_batch_size"] = min(8, asked.per_device_train_batch_size)
-    if asked.lr_milestones or asked.lr_scheduler_type != "linear":
+    # Number of validation streams, at most that of the training.
+    values["per_device_eval_batch_size"] = min(8, args.per_device_train_batch_size)
+    if args.lr_milestones or args.lr_scheduler_type != "linear":
         values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
     values["name"] = plain_name(f"{Path(model).name}-{Path(dataset).name}")
-    values["output_dir"] = f"outputs/{asked.name or values['name']}"
+    values["output_dir"] = f"outputs/{args.name or values['name']}"
     return values
 
 
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
-    """What decides the weights, out of all flags."""
+    """The spec of the flags that affect the weights."""
     data_args = ("window", "dataset_revision", "text_column", "max_train_samples", "max_eval_samples")
     return LineageSpec(
         name=lineage.name,
@@ -173,14 +173,14 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
 def build_runner(
     spec: LineageSpec, data: TextData, training: BornAgainTrainingArguments, lineage: LineageArguments
 ) -> LineageRunner:
-    """The three factories, and how a generation is measured and described."""
+    """The runner, with functions that build, evaluate and describe a generation."""
     words = vocabulary_of(data.tokenizer)
     window, eval_batch = lineage.window, training.per_device_eval_batch_size
 
     def streams(tokens: torch.Tensor, count: int, steps: int) -> TokenStreams:
         return TokenStreams(tokens, count, min(steps, len(tokens)), before=data.tokenizer.eos_token_id)
 
-    # Made before anything is written, since arguments may not fit the model, or a text be too short.
+    # Before anything is written: model arguments may be invalid, or a text too short.
     with torch.device("meta"):
         carries = carries_state(create_language_model(spec.model, words, **spec.model_args))
     if not carries:
@@ -189,7 +189,7 @@ def build_runner(
         )
     train = streams(data.train, training.per_device_train_batch_size, window)
     validation = streams(data.validation, eval_batch, window)
-    measured = texts_to_measure(data, carries, window, eval_batch)
+    measured = evaluation_streams(data, carries, window, eval_batch)
 
     def build_student(generation: Generation) -> nn.Module:
         return create_language_model(spec.model, words, **spec.model_args)
@@ -198,7 +198,7 @@ def build_runner(
         parent = Path(training.output_dir) / f"gen{generation.parent}"
         return BornAgainLMTrainer(
             student,
-            of_generation(training, generation),
+            generation_arguments(training, generation),
             teacher=teacher,
             data_collator=collate_windows,
             train_dataset=train,
@@ -208,14 +208,14 @@ def build_runner(
         )
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
-        # A teacher trained elsewhere need not read as its students do.
+        # A teacher trained elsewhere may carry a state where its students do not, or the reverse.
         own = carries_state(model)
-        texts = measured if own == carries else texts_to_measure(data, own, window, eval_batch)
+        texts = measured if own == carries else evaluation_streams(data, own, window, eval_batch)
         return {split: evaluate_language_model(model, text, training.device) for split, text in texts.items()}
 
     def take_teacher() -> nn.Module:
-        network = teacher_named(spec.teacher, lambda: load_language_model(spec.teacher, spec.teacher_revision))
-        if Path(spec.teacher).is_dir() and not has_tokenizer(spec.teacher):  # transformers would make an empty one
+        network = load_external_teacher(spec.teacher, lambda: load_language_model(spec.teacher, spec.teacher_revision))
+        if Path(spec.teacher).is_dir() and not has_tokenizer(spec.teacher):  # transformers would create an empty one
             raise ValueError(
                 f"teacher: {spec.teacher!r} has no tokenizer (tokenizer.json or tokenizer_config.json), expected the "
                 "one it was trained with, which is compared with the text's; save it there with save_pretrained."
@@ -232,7 +232,7 @@ def build_runner(
                 f"expected no more, since it reads what its students read: give --window {limit}, or another teacher."
             )
         if (vocabulary_size(network) or 0) > len(data.tokenizer):
-            network.resize_token_embeddings(len(data.tokenizer))  # without the padding that its students do not have
+            network.resize_token_embeddings(len(data.tokenizer))  # without padding tokens
         return network
 
     return LineageRunner(
@@ -249,12 +249,12 @@ def build_runner(
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
-        publisher=publishing(lineage, training),
+        publisher=create_publisher(lineage, training),
     )
 
 
-def coverage_shown(data: TextData) -> str:
-    """For the first line: what the vocabulary does not cover, and what of it is not trained on."""
+def describe_coverage(data: TextData) -> str:
+    """The shares of unknown and untrained tokens, for the first line of a run."""
     shares = {
         what: " + ".join(f"{100 * own[kind]:.2f}" for own in data.coverage.values())
         for kind, what in (("unknown", "unknown"), ("untrained", "known but not in what is trained on"))
@@ -264,11 +264,11 @@ def coverage_shown(data: TextData) -> str:
 
 
 def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
-    hub_settings(lineage, training)  # refused before any work
-    use_cores(lineage.threads)
+    hub_settings(lineage, training)  # validates before any work
+    set_threads(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_language_model(lineage.model, lineage.window)
-    go_on(lineage, training)
+    resume_lineage(lineage, training)
     spec = lineage_spec(lineage, training)
     data = load_text(
         lineage.dataset,
@@ -284,14 +284,14 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         runner,
         training,
         f"{spec.name}: {spec.model} on {lineage.dataset} ({len(data.train):,} + {len(data.validation):,} + "
-        f"{len(data.test):,} tokens, {len(data.tokenizer):,} words{coverage_shown(data)})",
+        f"{len(data.test):,} tokens, {len(data.tokenizer):,} words{describe_coverage(data)})",
         network,
         tune_process=lineage.tune_process,
     )
     if training.process_index == 0 and data.entropy_per_word is not None:
         print(
             f"Floor: the {lineage.dataset} has {data.entropy_per_word:.4f} nats per word, perplexity "
-            f"{math.exp(data.entropy_per_word):.2f}; no model can be below it but by the luck of a short test."
+            f"{math.exp(data.entropy_per_word):.2f}; no model can be below it, except by chance on a short test."
         )
     return status
 

@@ -1,6 +1,5 @@
 """The command born-again, on lineages that the examples have trained."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import load_example
 from lineage_folders import network
 from safetensors.torch import load_file, save_file
 
 from born_again.cli import main
 from born_again.data.text import load_text
 from born_again.lineage.lock import FolderLock
-from born_again.lineage.reevaluation import texts_to_measure
+from born_again.lineage.reevaluation import evaluation_streams
 from born_again.lineage.spec import spec_sha256
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--num_train_epochs", "1", "--threads", "1", "--disable_tqdm", "True", "--logging_steps", "999", "--smoke"]
 IMAGES = ["--max_train_samples", "64", "--max_eval_samples", "48", "--generations", "2", "--learning_rate", "0.01"]
 TEXT = ["--max_train_samples", "900", "--max_eval_samples", "301"]
@@ -27,11 +26,7 @@ GPT2 = ["--window", "6", "--per_device_train_batch_size", "4", "--generations", 
 
 
 def start(name: str, *words: str | Path) -> None:
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    module.start([*SHORT, *map(str, words)])
+    load_example(name).start([*SHORT, *map(str, words)])
 
 
 @pytest.fixture(scope="session")
@@ -220,9 +215,9 @@ def test_weights_that_were_changed(run, images):
     for path in ("gen2", "ensemble"):
         status, result, _ = run("evaluate", images / path, "--json")
         assert (status, result["agrees"], result["compared"]) == (1, False, False)
-        assert result["note"].startswith("the weights do not hash to the record")
+        assert result["note"].startswith("the weights do not match the recorded hash")
         assert [entry["file"] for entry in result["weights"] if not entry["agrees"]] == ["gen2/model.safetensors"]
-    assert "gen2/model.safetensors: does not hash to the record" in run("evaluate", images / "gen2")[1]
+    assert "gen2/model.safetensors: does not match the recorded hash" in run("evaluate", images / "gen2")[1]
     (images / "gen2/model.safetensors").write_bytes(b"short")
     status, said, _ = run("evaluate", images / "gen2")
     assert status == 1 and "and do not load" in said
@@ -243,7 +238,7 @@ def test_data_that_has_moved_is_asked_for_and_compared_by_its_hash(run, images):
     content["spec_sha256"] = spec_sha256(content["spec"])
     (images / "lineage.json").write_text(json.dumps(content))
     status, _, error = run("evaluate", images / "gen1")
-    assert status == 2 and "measured on '/home/someone/digits', which is not on this machine" in error
+    assert status == 2 and "evaluated on '/home/someone/digits', which is not on this machine" in error
     assert "give --dataset" in error
     status, result, _ = run("evaluate", images / "gen1", "--dataset", "digits", "--json")
     assert (status, result["agrees"], result["compared"]) == (0, True, True)
@@ -256,7 +251,7 @@ def test_data_in_a_folder_named_from_elsewhere_is_asked_for(run, images):
     content["spec_sha256"] = spec_sha256(content["spec"])
     (images / "lineage.json").write_text(json.dumps(content))
     status, _, error = run("evaluate", images / "gen1")
-    assert status == 2 and "measured on 'photos/birds', which cannot be read here" in error
+    assert status == 2 and "evaluated on 'photos/birds', which cannot be read here" in error
     assert f"it is looked for from {os.getcwd()!r}" in error and "give --dataset" in error
 
 
@@ -269,7 +264,7 @@ def test_data_that_is_not_the_networks_is_refused(run, images, text_lineages, tm
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("the cat sat\nthe cat\n" * 100)
     status, _, error = run("evaluate", text_lineages / "lstm/gen0", "--dataset", tmp_path)
-    assert status == 2 and "are not those that the network was trained on" in error
+    assert status == 2 and "is not that of the network" in error
     status, _, error = run("evaluate", images / "gen2", "--text_column", "text")
     assert status == 2 and "text_column: got 'text', but this is an image classifier" in error
 
@@ -331,9 +326,9 @@ def test_arguments_that_are_wrong(run, image_lineage, words, message):
 def test_the_streams_of_a_text():
     data = load_text("grammar", max_eval_samples=100)
     for carries, expected in ((True, (1, 100)), (False, (4, 20))):
-        for streams in texts_to_measure(data, carries, 20, 4).values():
+        for streams in evaluation_streams(data, carries, 20, 4).values():
             assert (streams.streams, streams.window, streams.token_count) == (*expected, 100)
-    first = texts_to_measure(data, True, 20, 4)["test"].__getitems__([0])
+    first = evaluation_streams(data, True, 20, 4)["test"].__getitems__([0])
     assert first["input_ids"][0, 0] == data.tokenizer.eos_token_id and torch.equal(first["labels"][0], data.test[:100])
 
 

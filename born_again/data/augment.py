@@ -1,9 +1,9 @@
-"""Random crops and flips as named views: which view a sample gets is a pure function of (seed, epoch, sample).
+"""Random crops and flips as numbered views: the view of a sample is a pure function of (seed, epoch, sample).
 
 The augmentation is the usual one of CIFAR (He et al. 2016, section 4.2; Huang et al. 2017, section 4.1): pad by 4
 pixels, crop a window of the image's own size, mirror half of the time. Padding is by reflection, so that a border
 looks like the image. There are (2 * padding + 1) ** 2 windows and 2 orientations: 162 views at padding 4. Since a view
-has a name, whatever was computed from (sample, view), such as a teacher's logits, can be kept and found again.
+has a number, results for (sample, view), such as teacher logits, can be cached.
 """
 
 from functools import lru_cache
@@ -17,17 +17,17 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def usual_padding(image_size: int) -> int:
-    """The padding for images of a size: an eighth of their side, the 4 pixels of 32; in pixels, at least 1."""
+    """The padding in pixels for an image size: an eighth of it, as the usual 4 for 32, and at least 1."""
     return max(1, image_size // 8)
 
 
 def count_views(flip: bool, padding: int = PADDING) -> int:
-    """How many views a sample has: (2 * padding + 1) ** 2 windows, twice that with mirroring."""
+    """The number of views of a sample: (2 * padding + 1) ** 2 windows, twice that with mirroring."""
     return (2 * padding + 1) ** 2 * (2 if flip else 1)
 
 
 def identity_view(padding: int = PADDING) -> int:
-    """The name of the view that is the image itself: the middle window, not mirrored."""
+    """The number of the view that is the image itself: the middle window, not mirrored."""
     return padding * (2 * padding + 1) + padding
 
 
@@ -35,7 +35,7 @@ IDENTITY_VIEW = identity_view()  # at the usual padding of 32x32 images
 
 
 def scramble(words: np.ndarray) -> np.ndarray:
-    """Hash every 64-bit word by itself: the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    """Hash each 64-bit word: the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
     Args:
         words: uint64 of any shape.
@@ -49,12 +49,12 @@ def scramble(words: np.ndarray) -> np.ndarray:
 
 
 def draw_views(seed: int, epoch: int, samples: torch.Tensor, flip: bool, padding: int = PADDING) -> torch.Tensor:
-    """Draw the view of each sample, uniformly over the views, from nothing but (seed, epoch, sample).
+    """Draw the view of each sample, uniformly, as a function of (seed, epoch, sample) only.
 
-    No generator is advanced, so neither the order of the samples, nor the batch size, nor the number of workers or
-    processes changes what a sample looks like in an epoch. With side = 2 * padding + 1, the view's name is
+    No generator is advanced, so the view of a sample in an epoch does not depend on the order of the samples, the
+    batch size, or the number of workers or processes. With side = 2 * padding + 1, the number of a view is
     `mirrored * side ** 2 + row * side + column`, where (row, column) is the window's corner in the padded image;
-    without `flip` the names stop at side ** 2 - 1.
+    without `flip` the numbers end at side ** 2 - 1.
 
     Args:
         seed: the run's seed, any integer (taken modulo 2 ** 64).
@@ -64,7 +64,7 @@ def draw_views(seed: int, epoch: int, samples: torch.Tensor, flip: bool, padding
         padding: pixels of padding on each side, >= 0.
 
     Returns:
-        View names (B,) int64 on the CPU.
+        View numbers (B,) int64 on the CPU.
 
     Raises:
         ValueError: if `epoch` or `padding` is negative.
@@ -91,18 +91,18 @@ def render_views(
     std: tuple[float, float, float],
     padding: int = PADDING,
 ) -> torch.Tensor:
-    """Cut, mirror and normalise the named view of each sample, the whole batch at once.
+    """Crop, mirror and normalise the given view of each sample, the whole batch at once.
 
-    Rows are gathered whole, then columns within the rows through a table per (column, mirrored): reflection and
-    mirroring are only a matter of which index is read, so the padded image never exists.
+    Whole rows are gathered, then columns within the rows by a table for each (column, mirrored): reflection and
+    mirroring only change the indices, so the padded image is never built.
 
     Args:
         pixels: the split (N, H, W, 3) uint8, contiguous, on any device.
         samples: indices into `pixels` (B,) int64, on any device.
-        views: view names (B,) int64, on any device, as `draw_views` gives them.
+        views: view numbers (B,) int64, on any device, as from `draw_views`.
         mean: mean of each channel, on the scale where 255 is 1.
         std: standard deviation of each channel, same scale.
-        padding: the padding the names were drawn with.
+        padding: of the views, as in `draw_views`.
 
     Returns:
         (B, 3, H, W) float32 in channels_last memory format on the device of `pixels`: (pixel / 255 - mean) / std.
@@ -133,8 +133,8 @@ def render_views(
     lines = lines.view(-1, height, width * 3)  # (B, H, 3 W)
     columns = column_table.index_select(0, mirrored * side + corner_column)  # (B, 3 W)
     crops = lines.gather(2, columns.unsqueeze(1).expand(-1, height, -1))  # (B, H, 3 W)
-    # Scale and shift as long as a line, not of 3: broadcasting over 3 elements runs without vector instructions.
-    # In place: a second batch-sized buffer makes the allocator return pages to the system and fault them in each time.
+    # Scale and shift have the length of a line, not 3: broadcasting over 3 elements is not vectorised.
+    # In place: a second batch-sized buffer would be allocated from the system and page-faulted at each batch.
     normalised = crops.to(torch.float32).mul_(scale).add_(shift)
     return normalised.view(-1, height, width, 3).permute(0, 3, 1, 2)  # (B, 3, H, W), strides of channels_last
 

@@ -1,4 +1,4 @@
-"""From a dataset of the `datasets` library to arrays: which splits, which columns, which labels, which pixels."""
+"""Reads an image dataset of the `datasets` library into arrays: splits, columns, labels and decoded pixels."""
 
 from __future__ import annotations
 
@@ -32,126 +32,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class ReadImage(NamedTuple):
-    """One image as it is trained on.
-
-    Attributes:
-        pixels: (size, size, 3) uint8.
-        is_transparent: whether a pixel of the file was not opaque, hence blended with white.
-        wide: of a file of more than 8 bits a channel, as one grey channel: its largest value and that which becomes
-            white; else None.
-    """
-
-    pixels: np.ndarray
-    is_transparent: bool
-    wide: tuple[float, float] | None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Brings any image of Pillow to 8-bit RGB, as the training images of `load_images` are.
-
-    Turned upright by its EXIF orientation, as `datasets`, browsers and transformers' pipelines do; transparency is
-    blended with white, as a page shows it; 16 bits are scaled by their range (the high byte is taken), not by what
-    one image uses of it. 32-bit integers have no agreed range: they are taken as they are from 0 to 255, and as 16
-    bits from a PNG or PPM file, where older versions of Pillow use them for that. Floats are taken from 0 to 1. Of an
-    animation this is the frame that Pillow stands at, the first in a file just opened.
-
-    Args:
-        image: of any mode and size.
-
-    Returns:
-        An image of mode RGB.
-
-    Raises:
-        ValueError: 32-bit integers or floats outside of these ranges.
-        OSError: a file that is damaged.
-    """
-    return _to_rgb(image)[0]
-
-
-def read_image(item: Mapping[str, bytes | str | None] | None, feature: datasets.Image, size: int) -> ReadImage:
-    """Reads an image as `to_rgb` does, and squashes it to a square with Pillow's bilinear filter.
-
-    Args:
-        item: "bytes", "path", as an undecoded `datasets.Image` gives them.
-        feature: of the column; its mode, where it has one, is that of the data set's author.
-        size: side of the square, in pixels.
-
-    Raises:
-        ValueError: there is no image, or it has values that are no brightness.
-        OSError: a file that is missing or damaged; as Pillow has it, also many other exceptions.
-    """
-    if item is None or (item["bytes"] is None and item["path"] is None):
-        raise ValueError("there is no image")
-    with _open(item) as image:
-        image, is_transparent, wide = _to_rgb(image)
-    if feature.mode not in (None, "RGB", "RGBA"):
-        image = image.convert(feature.mode).convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return ReadImage(np.asarray(image), is_transparent, wide)
-
-
-def _open(item: Mapping[str, bytes | str | None]) -> Image.Image:
-    if item["bytes"] is not None:
-        return Image.open(io.BytesIO(item["bytes"]))
-    if is_local_path(item["path"]):
-        return Image.open(item["path"])
-    return datasets.Image().decode_example(item)  # an address
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool, tuple[float, float] | None]:
-    image.load()  # what stands behind the pixels in a file, such as EXIF in a PNG, is known from here on
-    if image.info:
-        image = _upright(image)
-    is_transparent, wide = False, None
-    if image.mode in _WIDE_MODES:
-        values, wide = _to_8_bits(image)
-        image = Image.fromarray(values)
-    elif image.mode != "RGB" or "transparency" in image.info:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            is_transparent = image.getextrema()[3][0] < 255
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB"), is_transparent, wide
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """What ImageOps.exif_transpose gives, also where the rest of the EXIF is broken."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    # Of a broken EXIF, Pillow's parser raises whatever its bytes lead to; the pixels are not concerned.
-    except Exception:
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
-
-
-def _to_8_bits(image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
-    """(H, W) uint8 from an image of one channel of 16 or 32 bits; its largest value and that which becomes white."""
-    values = np.asarray(image)
-    largest = values.max().item()
-    if image.mode == "F":
-        if not (values.min() >= 0 and values.max() <= 1):  # also where a value is not a number
-            raise ValueError(
-                f"its values are floats from {values.min():g} to {values.max():g}, expected 0 to 1; scale all images "
-                "by one range, or save them in 8 or 16 bits"
-            )
-        return np.rint(values * 255).astype(np.uint8), (largest, 1.0)
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        if not (values.min() >= 0 and values.max() <= 255):
-            raise ValueError(
-                f"its values are 32-bit integers from {values.min()} to {values.max()}, expected 0 to 255, since they "
-                "have no agreed range; scale all images by one range, and save them in 8 or 16 bits"
-            )
-        return values.astype(np.uint8), (largest, 255)
-    # Pillow leaves the 12 bits of a TIFF file as they are.
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
-    return (values >> (bits - 8)).astype(np.uint8), (largest, 2**bits - 1)
-
-
 SHORTCUTS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 EMBEDDED = "digits"
 IMAGE_COLUMNS = ("img", "image")
@@ -159,21 +39,10 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "valid", "val")
 _PROGRESS_FROM = 5_000
 _DECODE_CHUNK = 1_000
-
-
-def warn(message: str, level: int = logging.WARNING) -> None:
-    """Logs what a user should know of the data, on the first process only: each of them reads all of it."""
-    if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
-        logging.getLogger(__name__).log(level, message)
-
-
-def _tell_choice(name: str, what: str, chosen: str, among: list[str], flag: str) -> str:
-    if len(among) > 1:
-        warn(f"dataset {name!r}: {what} {chosen!r} is taken, of {among}; {flag} takes another", logging.INFO)
-    return chosen
-
-
 Loaded = TypeVar("Loaded")
+
+
+# ---- Splits and columns ----
 
 
 def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
@@ -186,7 +55,7 @@ def open_dataset(name: str, revision: str | None) -> datasets.DatasetDict:
 
     Raises:
         ValueError: if `name` is none of these, a folder without data, or something `datasets` refuses (several
-            configurations, an empty split, broken files), or if `revision` is given for a folder.
+            configurations, an empty split, damaged files), or if `revision` is given for a folder.
         ConnectionError: if the Hub cannot be reached and the dataset is not in the local cache.
     """
     folder = Path(name).expanduser()
@@ -230,7 +99,7 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
 
 
 def _check_splits_apart(name: str, builder: datasets.DatasetBuilder) -> None:
-    """Refuses a folder of which `datasets` reads a file into two splits: it goes by any word in a file's path."""
+    """Checks that `datasets`, which infers splits from words in a path, does not put a file into two splits."""
     split_of: dict[str, str] = {}
     for split, files in (builder.config.data_files or {}).items():
         for file in map(str, files):
@@ -270,7 +139,7 @@ def _unknown_name(name: str) -> str:
 
 
 def resolved_revision(checksums: Mapping[str, object] | None, revision: str | None) -> str | None:
-    """The commit a dataset was downloaded at, from the urls of its files; else `revision` as it was asked."""
+    """The commit a dataset was downloaded at, from the urls of its files; else `revision` as it was given."""
     for url in checksums or ():
         match = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", url)
         if match:
@@ -303,20 +172,20 @@ def choose_splits(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[st
     return "train", test
 
 
-def choose_image_column(name: str, features: datasets.Features, asked: str | None) -> str:
-    """The column that holds the images: the one asked for, else the only one, else the one called img or image.
+def choose_image_column(name: str, features: datasets.Features, requested: str | None) -> str:
+    """The column that holds the images: the one requested, else the only one, else the one called img or image.
 
     Raises:
         ValueError: if there is none, or several and no way to choose.
     """
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is not None:
-        if asked not in images:
+    if requested is not None:
+        if requested not in images:
             raise ValueError(
-                f"--image_column is {asked!r}; dataset {name!r} has the columns {_describe(features)} and its image "
-                f"columns are {images}: give one of these"
+                f"--image_column is {requested!r}; dataset {name!r} has the columns {_describe(features)} and its "
+                f"image columns are {images}: give one of these"
             )
-        return asked
+        return requested
     if not images:
         raise ValueError(
             f"dataset {name!r} has no image column, only {_describe(features)}; expected a column of type "
@@ -326,37 +195,43 @@ def choose_image_column(name: str, features: datasets.Features, asked: str | Non
     candidates = images if len(images) == 1 else preferred
     if len(candidates) != 1:
         raise ValueError(f"dataset {name!r} has several image columns, {images}; choose one with --image_column")
-    return _tell_choice(name, "image column", candidates[0], images, "--image_column")
+    return _log_choice(name, "image column", candidates[0], images, "--image_column")
 
 
-def choose_label_column(name: str, features: datasets.Features, asked: str | None) -> str:
+def choose_label_column(name: str, features: datasets.Features, requested: str | None) -> str:
     """The column that holds the labels.
 
-    The one asked for; else the only ClassLabel, or the first of label, labels, fine_label among several; else a column
-    of integers or strings by one of these names.
+    The one requested; else the only ClassLabel, or the first of label, labels, fine_label among several; else a
+    column of integers or strings by one of these names.
 
     Raises:
-        ValueError: if there is none, or several and no way to choose, or the one asked for cannot hold labels.
+        ValueError: if there is none, or several and no way to choose, or the one requested cannot hold labels.
     """
     usable = [column for column, feature in features.items() if _can_label(feature)]
-    if asked is not None:
-        if asked not in usable:
+    if requested is not None:
+        if requested not in usable:
             raise ValueError(
-                f"--label_column is {asked!r}; dataset {name!r} has the columns {_describe(features)}, of which "
+                f"--label_column is {requested!r}; dataset {name!r} has the columns {_describe(features)}, of which "
                 f"{usable} can hold labels (ClassLabel, integers or strings): give one of these"
             )
-        return asked
+        return requested
     classes = [column for column in usable if isinstance(features[column], datasets.ClassLabel)]
     candidates = classes or usable
     preferred = classes if len(classes) == 1 else [column for column in LABEL_COLUMNS if column in candidates]
     if preferred:
-        return _tell_choice(name, "label column", preferred[0], candidates, "--label_column")
+        return _log_choice(name, "label column", preferred[0], candidates, "--label_column")
     if classes:
         raise ValueError(f"dataset {name!r} has several label columns, {classes}; choose one with --label_column")
     raise ValueError(
         f"dataset {name!r} has no label column, only {_describe(features)}; expected a ClassLabel, or integers or "
         f"strings called {', '.join(LABEL_COLUMNS)}: name another column with --label_column"
     )
+
+
+def _log_choice(name: str, what: str, chosen: str, among: list[str], flag: str) -> str:
+    if len(among) > 1:
+        warn(f"dataset {name!r}: {what} {chosen!r} is taken, of {among}; {flag} takes another", logging.INFO)
+    return chosen
 
 
 def _can_label(feature: object) -> bool:
@@ -374,10 +249,13 @@ def _describe(features: datasets.Features) -> str:
     return ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
 
 
+# ---- Labels ----
+
+
 def read_labels(
     name: str, splits: Mapping[str, datasets.Dataset], column: str
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Labels of every split as class numbers, and the names of the classes.
+    """The labels of every split as class indices, and the names of the classes.
 
     A ClassLabel keeps its own order of names. Strings are sorted. Integers are sorted too, and their names are their
     decimal digits, so labels that start at 1 or leave gaps come out as 0 ... n - 1.
@@ -418,7 +296,7 @@ def read_labels(
             if values.max() >= len(names):
                 raise ValueError(
                     f"dataset {name!r}: split {split!r} has label {values.max()} in column {column!r}; expected 0 to "
-                    f"{len(names) - 1}, since it declares {len(names)} names: mend the names of the ClassLabel"
+                    f"{len(names) - 1}, since it declares {len(names)} names: correct the names of the ClassLabel"
                 )
     else:
         classes = sorted(set().union(*raw.values()))
@@ -440,12 +318,15 @@ def _read_column(rows: datasets.Dataset, column: str) -> list:
     return rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
 
 
+# ---- Pixels ----
+
+
 def decode_images(
     name: str, split: str, dataset: datasets.Dataset, column: str, rows: np.ndarray | None, image_size: int
 ) -> np.ndarray:
-    """Decode the images of a split into one array, each as `born_again.data.decode.to_rgb` brings it to RGB.
+    """Decode the images of a split into one array, each converted as by `to_rgb`.
 
-    The bytes are read undecoded and opened by Pillow here: the Image feature's own decoding costs several times more.
+    Pillow decodes the raw bytes here: decoding by the Image feature is several times slower.
 
     Args:
         name: the dataset, for messages.
@@ -498,6 +379,122 @@ def decode_images(
     return pixels
 
 
+class ReadImage(NamedTuple):
+    """One decoded image.
+
+    Attributes:
+        pixels: (size, size, 3) uint8.
+        is_transparent: whether a pixel was not opaque, so that the image was blended with white.
+        wide: for one grey channel of more than 8 bits: its largest value, and the value that becomes white; else None.
+    """
+
+    pixels: np.ndarray
+    is_transparent: bool
+    wide: tuple[float, float] | None
+
+
+def read_image(item: Mapping[str, bytes | str | None] | None, feature: datasets.Image, size: int) -> ReadImage:
+    """Decodes an image, converts it as `to_rgb` does, and resizes it to a square with Pillow's bilinear filter.
+
+    Args:
+        item: "bytes", "path", as an undecoded `datasets.Image` gives them.
+        feature: of the column; its mode, if it has one, is applied too.
+        size: side of the square, in pixels.
+
+    Raises:
+        ValueError: there is no image, or its values are out of range.
+        OSError: a missing or damaged file, for which Pillow may raise many other exceptions too.
+    """
+    if item is None or (item["bytes"] is None and item["path"] is None):
+        raise ValueError("there is no image")
+    with _open(item) as image:
+        image, is_transparent, wide = _to_rgb(image)
+    if feature.mode not in (None, "RGB", "RGBA"):
+        image = image.convert(feature.mode).convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return ReadImage(np.asarray(image), is_transparent, wide)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any Pillow image to 8-bit RGB, as `load_images` does.
+
+    The image is rotated by its EXIF orientation, as `datasets`, browsers and transformers' pipelines do. Transparency
+    is blended with white. 16 bits are scaled by their whole range (the high byte is kept). 32-bit integers must be 0
+    to 255, except in PNG and PPM files, where older versions of Pillow use them for 16 bits. Floats must be 0 to 1. Of
+    an animation the current frame is taken, which is the first in a file just opened.
+
+    Args:
+        image: of any mode and size.
+
+    Returns:
+        An image of mode RGB.
+
+    Raises:
+        ValueError: 32-bit integers or floats outside of these ranges.
+        OSError: a damaged file.
+    """
+    return _to_rgb(image)[0]
+
+
+def _open(item: Mapping[str, bytes | str | None]) -> Image.Image:
+    if item["bytes"] is not None:
+        return Image.open(io.BytesIO(item["bytes"]))
+    if is_local_path(item["path"]):
+        return Image.open(item["path"])
+    return datasets.Image().decode_example(item)  # a URL
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool, tuple[float, float] | None]:
+    image.load()  # also reads metadata after the pixels, such as EXIF in a PNG
+    if image.info:
+        image = _upright(image)
+    is_transparent, wide = False, None
+    if image.mode in _WIDE_MODES:
+        values, wide = _to_8_bits(image)
+        image = Image.fromarray(values)
+    elif image.mode != "RGB" or "transparency" in image.info:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            is_transparent = image.getextrema()[3][0] < 255
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB"), is_transparent, wide
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Like ImageOps.exif_transpose, but works where the rest of the EXIF is damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Pillow's parser can raise anything for damaged EXIF; the pixels are not affected.
+    except Exception:
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_8_bits(image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
+    """(H, W) uint8 from an image of one channel of 16 or 32 bits; its largest value and that which becomes white."""
+    values = np.asarray(image)
+    largest = values.max().item()
+    if image.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):  # also for NaN
+            raise ValueError(
+                f"its values are floats from {values.min():g} to {values.max():g}, expected 0 to 1; scale all images "
+                "by one range, or save them in 8 or 16 bits"
+            )
+        return np.rint(values * 255).astype(np.uint8), (largest, 1.0)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        if not (values.min() >= 0 and values.max() <= 255):
+            raise ValueError(
+                f"its values are 32-bit integers from {values.min()} to {values.max()}, expected 0 to 255, since they "
+                "have no agreed range; scale all images by one range, and save them in 8 or 16 bits"
+            )
+        return values.astype(np.uint8), (largest, 255)
+    # Pillow does not scale the 12 bits of a TIFF file.
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
+    return (values >> (bits - 8)).astype(np.uint8), (largest, 2**bits - 1)
+
+
 def _how_scaled(wide: list[tuple[float, float]]) -> str:
     """What became of images of more than 8 bits, from the largest value of each and that which becomes white."""
     said = []
@@ -507,3 +504,9 @@ def _how_scaled(wide: list[tuple[float, float]]) -> str:
         remedy = f" (if they use fewer bits, save them so that {white:g} is white)" if largest <= white / 2 else ""
         said.append(f"scaled so that {white:g} is white; their largest value is {largest:g}, so {kept}{remedy}")
     return f"of more than 8 bits, {' and '.join(said)}"
+
+
+def warn(message: str, level: int = logging.WARNING) -> None:
+    """Logs a message about the data on the first process only, since every process reads the data."""
+    if os.environ.get("RANK", "0") == "0":  # of torchrun and accelerate launch
+        logging.getLogger(__name__).log(level, message)

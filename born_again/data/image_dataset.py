@@ -1,4 +1,4 @@
-"""Whether the images of a training are kept beside the network."""
+"""A dataset of augmented, normalised batches from images in memory, on the CPU or the GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VIEW_KEYS = "view_keys"  # as in born_again.teacher.cache.cached_teacher
 class ImageDataset(Dataset):
     """A split as a map-style dataset that augments and normalises a batch at a time.
 
-    A DataLoader asks for a whole batch through `__getitems__` and gets it ready: give it `collate_fn=collate_batch`,
+    A DataLoader gets a whole batch from `__getitems__`: give it `collate_fn=collate_batch`,
     and `Trainer` `data_collator=collate_batch` with `remove_unused_columns=False` (Trainer's column filter expects a
     list of samples). With augmentation, add `EpochCallback` to the Trainer: see there.
 
@@ -51,12 +51,12 @@ class ImageDataset(Dataset):
         """
         Args:
             split: pixels (N, H, W, 3) uint8 and labels (N,) int64, both on any one device, where batches are made and
-                come out; beside a GPU a DataLoader then must not have workers or pin memory.
+                returned; on a GPU the DataLoader must not have workers or pin memory.
             mean: mean of each channel, on the scale where 255 is 1.
             std: standard deviation of each channel, same scale, above 0.
             augment: crop (and mirror) at random; False gives the image itself in every epoch.
             flip: whether mirroring is part of the augmentation.
-            seed: of the views, any integer.
+            seed: of the augmentation, any integer.
             padding: of the random crops, in pixels; see `born_again.data.augment.usual_padding`.
 
         Raises:
@@ -82,11 +82,11 @@ class ImageDataset(Dataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose views are served, counted from 0."""
+        """The epoch whose views are returned, counted from 0."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Serve the views of `epoch` (counted from 0) from now on, in this process and in its workers.
+        """Return the views of `epoch` (counted from 0) from now on, in this process and its workers.
 
         Raises:
             ValueError: if `epoch` is negative.
@@ -99,19 +99,19 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def views(self, samples: torch.Tensor) -> torch.Tensor:
-        """Names of the views that `samples` (B,) int64 have in the current epoch: (B,) int64 on the CPU."""
+        """Numbers of the views of `samples` (B,) int64 in the current epoch: (B,) int64 on the CPU."""
         if not self.augment:
             return torch.full(samples.shape, identity_view(self.padding), dtype=torch.int64)
         return draw_views(self.seed, self.epoch, samples, self.flip, self.padding)
 
     @property
     def view_count(self) -> int:
-        """How many different inputs there are: samples times views."""
+        """The number of different inputs: samples times views."""
         return len(self) * count_views(self.flip, self.padding)
 
     @cached_property
     def cache_fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of everything that decides what inputs a key stands for; seed and epoch do not."""
+        """SHA-256, hexadecimal, of everything that the input of a cache key depends on; not of seed and epoch."""
         facts = f"{tuple(self.pixels.shape)} {self.mean} {self.std} {self.flip} {self.padding}"
         digest = hashlib.sha256(facts.encode())
         digest.update(self.pixels.cpu().contiguous().numpy())
@@ -125,7 +125,7 @@ class ImageDataset(Dataset):
         return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A ready batch.
+        """A whole batch.
 
         Args:
             indices: (B,) sample indices, each in 0 ... N - 1.
@@ -135,7 +135,7 @@ class ImageDataset(Dataset):
             `emit_view_keys` also view_keys (B,) int64 of numpy: sample * views of a sample + view.
         """
         samples = torch.as_tensor(indices, dtype=torch.int64)
-        # Views are drawn on the CPU and go to the device in one piece with their samples: nothing waits for it.
+        # One non-blocking transfer of views and samples to the device.
         chosen = torch.stack([samples, self.views(samples)])  # (2, B)
         there, views = chosen.to(self.pixels.device, non_blocking=True)
         pixel_values = render_views(self.pixels, there, views, self.mean, self.std, self.padding)
@@ -146,23 +146,23 @@ class ImageDataset(Dataset):
 
 
 def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pass a ready batch through; stack a list of single samples.
+    """Return a whole batch unchanged; stack a list of single samples.
 
     Args:
-        batch: what `ImageDataset.__getitems__` returned, or a list of what `__getitem__` did.
+        batch: as returned by `ImageDataset.__getitems__`, or a list of samples of `__getitem__`.
 
     Returns:
         The batch as a dictionary of tensors.
 
     Raises:
-        ValueError: if `batch` is neither. In Trainer this is `remove_unused_columns`, which filters a list of samples
-            and leaves nothing but the keys of a ready batch.
+        ValueError: if `batch` is neither. In Trainer the cause is `remove_unused_columns`, which expects a list of
+            samples and reduces a whole batch to its keys.
     """
     if isinstance(batch, dict):
         return batch
     if not batch or not all(isinstance(sample, dict) for sample in batch):
         raise ValueError(
-            f"batch is {batch!r:.80}; expected a ready batch or a list of samples: in a Trainer, set "
+            f"batch is {batch!r:.80}; expected a whole batch or a list of samples: in a Trainer, set "
             "remove_unused_columns=False in its arguments"
         )
     stacked = {name: torch.stack([sample[name] for sample in batch]) for name in batch[0] if name != VIEW_KEYS}
@@ -173,31 +173,30 @@ def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]
 
 
 class EpochCallback(TrainerCallback):
-    """Tell the training set which epoch begins.
+    """Set the epoch of the training dataset when an epoch begins.
 
     accelerate's dataloaders do so themselves, except where they reach a sampler with an epoch of its own through a
     wrapper first (`DataLoaderShard.set_epoch`: an `elif`): with the seedable sampler that Trainer uses, that is
-    training on several processes, an epoch resumed half-way, and `dispatch_batches`. Every epoch would then show the
-    views of the first, without an error. `Trainer` calls this before it asks for the epoch's first batch, in every
-    process.
+    training on several processes, an epoch resumed half-way, and `dispatch_batches`. Every epoch would then have the
+    views of the first, without an error. `Trainer` calls this in every process before the first batch of an epoch.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Hand the epoch (`int(state.epoch)`, fractional after a resume) to the dataset, if it wants to know."""
+        """Calls the dataset's `set_epoch`, if it has one, with `int(state.epoch)` (fractional after a resume)."""
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch or 0))
 
 
-# Of the memory of a GPU that is free; the networks come afterwards.
+# Of the free GPU memory, which the networks need too.
 _SHARE = 0.25
 
 
 def fits_on_gpu(data: ImageData, device: torch.device, workers: int = 0) -> bool:
-    """Whether a dataset can be on the device of its training, where batches are then made without a transfer.
+    """Whether a dataset can be held on the GPU, where batches are then made without a transfer.
 
-    It can if that is a CUDA device, the dataset takes at most a quarter of the memory that is free there, and no
-    worker process makes the batches, since workers cannot hold what is on a GPU. Its DataLoader must not pin memory.
+    It requires a CUDA device, a quarter of its free memory or less, and a DataLoader without workers, which cannot use
+    tensors on a GPU. The DataLoader must not pin memory.
 
     Args:
         data: in main memory.

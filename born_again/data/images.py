@@ -31,49 +31,15 @@ from born_again.data.decode import (
     warn,
 )
 
-# Of digits and letters, of which some are others when mirrored, and all are no digit or letter that there is.
-_WRITTEN = frozenset(
+# Digits and letters, whose mirror images are other characters or none.
+_CHARACTER_DATASETS = frozenset(
     "digit digits letter letters character characters alphabet alphabets captcha captchas ocr usps svhn omniglot "
     "mnist emnist kmnist k49mnist qmnist notmnist kkanji kuzushiji mnistm hasy hasyv2 chars74k multimnist".split()
 )
-# Of MNIST's format, but of clothes.
-_NOT_WRITTEN = frozenset(("fashion", "medical", "med"))
+# In MNIST's format, but of other things.
+_OTHER_DATASETS = frozenset(("fashion", "medical", "med"))
 _OPPOSITES = {"left": "right", "east": "west", "clockwise": "counterclockwise", "forward": "backward"}
-
-
-def may_mirror(dataset: str) -> bool:
-    """False for data sets known to be of digits or letters, by the last part of the name; True for all others.
-
-    Args:
-        dataset: "digits", "owner/name" of the Hub, or a folder.
-    """
-    words = set(re.findall(r"[a-z]+(?:[0-9]+[a-z]*)*|[0-9]+", Path(dataset).name.lower()))
-    return not words & _WRITTEN or bool(words & _NOT_WRITTEN)
-
-
-def doubt_of_mirroring(label_names: Sequence[str]) -> str | None:
-    """What in the names of the classes says that a mirrored image may be of another class; None where nothing does.
-
-    Args:
-        label_names: name of each class.
-    """
-    names = [name.lower() for name in label_names]
-    if all(re.fullmatch(r"\d|[a-z]", name) for name in names):
-        return f"classes called {_some(label_names)} may be digits or letters"
-    for name in names:
-        for one, other in _OPPOSITES.items():
-            swapped = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name)
-            if swapped != name and swapped in names:
-                pair = [label_names[names.index(each)] for each in (name, swapped)]
-                return f"classes {pair[0]!r} and {pair[1]!r} may be mirror images of each other"
-    return None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
-
-
-_SMALLEST_IMAGE = 8
+_MIN_IMAGE_SIZE = 8
 _SUM_CHUNK = 4_096
 
 
@@ -93,12 +59,12 @@ class ImageSplit:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> ImageSplit:
-        """The split on another device, where batches are then cut, mirrored and normalised."""
+        """The split on another device, where batches are then made."""
         return ImageSplit(self.pixels.to(device), self.labels.to(device))
 
     @property
     def nbytes(self) -> int:
-        """What it takes on a device, in bytes."""
+        """Size of the tensors, in bytes."""
         return self.pixels.nbytes + self.labels.nbytes
 
 
@@ -109,14 +75,14 @@ class ImageData:
     Attributes:
         train: the training split.
         test: the test split.
-        label_names: name of each class; all of the dataset's, also where a limited split lacks some.
+        label_names: names of all classes of the dataset, also if a limited split lacks some.
         mean: mean of each channel over the rows of `train`, on the scale where 255 is 1, rounded to 6 decimals.
-        std: standard deviation likewise (of the population); 1.0 for a channel that is constant, which then becomes 0.
+        std: standard deviation likewise (of the population); 1.0 for a constant channel, which then becomes 0.
         fingerprint: JSON-able: source, revision (the commit where the Hub gave one), image_column, label_column, rows
-            by split, and the sha256 of shapes, pixels and labels of both splits; test_split where that which `test`
-            holds is called otherwise in the dataset.
-        flip: whether mirroring keeps the class, as far as the name says: see `born_again.data.images.may_mirror`.
-        interpolation: what brought an image of another size to this one, as timm calls it.
+            by split, and the sha256 of shapes, pixels and labels of both splits; test_split if the dataset's test
+            split has another name.
+        flip: whether mirroring keeps the class, judged by the name: see `born_again.data.images.allows_flip`.
+        interpolation: of resized images, by timm's name.
     """
 
     train: ImageSplit
@@ -139,7 +105,7 @@ class ImageData:
 
     @property
     def nbytes(self) -> int:
-        """What both splits take on a device, in bytes."""
+        """Size of the tensors of both splits, in bytes."""
         return self.train.nbytes + self.test.nbytes
 
 
@@ -156,21 +122,20 @@ def load_images(
 ) -> ImageData:
     """Read an image classification dataset into memory.
 
-    Images of any kind become RGB as `born_again.data.decode.to_rgb` says (upright, transparency over white); an image
-    of another size is squashed to the square by Pillow's bilinear filter, whatever its proportions. The test
-    split is the one called test, else validation.
+    Images are converted to RGB as by `born_again.data.decode.to_rgb`, and resized to a square with Pillow's bilinear
+    filter, without keeping the aspect ratio. The test split is the one called test, else validation.
 
     Args:
         name: "digits" (1,797 real handwritten digits that scikit-learn carries; needs no network), "cifar10",
-            "cifar100", "owner/name" on the Hub, or a folder in any layout `datasets` reads. A folder called as a
-            shortcut is reached as "./cifar10".
+            "cifar100", "owner/name" on the Hub, or a folder in any layout `datasets` reads. A folder with the
+            name of a shortcut is given as "./cifar10".
         image_column: column of the images; None finds it by type, and by the names img and image.
         label_column: column of the labels; None finds it by type, and by the names label, labels and fine_label.
         revision: branch, tag or commit of a dataset on the Hub.
         image_size: side of the images in pixels, at least 8.
-        test_samples: how many of the digits are for testing, the others being for training; None takes a fifth.
-        max_train_samples: how many training rows to keep. The same rows whatever the run's seed, classes in about
-            their proportions, and the rows kept at n are among those kept at n + 1. More than there are: all.
+        test_samples: number of digits in the test split, the others are in the training split; None takes a fifth.
+        max_train_samples: number of training rows to keep, stratified by class and independent of the seed; the rows
+            kept at n are among those kept at n + 1. None, or more than there are, keeps all.
         max_eval_samples: likewise for the test split.
 
     Raises:
@@ -179,8 +144,8 @@ def load_images(
         ConnectionError: if the Hub is needed and cannot be reached.
         ImportError: for "digits" without scikit-learn.
     """
-    if image_size < _SMALLEST_IMAGE:
-        raise ValueError(f"image_size is {image_size}; expected at least {_SMALLEST_IMAGE} pixels, such as 32")
+    if image_size < _MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size is {image_size}; expected at least {_MIN_IMAGE_SIZE} pixels, such as 32")
     limits = {"train": max_train_samples, "test": max_eval_samples}
     for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
@@ -221,7 +186,7 @@ def load_images(
             if role == "train" and (left_out := sorted(set(labels[split].tolist()) - set(kept.tolist()))):
                 warn(
                     f"dataset {name!r}: --max_train_samples {max_train_samples} leaves no training image of "
-                    f"{_named(left_out, label_names)}, of which there may be test images"
+                    f"{_class_list(left_out, label_names)}, of which there may be test images"
                 )
     _check_variation(name, splits["train"], label_names)
     mean, std = channel_statistics(splits["train"].pixels)
@@ -236,119 +201,8 @@ def load_images(
     if test != "test":
         fingerprint["test_split"] = test
     return ImageData(
-        splits["train"], splits["test"], label_names, mean, std, fingerprint, may_mirror(name), interpolation
+        splits["train"], splits["test"], label_names, mean, std, fingerprint, allows_flip(name), interpolation
     )
-
-
-def _check_classes(name: str, train: np.ndarray, test: np.ndarray, label_names: tuple[str, ...], split: str) -> None:
-    """Compares the classes that the rows of two whole splits have, (N,) int64 each, before any limit."""
-    trained, tested = set(train.tolist()), set(test.tolist())
-    if unknown := sorted(tested - trained):
-        raise ValueError(
-            f"dataset {name!r}: split {split!r} has {int(np.isin(test, unknown).sum()):,} rows of "
-            f"{_named(unknown, label_names)}, of which 'train' has none; it has "
-            f"{_named(sorted(trained), label_names)}. Expected training rows of every class that is tested: rename "
-            "what is the same class (capitals and spaces count), or take these rows out"
-        )
-    if missing := sorted(trained - tested):
-        warn(
-            f"dataset {name!r}: split {split!r} has no row of {_named(missing, label_names)}, which 'train' has; the "
-            "test accuracy says nothing of it"
-        )
-
-
-def _named(labels: list[int], label_names: tuple[str, ...]) -> str:
-    shown = ", ".join(repr(label_names[label]) for label in labels[:5])
-    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
-    return f"{'class' if len(labels) == 1 else 'classes'} {shown}{more}"
-
-
-def _check_variation(name: str, split: ImageSplit, label_names: tuple[str, ...]) -> None:
-    """Refuses training images that are all the same, and warns where those of a class or a channel are."""
-    first = split.pixels[0]
-    if len(split) > 1 and all(torch.equal(image, first) for image in split.pixels):
-        raise ValueError(
-            f"dataset {name!r}: all {len(split):,} training images are the same, as they are read; expected images "
-            "that differ. Look at some of them: where only the transparency differs (white ink), blend them with "
-            "another ground than white; where values are scaled wrongly, save them anew in 8 bits"
-        )
-    same = []
-    for label in range(len(label_names)):
-        rows = (split.labels == label).nonzero().flatten().tolist()
-        if len(rows) > 1 and all(torch.equal(split.pixels[row], split.pixels[rows[0]]) for row in rows):
-            same.append(label)
-    if same:
-        warn(
-            f"dataset {name!r}: all training images of {_named(same, label_names)} are the same, as they are read; "
-            "look at some of them, whether they are damaged or scaled wrongly"
-        )
-    # Pixel by pixel along the split: the whole would be a copy.
-    constant = [
-        channel
-        for index, channel in enumerate(("red", "green", "blue"))
-        if all(bool((part[..., index] == first[0, 0, index]).all()) for part in split.pixels.split(_SUM_CHUNK))
-    ]
-    if constant:
-        warn(
-            f"dataset {name!r}: the {' and '.join(constant)} channel is the same in every pixel of every training "
-            "image, and becomes 0; look at some images, whether they were saved wrongly"
-        )
-
-
-def stratified_order(labels: np.ndarray) -> np.ndarray:
-    """A fixed permutation every prefix of which holds the classes in about their proportions.
-
-    Args:
-        labels: (N,) int64.
-
-    Returns:
-        (N,) int64; a function of `labels` alone, by our own hash, so that no library's generator can change it.
-    """
-    keys = scramble(np.arange(1, len(labels) + 1, dtype=np.uint64))
-    by_class = np.lexsort((keys, labels))
-    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    ranks = np.arange(len(labels)) - np.repeat(starts, counts)
-    quantiles = (ranks + 0.5) / np.repeat(counts, counts)
-    return by_class[np.lexsort((keys[by_class], quantiles))]
-
-
-def channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel, on the scale where 255 is 1.
-
-    Sums are of integers, hence exact and independent of order and machine; both results are rounded to 6 decimals, so
-    that they survive JSON unchanged.
-
-    Args:
-        pixels: (N, H, W, 3) uint8.
-
-    Returns:
-        Mean and standard deviation of the population; a deviation that rounds to 0 is given as 1.0.
-    """
-    count = 0
-    total = torch.zeros(3, dtype=torch.int64)
-    squares = torch.zeros(3, dtype=torch.int64)
-    for chunk in pixels.split(_SUM_CHUNK):
-        values = chunk.reshape(-1, 3)  # (n H W, 3)
-        histograms = [torch.bincount(values[:, channel], minlength=256) for channel in range(3)]
-        counts = torch.stack(histograms)  # (3, 256)
-        levels = torch.arange(256)
-        count += len(values)
-        total += (counts * levels).sum(dim=1)
-        squares += (counts * levels**2).sum(dim=1)
-    mean, std = [], []
-    for channel_sum, channel_squares in zip(total.tolist(), squares.tolist(), strict=True):
-        # Python integers: the difference of two nearly equal large numbers keeps every digit.
-        variance = (count * channel_squares - channel_sum**2) / count**2
-        mean.append(round(channel_sum / count / 255, 6))
-        std.append(round(variance**0.5 / 255, 6) or 1.0)
-    return tuple(mean), tuple(std)
-
-
-def _rows_to_keep(labels: np.ndarray, limit: int | None) -> np.ndarray | None:
-    """Rows of a limited split (n,) ascending; None for all."""
-    if limit is None or limit >= len(labels):
-        return None
-    return np.sort(stratified_order(labels)[:limit])
 
 
 def _read_digits(
@@ -366,7 +220,7 @@ def _read_digits(
     levels = bunch.images.astype(np.int64)  # (1797, 8, 8), 0 ... 16
     grey = ((levels * 255 + 8) // 16).astype(np.uint8)
     if image_size % 8 == 0:
-        # Repeating pixels needs no arithmetic: the same bytes with any version of any library.
+        # Repeated pixels are the same bytes with any version of any library.
         factor = image_size // 8
         grey = grey.repeat(factor, axis=1).repeat(factor, axis=2)  # (1797, S, S)
     else:
@@ -390,12 +244,161 @@ def _read_digits(
     return splits, tuple(str(digit) for digit in range(10))
 
 
+def _rows_to_keep(labels: np.ndarray, limit: int | None) -> np.ndarray | None:
+    """Rows of a limited split (n,) ascending; None for all."""
+    if limit is None or limit >= len(labels):
+        return None
+    return np.sort(stratified_order(labels)[:limit])
+
+
+def stratified_order(labels: np.ndarray) -> np.ndarray:
+    """A fixed permutation whose every prefix is stratified by class.
+
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        (N,) int64; a function of `labels` only, by our own hash, so that no version of a library changes it.
+    """
+    keys = scramble(np.arange(1, len(labels) + 1, dtype=np.uint64))
+    by_class = np.lexsort((keys, labels))
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    ranks = np.arange(len(labels)) - np.repeat(starts, counts)
+    quantiles = (ranks + 0.5) / np.repeat(counts, counts)
+    return by_class[np.lexsort((keys[by_class], quantiles))]
+
+
+def channel_statistics(pixels: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, on the scale where 255 is 1.
+
+    Sums are exact integers, so they do not depend on order or machine; both results are rounded to 6 decimals, which
+    JSON preserves.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+
+    Returns:
+        Mean and standard deviation of the population; a deviation that rounds to 0 is given as 1.0.
+    """
+    count = 0
+    total = torch.zeros(3, dtype=torch.int64)
+    squares = torch.zeros(3, dtype=torch.int64)
+    for chunk in pixels.split(_SUM_CHUNK):
+        values = chunk.reshape(-1, 3)  # (n H W, 3)
+        histograms = [torch.bincount(values[:, channel], minlength=256) for channel in range(3)]
+        counts = torch.stack(histograms)  # (3, 256)
+        levels = torch.arange(256)
+        count += len(values)
+        total += (counts * levels).sum(dim=1)
+        squares += (counts * levels**2).sum(dim=1)
+    mean, std = [], []
+    for channel_sum, channel_squares in zip(total.tolist(), squares.tolist(), strict=True):
+        # Python integers, so the difference of large numbers is exact.
+        variance = (count * channel_squares - channel_sum**2) / count**2
+        mean.append(round(channel_sum / count / 255, 6))
+        std.append(round(variance**0.5 / 255, 6) or 1.0)
+    return tuple(mean), tuple(std)
+
+
 def _digest(*splits: ImageSplit) -> str:
     """sha256 over shape, pixels and labels of each split, in order."""
     digest = hashlib.sha256()
     for split in splits:
         digest.update(repr(tuple(split.pixels.shape)).encode())
         digest.update(split.pixels.numpy().data)
-        # Byte order spelled out, so that the digest is the same on any machine.
+        # Explicit byte order, so that the digest is the same on any machine.
         digest.update(split.labels.numpy().astype("<i8").data)
     return digest.hexdigest()
+
+
+# ---- Checks ----
+
+
+def _check_classes(name: str, train: np.ndarray, test: np.ndarray, label_names: tuple[str, ...], split: str) -> None:
+    """Checks that every class of the test labels occurs in the training labels, (N,) int64 each, before any limit."""
+    trained, tested = set(train.tolist()), set(test.tolist())
+    if unknown := sorted(tested - trained):
+        raise ValueError(
+            f"dataset {name!r}: split {split!r} has {int(np.isin(test, unknown).sum()):,} rows of "
+            f"{_class_list(unknown, label_names)}, of which 'train' has none; it has "
+            f"{_class_list(sorted(trained), label_names)}. Expected training rows of every class that is tested: "
+            "rename what is the same class (capitals and spaces count), or take these rows out"
+        )
+    if missing := sorted(trained - tested):
+        warn(
+            f"dataset {name!r}: split {split!r} has no row of {_class_list(missing, label_names)}, which 'train' has; "
+            "the test accuracy says nothing of it"
+        )
+
+
+def _class_list(labels: list[int], label_names: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(label_names[label]) for label in labels[:5])
+    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+    return f"{'class' if len(labels) == 1 else 'classes'} {shown}{more}"
+
+
+def _check_variation(name: str, split: ImageSplit, label_names: tuple[str, ...]) -> None:
+    """Refuses identical training images, and warns of classes with identical images and of constant channels."""
+    first = split.pixels[0]
+    if len(split) > 1 and all(torch.equal(image, first) for image in split.pixels):
+        raise ValueError(
+            f"dataset {name!r}: all {len(split):,} training images are the same, as they are read; expected images "
+            "that differ. Look at some of them: where only the transparency differs (white ink), blend them with "
+            "another ground than white; where values are scaled wrongly, save them anew in 8 bits"
+        )
+    same = []
+    for label in range(len(label_names)):
+        rows = (split.labels == label).nonzero().flatten().tolist()
+        if len(rows) > 1 and all(torch.equal(split.pixels[row], split.pixels[rows[0]]) for row in rows):
+            same.append(label)
+    if same:
+        warn(
+            f"dataset {name!r}: all training images of {_class_list(same, label_names)} are the same, as they are "
+            "read; look at some of them, whether they are damaged or scaled wrongly"
+        )
+    # In chunks: comparing the whole split would copy it.
+    constant = [
+        channel
+        for index, channel in enumerate(("red", "green", "blue"))
+        if all(bool((part[..., index] == first[0, 0, index]).all()) for part in split.pixels.split(_SUM_CHUNK))
+    ]
+    if constant:
+        warn(
+            f"dataset {name!r}: the {' and '.join(constant)} channel is the same in every pixel of every training "
+            "image, and becomes 0; look at some images, whether they were saved wrongly"
+        )
+
+
+# ---- Mirroring ----
+
+
+def allows_flip(dataset: str) -> bool:
+    """False for datasets known to be of digits or letters, by the last part of the name; True for all others.
+
+    Args:
+        dataset: "digits", "owner/name" of the Hub, or a folder.
+    """
+    words = set(re.findall(r"[a-z]+(?:[0-9]+[a-z]*)*|[0-9]+", Path(dataset).name.lower()))
+    return not words & _CHARACTER_DATASETS or bool(words & _OTHER_DATASETS)
+
+
+def flip_warning(label_names: Sequence[str]) -> str | None:
+    """Why mirroring may change the class, judged by the names of the classes; None if nothing suggests it.
+
+    Args:
+        label_names: name of each class.
+    """
+    names = [name.lower() for name in label_names]
+    if all(re.fullmatch(r"\d|[a-z]", name) for name in names):
+        return f"classes called {_first_names(label_names)} may be digits or letters"
+    for name in names:
+        for one, other in _OPPOSITES.items():
+            swapped = re.sub(rf"(?<![a-z]){one}(?![a-z])", other, name)
+            if swapped != name and swapped in names:
+                pair = [label_names[names.index(each)] for each in (name, swapped)]
+                return f"classes {pair[0]!r} and {pair[1]!r} may be mirror images of each other"
+    return None
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""The streams of token ids that a language model reads, window after window."""
+"""A corpus as contiguous streams of token ids, which a language model reads window after window."""
 
 import hashlib
 from collections.abc import Sequence
@@ -77,12 +77,12 @@ class TokenStreams(Dataset):
 
     @property
     def view_count(self) -> int:
-        """How many different inputs there are: the items."""
+        """The number of different inputs: the items."""
         return len(self)
 
     @cached_property
     def cache_fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of everything that decides what inputs a key stands for."""
+        """SHA-256, hexadecimal, of everything that the input of a cache key depends on."""
         digest = hashlib.sha256(f"{self.streams} {self.window} {self.length}".encode())
         digest.update(self._inputs.cpu().numpy())
         return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""A text corpus as three tensors of token ids, and its word-level tokenizer.
+"""Reads a text corpus into three tensors of token ids with a word-level tokenizer, and checks its coverage.
 
-A line is a sentence: it is split at white space, and `<eos>` follows every line, as in Mikolov's reading of Penn
-Treebank. Nothing is lowercased or normalised.
+A line is a sentence: it is split at white space, and `<eos>` follows every line, as in Mikolov's Penn Treebank.
+Nothing is lowercased or normalised.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from born_again.data.grammar import EOS, grammar_corpus, grammar_entropy
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_FROM = 0.03  # of a split's tokens, from which on it is warned of
+MAX_UNKNOWN_SHARE = 0.03  # of the tokens of a split; above it a warning is logged
 _MARK = re.compile(r"</?\w+>|\[\w+\]")  # such as <s>, </s>, [SEP]
 _SPELLINGS: dict[str, tuple[Callable[[str], str], str]] = {
     "Unicode normalisation (NFC or NFD)": (
@@ -38,99 +38,6 @@ _SPELLINGS: dict[str, tuple[Callable[[str], str], str]] = {
     ),
     "capitals": (str.casefold, "lower-case every split or none"),
 }
-
-
-def token_coverage(
-    words: Mapping[str, Sequence[str]], ids: Mapping[str, int], tokens: Mapping[str, torch.Tensor]
-) -> dict[str, dict[str, float]]:
-    """The shares of tokens that a model cannot have learned to tell from others.
-
-    Args:
-        words: the tokens of each split as they are written.
-        ids: of the vocabulary.
-        tokens: (N,) int64 ids of each split, as many as its words; "train" is what is trained on.
-
-    Returns:
-        For each split, as fractions of its tokens: "unknown", words that are not in the vocabulary and are read as
-        `<unk>`, where an `<unk>` that the text itself has is none; "untrained", words of the vocabulary that what is
-        trained on does not have (0 unless the training split was cut).
-    """
-    trained = torch.zeros(len(ids), dtype=torch.bool)
-    trained[tokens["train"]] = True
-    coverage = {}
-    for split, own in tokens.items():
-        known = torch.tensor([word in ids for word in words[split]])
-        coverage[split] = {
-            "unknown": (~known).double().mean().item(),
-            "untrained": (known & ~trained[own]).double().mean().item(),
-        }
-    return coverage
-
-
-def warn_of_unknown_words(name: str, words: Mapping[str, Sequence[str]], ids: Mapping[str, int]) -> None:
-    """Names a split of which more than `UNKNOWN_FROM` is unknown, and why where that can be seen.
-
-    Args:
-        name: of the dataset.
-        words: see `token_coverage`.
-        ids: see there.
-    """
-    for split, own in words.items():
-        unknown = Counter(word for word in own if word not in ids)
-        share = unknown.total() / len(own)
-        if share <= UNKNOWN_FROM:
-            continue
-        examples = ", ".join(repr(word) for word, _ in unknown.most_common(3))
-        warn(
-            logger,
-            f"--dataset {name!r}: {share:.1%} of the tokens of the split {split!r} ({unknown.total():,}) are not in "
-            f"the vocabulary of the training split and are read as '<unk>', which makes its perplexity lower than "
-            f"that of the text; the most frequent are {examples}. "
-            + (written_otherwise(unknown, ids) or "Is it written in the same way, in the same language?"),
-        )
-
-
-def written_otherwise(unknown: Counter[str], ids: Collection[str]) -> str:
-    """Which words would be known if they were spelled in another way, and what to do; empty where those are few.
-
-    Args:
-        unknown: how often each word occurs.
-        ids: the words that are known.
-    """
-    reasons = []
-    for what, (spelling, remedy) in _SPELLINGS.items():
-        known = {spelling(word) for word in ids}
-        count = sum(times for word, times in unknown.items() if spelling(word) in known)
-        if count > unknown.total() / 4:
-            reasons.append(f"{count:,} of them are there but for {what}: {remedy}.")
-    return " ".join(reasons)
-
-
-def warn_of_marked_lines(name: str, lines: Sequence[str]) -> None:
-    """Names a mark that begins or ends every line of the training split, beside the `<eos>` that is put there.
-
-    Args:
-        name: of the dataset.
-        lines: of the training split.
-    """
-    split = [line.split() for line in lines if line.strip()]
-    for place, where in ((0, "begins"), (-1, "ends")):
-        mark, count = Counter(line[place] for line in split).most_common(1)[0]
-        if mark != "<unk>" and _MARK.fullmatch(mark) and count >= 0.99 * len(split):
-            warn(
-                logger,
-                f"--dataset {name!r}: {mark!r} {where} {count:,} of {len(split):,} lines of the training split, and "
-                "'<eos>' follows every line: one of the two can always be predicted, so perplexities are lower than "
-                f"those of the text and cannot be compared with published ones; remove {mark!r} from every split.",
-            )
-
-
-def warn(logger: logging.Logger, message: str, *args: object) -> None:
-    """A warning of the first process of a launch: each of them reads the text."""
-    if os.environ.get("RANK", "0") == "0":  # as torchrun and accelerate set it
-        logger.warning(message, *args)
-
-
 EMBEDDED = "grammar"
 UNK = "<unk>"
 SPLITS = ("train", "validation", "test")
@@ -149,11 +56,11 @@ class TextData:
 
     Attributes:
         train, validation, test: (tokens,) int64 token ids, in the order of the text.
-        tokenizer: of whole words; its vocabulary is that of the training split, see `load_text`.
-        entropy_per_word: nats per word, `<eos>` counted as a word: what no model can beat in expectation. None where
-            it is not known.
-        fingerprint: JSON-able, the same for the same data: tokens by split, vocabulary (number of words), sha256 of
-            the words and the ids of all splits, and entropy_per_word (rounded to 6 decimals) where it is known.
+        tokenizer: word-level, with the vocabulary of the training split, see `load_text`.
+        entropy_per_word: nats per word, `<eos>` counted as a word: the lower bound of the expected loss. None if not
+            known.
+        fingerprint: JSON-able, the same for the same data: tokens by split, vocabulary (its size), sha256 of
+            vocabulary and ids of all splits, and entropy_per_word (rounded to 6 decimals) if known.
         coverage: for each split the fractions of its tokens that are "unknown" and "untrained", see
             `born_again.data.text.token_coverage`.
     """
@@ -177,19 +84,21 @@ def load_text(
 ) -> TextData:
     """Read a corpus into memory.
 
-    The vocabulary is that of the whole training split, whatever the limits, so that a limit does not change the model:
-    by falling count, then by first appearance, `<eos>` included. A word that only the other splits have is read as
-    `<unk>` where the training split holds that word, as Penn Treebank's does; where these are many it is warned of. A
-    blank line gives `<eos>` alone; the
-    newline that ends a file or a row begins no line. A literal `<eos>` in the text is that word too.
+    The vocabulary is that of the whole training split, whatever the limits, so that a limit does not change the model.
+    Tokens are ordered by decreasing count, then by first appearance; `<eos>` is included. A word that only other
+    splits have becomes `<unk>` if the training split contains `<unk>`, as Penn Treebank's does; many of them give a
+    warning. A blank line gives `<eos>` only. A newline at the end of a file or row does not begin a line. A literal
+    `<eos>` in the text is the same token.
 
     Args:
         dataset: "grammar" (embedded, see `born_again.data.grammar`); a folder with train.txt, valid.txt (or
             validation.txt) and test.txt, or the three with one prefix such as ptb.train.txt, or with tables that
-            `datasets` reads; "ptb" or "owner/name" on the Hub. A folder called as a shortcut is reached as "./ptb".
+            `datasets` reads; "ptb" or "owner/name" on the Hub. A folder with the name of a shortcut is given as
+            "./ptb".
         text_column: column of the text, where `datasets` reads it; None takes the only one of strings.
         revision: branch, tag or commit of a dataset on the Hub.
-        max_train_samples: keep the first so many tokens of the training split; None or more than there are: all.
+        max_train_samples: number of tokens to keep from the start of the training split; None, or more than there are,
+            keeps all.
         max_eval_samples: likewise for the validation and the test split, each.
 
     Raises:
@@ -218,7 +127,7 @@ def load_text(
             word = text[numbers.index(None)]
             line = next(number for number, line in enumerate(lines[split], 1) if word in line.split())
             missing = Counter(word for word in text if word not in ids)
-            remedy = written_otherwise(missing, ids) or f"write {UNK} for rare words in all splits"
+            remedy = spelling_hint(missing, ids) or f"write {UNK} for rare words in all splits"
             raise ValueError(
                 f"--dataset {str(dataset)!r}: the word {word!r} in line {line} of the split {split!r} is not in the "
                 f"training split, which has no {UNK!r} to stand for it; {missing.total():,} of its {len(text):,} "
@@ -226,8 +135,8 @@ def load_text(
             )
         tokens[split] = torch.tensor(numbers[: limits[split]])
     kept = {split: text[: limits[split]] for split, text in texts.items()}
-    warn_of_unknown_words(str(dataset), kept, ids)
-    warn_of_marked_lines(str(dataset), lines["train"])
+    warn_about_unknown_tokens(str(dataset), kept, ids)
+    warn_about_line_markers(str(dataset), lines["train"])
     sizes = {split: len(text) for split, text in texts.items()} | {"vocabulary": len(words)}
     differing = {part: size for part, size in sizes.items() if size != _PTB_SIZES[part]}
     if is_ptb and differing and max_train_samples is None and max_eval_samples is None:
@@ -259,13 +168,16 @@ def _digest(words: list[str], tokens: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256("\n".join(words).encode())
     for split in SPLITS:
         digest.update(f"\n{split} {len(tokens[split])}\n".encode())
-        # Byte order spelled out, so that the digest is the same on any machine.
+        # Explicit byte order, so that the digest is the same on any machine.
         digest.update(tokens[split].numpy().astype("<i8").data)
     return digest.hexdigest()
 
 
+# ---- Files and tables ----
+
+
 def _read_lines(dataset: str | Path, text_column: str | None, revision: str | None) -> tuple[Lines, bool]:
-    """Lines of each split, and whether this is Penn Treebank by its name."""
+    """Lines of each split, and whether the name is that of Penn Treebank."""
     name = str(dataset)
     if name in (EMBEDDED, *SHORTCUTS) and not isinstance(dataset, Path) and os.path.isdir(name):
         warn(
@@ -342,7 +254,7 @@ def _split_lines(text: str) -> list[str]:
 
 def _read_tables(name: str, source: str, text_column: str | None, revision: str | None) -> Lines:
     """Lines of each split of a dataset that `datasets` reads: a folder, or an id on the Hub."""
-    # Imported here: it takes a second, which the other kinds of corpus do without.
+    # Imported here: it takes a second, and other corpora do not need it.
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -394,19 +306,22 @@ def _read_tables(name: str, source: str, text_column: str | None, revision: str 
     return lines
 
 
-def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words between white space; word i has the id i.
+# ---- Tokenizer ----
 
-    A newline is `<eos>`, so that the text of a file has the ids that `load_text` gives it, and nothing else is added:
-    `decode(encode("the cat"))` is "the cat". `<unk>` and `<eos>` in a text are words like others. A word that is not
-    in `words` is `<unk>` where that is one of them; otherwise encoding it raises. `<eos>` is also the padding: tell
-    the two apart by the attention mask, which DataCollatorForLanguageModeling does not do.
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that splits at white space; word i has the id i.
+
+    A newline becomes `<eos>`, so that the text of a file gets the ids of `load_text`; nothing else is added:
+    `decode(encode("the cat"))` is "the cat". `<unk>` and `<eos>` in a text are ordinary words. A word that is not in
+    `words` becomes `<unk>` if `words` has it; otherwise encoding raises. `<eos>` is also the padding token:
+    distinguish them by the attention mask, which DataCollatorForLanguageModeling does not do.
 
     Args:
-        words: all different, without white space, `<eos>` among them.
+        words: unique, without white space, including `<eos>`.
 
     Raises:
-        ValueError: if `words` is not so.
+        ValueError: if `words` is not as described.
     """
     vocabulary = {word: number for number, word in enumerate(words)}
     bad = [word for number, word in enumerate(words) if vocabulary[word] != number or word.split() != [word]]
@@ -425,12 +340,106 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1_000_000_000,
         model_input_names=["input_ids", "attention_mask"],
-        # Else a special token is cut out of the middle of a word that contains it.
+        # Otherwise a special token inside a word would be split off.
         split_special_tokens=True,
         **unknown,
     )
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The words of `tokenizer`, that of id 0 first."""
+    """The tokens of `tokenizer`, by id."""
     return tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+
+
+# ---- Coverage of the vocabulary ----
+
+
+def token_coverage(
+    words: Mapping[str, Sequence[str]], ids: Mapping[str, int], tokens: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, float]]:
+    """The fractions of tokens that a model cannot have learned: unknown and untrained ones.
+
+    Args:
+        words: the tokens of each split as text.
+        ids: from token to id, of the vocabulary.
+        tokens: (N,) int64 ids of each split, as many as its words; a model is trained on "train".
+
+    Returns:
+        For each split, as fractions of its tokens: "unknown", those not in the vocabulary, which become `<unk>` (an
+        `<unk>` in the text itself is not counted); "untrained", those in the vocabulary but not in the training tokens
+        (0 unless the training split was truncated).
+    """
+    trained = torch.zeros(len(ids), dtype=torch.bool)
+    trained[tokens["train"]] = True
+    coverage = {}
+    for split, own in tokens.items():
+        known = torch.tensor([word in ids for word in words[split]])
+        coverage[split] = {
+            "unknown": (~known).double().mean().item(),
+            "untrained": (known & ~trained[own]).double().mean().item(),
+        }
+    return coverage
+
+
+def warn_about_unknown_tokens(name: str, words: Mapping[str, Sequence[str]], ids: Mapping[str, int]) -> None:
+    """Warns if the share of unknown tokens of a split exceeds `MAX_UNKNOWN_SHARE`, with the reason if it is known.
+
+    Args:
+        name: of the dataset.
+        words: see `token_coverage`.
+        ids: see there.
+    """
+    for split, own in words.items():
+        unknown = Counter(word for word in own if word not in ids)
+        share = unknown.total() / len(own)
+        if share <= MAX_UNKNOWN_SHARE:
+            continue
+        examples = ", ".join(repr(word) for word, _ in unknown.most_common(3))
+        warn(
+            logger,
+            f"--dataset {name!r}: {share:.1%} of the tokens of the split {split!r} ({unknown.total():,}) are not in "
+            f"the vocabulary of the training split and are read as '<unk>', which makes its perplexity lower than "
+            f"that of the text; the most frequent are {examples}. "
+            + (spelling_hint(unknown, ids) or "Is it written in the same way, in the same language?"),
+        )
+
+
+def spelling_hint(unknown: Counter[str], ids: Collection[str]) -> str:
+    """Why words are unknown (capitals or Unicode normalisation), and the remedy; empty if that explains only few.
+
+    Args:
+        unknown: counts of the unknown words.
+        ids: the words of the vocabulary.
+    """
+    reasons = []
+    for what, (spelling, remedy) in _SPELLINGS.items():
+        known = {spelling(word) for word in ids}
+        count = sum(times for word, times in unknown.items() if spelling(word) in known)
+        if count > unknown.total() / 4:
+            reasons.append(f"{count:,} of them are there but for {what}: {remedy}.")
+    return " ".join(reasons)
+
+
+def warn_about_line_markers(name: str, lines: Sequence[str]) -> None:
+    """Warns of a marker that begins or ends every line of the training split, in addition to the added `<eos>`.
+
+    Args:
+        name: of the dataset.
+        lines: of the training split.
+    """
+    split = [line.split() for line in lines if line.strip()]
+    for place, where in ((0, "begins"), (-1, "ends")):
+        mark, count = Counter(line[place] for line in split).most_common(1)[0]
+        if mark != "<unk>" and _MARK.fullmatch(mark) and count >= 0.99 * len(split):
+            warn(
+                logger,
+                f"--dataset {name!r}: {mark!r} {where} {count:,} of {len(split):,} lines of the training split, and "
+                "'<eos>' follows every line: one of the two can always be predicted, so perplexities are lower than "
+                f"those of the text and cannot be compared with published ones; remove {mark!r} from every split.",
+            )
+
+
+def warn(logger: logging.Logger, message: str, *args: object) -> None:
+    """Logs a warning on the first process only, since every process reads the text."""
+    if os.environ.get("RANK", "0") == "0":  # as torchrun and accelerate set it
+        logger.warning(message, *args)

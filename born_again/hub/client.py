@@ -32,8 +32,8 @@ from born_again.models.saved import INDEX_NAME, read_settings
 # What huggingface_hub talks HTTP with: httpx until 1.x, httpx2 from 2.0, with the same names in both.
 HTTP_LIBRARY = sys.modules[HTTPError.__module__]
 _LONGEST_TITLE = 59  # of a collection
-# huggingface_hub waits for an answer without end; uploading takes as long as it takes, silence does not.
-_SILENCE = HTTP_LIBRARY.Timeout(120.0, connect=30.0)  # seconds
+# huggingface_hub has no timeout. This one is for a connection without data, not for the whole upload.
+_TIMEOUT = HTTP_LIBRARY.Timeout(120.0, connect=30.0)  # seconds
 _OTHER_WEIGHTS = (INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGE = (".safetensors", ".png")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -41,27 +41,27 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # of a signed address,
 
 
 class HubError(RuntimeError):
-    """The Hub cannot be published to as asked; names what was asked and the remedy."""
+    """Publishing to the Hub failed or is not possible; names the argument and the remedy."""
 
 
-# What the Hub, the way to it, and the files here may raise. HfHubHTTPError is an OSError; what a gateway sends in
-# place of JSON, and a card that the Hub refuses, are ValueErrors.
+# What the Hub, the network and local files may raise. HfHubHTTPError is an OSError; a gateway's page instead of JSON,
+# and a card that the Hub refuses, raise ValueErrors.
 FAILURES = (OSError, HTTPError, HTTP_LIBRARY.InvalidURL, HFValidationError, ValueError, LineageError, HubError)
 
 
 def without_progress_bars() -> contextlib.AbstractContextManager[Any]:
-    """For uploads in the background, whose bars would run through that of the training."""
+    """For background uploads, whose progress bars would mix with that of the training."""
     return disable_progress_bars()
 
 
 class Hub:
-    """One namespace of the Hub, by one token; HF_ENDPOINT and HF_TOKEN are honoured.
+    """A namespace of the Hub, accessed with one token; HF_ENDPOINT and HF_TOKEN are honoured.
 
     Args:
         namespace: user or organisation.
-        private: whether new repositories and collections are; else new repositories are as the namespace has it.
-        branch: that is committed to and read, made where it is missing; None is the main one.
-        token: None takes the one that is logged in, or HF_TOKEN.
+        private: whether new repositories and collections are private; False takes the namespace's default.
+        branch: to commit to and read, created if missing; None is main.
+        token: None takes that of the login, or HF_TOKEN.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class Hub:
 
     @property
     def _api(self) -> HfApi:
-        """Asked for at each request, since huggingface_hub makes its session anew after some errors."""
-        _give_up_on_silence()
+        """Sets the timeout before each request, since huggingface_hub makes a new session after some errors."""
+        _set_timeout()
         return self._client
 
     def _info(self, repo: str, revision: str | None = None) -> ModelInfo:
-        # Of all that is asked, this alone has a timeout of its own: none.
-        return self._api.model_info(repo, revision=revision, timeout=_SILENCE.read)
+        # The only request whose default timeout is its own: none.
+        return self._api.model_info(repo, revision=revision, timeout=_TIMEOUT.read)
 
     # ---- Preflight ----
 
-    def check_rights(self) -> None:
-        """Finds out whether the token may write to the namespace.
+    def check_permissions(self) -> None:
+        """Checks that the token may write to the namespace.
 
         Raises:
-            HubError: it may not; says to which it may.
-            OSError: no token, a wrong one, or a Hub that cannot be reached.
+            HubError: it may not; lists the namespaces that it may write to.
+            OSError: no token, a wrong one, or the Hub cannot be reached.
         """
         who = self._api.whoami()
         roles = {organisation["name"]: organisation.get("roleInOrg") for organisation in who.get("orgs") or []}
@@ -114,14 +114,14 @@ class Hub:
         self._writes_everywhere = scope == "write"
 
     def check_license(self, license: str) -> None:
-        """Finds out whether the Hub knows a license, without which it refuses every card.
+        """Checks that the Hub knows a license; it refuses cards with an unknown one.
 
         Raises:
-            HubError: it does not.
+            HubError: it does not know it.
             OSError: the Hub cannot be reached.
         """
-        # Not by ModelCard.validate(), which asks huggingface.co whatever HF_ENDPOINT is, until huggingface_hub 2.
-        _give_up_on_silence()
+        # Not ModelCard.validate(), which ignores HF_ENDPOINT before huggingface_hub 2.
+        _set_timeout()
         response = get_session().post(
             f"{self._client.endpoint}/api/validate-yaml",
             json={"repoType": "model", "content": f"---\nlicense: {license}\n---\n"},
@@ -135,13 +135,13 @@ class Hub:
         hf_raise_for_status(response)
 
     def make_repo(self, repo: str) -> None:
-        """Makes a repository, and its branch, where they are missing.
+        """Creates a repository and its branch if missing.
 
         Raises:
-            HubError: it is public where it was to be private.
+            HubError: it exists and is public, but should be private.
             OSError: the Hub refuses, or cannot be reached.
         """
-        # None, not False: an organisation may have said that its new repositories are private.
+        # None, not False: the organisation's default may be private.
         self._api.create_repo(repo, private=self.private or None, exist_ok=True)
         if self.private and not self._info(repo).private:
             raise HubError(
@@ -152,9 +152,9 @@ class Hub:
             self._api.create_branch(repo, branch=self.branch, exist_ok=True)
 
     def check_writing(self, repo: str) -> None:
-        """Finds out whether the token may commit to a repository, where its scope does not tell.
+        """Checks that a fine-grained token may commit to a repository.
 
-        A fine-grained token that may not still "makes" a repository that is there already.
+        `make_repo` does not show it: creating an existing repository succeeds without write permission.
 
         Raises:
             OSError: it may not, or the Hub cannot be reached.
@@ -165,10 +165,10 @@ class Hub:
     # ---- Publishing ----
 
     def refuse_other_weights(self, repo: str, weights_sha256: str) -> None:
-        """Refuses to write over, or beside, weights that are not those that are about to be uploaded.
+        """Checks that a repository holds no weights other than those to upload.
 
         Raises:
-            HubError: the repository holds others.
+            HubError: it does.
             OSError: the Hub refuses, or cannot be reached.
         """
         found = self._api.get_paths_info(repo, [WEIGHTS_NAME, *_OTHER_WEIGHTS], revision=self.branch)
@@ -182,13 +182,13 @@ class Hub:
             )
 
     def upload(self, repo: str, files: Mapping[str, bytes | Path], message: str) -> str:
-        """Commits files in one commit, and finds them again at that commit with the hashes they have here.
+        """Uploads files in one commit, and verifies their hashes on the Hub at that commit.
 
-        Where every file is there already, as after an answer that got lost, no commit is made.
+        If every file is already there, as after a lost response, no commit is made.
 
         Args:
             repo: namespace/name.
-            files: content, or a file to read, by name.
+            files: from name to content, or path of the content.
             message: of the commit.
 
         Returns:
@@ -206,37 +206,37 @@ class Hub:
         return commit
 
     def _commit(self, repo: str, files: Mapping[str, bytes | Path], message: str) -> str:
-        # Of two of us, or of one that was given up and comes late, a second commit of the same is refused.
+        # With the parent, a concurrent or delayed second commit of the same files is refused.
         parent = self._info(repo, self.branch).sha
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
         ]
         try:
-            # One after the other: several at once are uploaded by threads that keep a program from ending.
+            # One at a time: several are uploaded by threads that keep the program from exiting.
             for operation in [own for own in operations if own.path_in_repo.endswith(_LARGE)][:-1]:
                 self._api.preupload_lfs_files(repo, [operation], revision=self.branch, free_memory=False)
             return self._api.create_commit(
                 repo, operations, commit_message=message, revision=self.branch, parent_commit=parent
             ).oid
-        except RuntimeError as error:  # around whatever went wrong with the weights
+        except RuntimeError as error:  # wraps the error of an upload of weights
             if isinstance(error.__cause__, FAILURES):
                 raise error.__cause__ from None
             raise HubError(f"{repo}: {error} Try again later.") from error
 
     def collect(self, title: str, notes: Mapping[str, str], slug: str | None = None) -> str:
-        """Gathers repositories in a collection, made where it is missing.
+        """Adds repositories to a collection, created if missing.
 
         Args:
-            title: of a new collection; cut to what the Hub takes.
-            notes: on each repository, by its name, in their order.
-            slug: of the collection where it is known, since it may have got another title.
+            title: of a new collection; truncated to the limit of the Hub.
+            notes: from repository to its note, in order.
+            slug: of the collection if known, since its title may have been changed.
 
         Returns:
             The collection's slug.
 
         Raises:
-            HubError: one is not in it afterwards.
+            HubError: a repository is not in it afterwards.
             OSError: the Hub refuses, or cannot be reached.
         """
         if slug is None or not self._is_collection(slug):
@@ -248,7 +248,7 @@ class Hub:
         found = {item.item_id for item in self._api.get_collection(slug).items}
         missing = sorted(set(notes) - found)
         if missing:
-            raise HubError(f"collection {slug}: {', '.join(missing)} did not get into it. Try again later.")
+            raise HubError(f"collection {slug}: {', '.join(missing)} was not added. Try again later.")
         return slug
 
     def _is_collection(self, slug: str) -> bool:
@@ -260,7 +260,7 @@ class Hub:
             raise
         return True
 
-    # ---- Back ----
+    # ---- Download ----
 
     def published_commit(self, repo: str) -> str | None:
         """The newest commit of a repository that holds a generation of a lineage, None where there is none.
@@ -275,14 +275,14 @@ class Hub:
             return None
 
     def download(self, repo: str, commit: str, folder: Path) -> Path:
-        """Copies a published generation into a new folder as it was before it was published.
+        """Downloads a published generation into a new folder, without what publishing added.
 
         Returns:
-            The folder of the download, which has lineage.json too.
+            The folder of the snapshot, which also has lineage.json.
 
         Raises:
             OSError: the Hub refuses, or cannot be reached, or the folder cannot be written.
-            ValueError: its config.json is none.
+            ValueError: its config.json is invalid.
         """
         wanted = [*GENERATION_FILES, "README.md", "config.json", "lineage.json", "model-*.safetensors", INDEX_NAME]
         snapshot = Path(self._api.snapshot_download(repo, revision=commit, allow_patterns=wanted))
@@ -290,7 +290,7 @@ class Hub:
         for path in snapshot.iterdir():
             if path.name not in ("lineage.json", "config.json") and path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        # The code that it names is beside the published weights alone.
+        # auto_map refers to code that is published beside the weights only.
         settings = {key: value for key, value in read_settings(snapshot).items() if key != "auto_map"}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return snapshot
@@ -298,7 +298,7 @@ class Hub:
     # ---- Errors ----
 
     def explain(self, error: BaseException) -> str:
-        """What went wrong in one line and what to do, without the token in it."""
+        """An error and its remedy in one line, without the token."""
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, HTTP_LIBRARY.TransportError):
             text = f"{self._client.endpoint} cannot be reached ({text})"
@@ -309,10 +309,10 @@ class Hub:
         return f"{text[:500].rstrip('. ')}. {_remedy(error)}".rstrip()
 
 
-def _give_up_on_silence() -> None:
+def _set_timeout() -> None:
     session = get_session()
-    if session.timeout == HTTP_LIBRARY.Timeout(None):  # else somebody has chosen another
-        session.timeout = _SILENCE
+    if session.timeout == HTTP_LIBRARY.Timeout(None):  # else the user has set one
+        session.timeout = _TIMEOUT
 
 
 def _remedy(error: BaseException) -> str:
@@ -327,7 +327,7 @@ def _remedy(error: BaseException) -> str:
     is_garbled = isinstance(error, json.JSONDecodeError)  # as from a gateway
     if status == 400 or (isinstance(error, ValueError) and not is_garbled):
         return "Correct that, and publish again."
-    if isinstance(error, LineageError | HubError | OfflineModeIsEnabled):  # their texts tell
+    if isinstance(error, LineageError | HubError | OfflineModeIsEnabled):  # which name their remedy
         return ""
     is_local = isinstance(error, OSError) and error.errno is not None and status is None
     return "" if is_local else "Try again later."
@@ -338,7 +338,7 @@ def _has_sha256(entry: Any, sha256: str) -> bool:
 
 
 def _is_same(entry: Any, content: bytes | Path) -> bool:
-    """Whether a file on the Hub, by its hash, is one that is here."""
+    """Whether a file on the Hub has the hash of a local one."""
     if entry is None:
         return False
     if entry.lfs is not None:
@@ -346,4 +346,4 @@ def _is_same(entry: Any, content: bytes | Path) -> bool:
             entry, hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
         )
     raw = content if isinstance(content, bytes) else content.read_bytes()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()  # as git names files
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()  # the hash of a git blob

@@ -1,4 +1,4 @@
-"""What of a lineage is published, where, and what still waits: facts and files, no network."""
+"""The repositories and files that a lineage is published as, and what is not published yet; without network access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from born_again.lineage.manifest import LineageError, Manifest, is_repo_id
 from born_again.models.remote_code import remote_code
 from born_again.models.saved import read_settings
 
-# Nothing else ever leaves the folder of a generation: no training_args.bin, whose pickle may hold a token.
+# An allow list: for example training_args.bin, a pickle that may hold a token, is never uploaded.
 GENERATION_FILES = (
     WEIGHTS_NAME,
     "generation_config.json",
@@ -39,18 +39,18 @@ _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors
 
 @dataclass(frozen=True)
 class HubSettings:
-    """Where the generations of a lineage go.
+    """Where and how a lineage is published.
 
     Args:
         namespace: user or organisation.
         pattern: of a repository's name, with {name} of the lineage and {index} of the generation.
-        private: whether new repositories are.
-        branch: that is committed to, made where it is missing; None is the main one.
-        license: for the cards, such as "apache-2.0"; None says nothing.
+        private: whether new repositories are private.
+        branch: to commit to, created if missing; None is main.
+        license: for the cards, such as "apache-2.0"; None leaves it out.
 
     Raises:
-        ValueError: a namespace or a pattern that gives no plain name, or the same one for two generations; a branch
-            or a license that is no plain name, or a private that is neither True nor False.
+        ValueError: an invalid namespace, branch or license; a pattern that gives an invalid name, or the same name for
+            two generations; a private that is neither True nor False.
     """
 
     namespace: str
@@ -68,8 +68,8 @@ class HubSettings:
         names = [self._named("name", index) for index in (0, 1)] if isinstance(self.pattern, str) else []
         if len(set(names)) < 2 or not all(is_repo_id(f"namespace/{name}") for name in names):
             raise ValueError(
-                f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and, if it likes, "
-                "{name} in it, such as '{name}-gen{index}'."
+                f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and optionally "
+                "{name}, such as '{name}-gen{index}'."
             )
         if not isinstance(self.private, bool):
             raise ValueError(f"private: got {self.private!r}, expected True or False.")
@@ -85,7 +85,7 @@ class HubSettings:
         return f"{self.namespace}/{self._named(name, index)}"
 
     def _named(self, name: str, index: int) -> str:
-        # No str.format: a pattern may be read from a file, and could ask for attributes or for a name of gigabytes.
+        # Not str.format: a pattern read from a file could access attributes or ask for gigabytes of padding.
         return self.pattern.replace("{name}", name).replace("{index}", str(index))
 
     def ensemble_repo(self, name: str) -> str:
@@ -93,23 +93,23 @@ class HubSettings:
         return f"{self.namespace}/{name}-ensemble"
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """The settings as JSON values, for the manifest."""
         return dataclasses.asdict(self)
 
 
 def unpublished(manifest: Manifest) -> dict[str, str]:
-    """What is finished and not on the Hub.
+    """What is finished and not published.
 
     Args:
         manifest: of the lineage.
 
     Returns:
-        From "gen2", "ensemble" or "collection" to why: the message of the last attempt, or "not tried yet". The
-        ensemble and the collection come after every generation that is asked for is finished.
+        From "gen2", "ensemble" or "collection" to the reason: the message of the last attempt, or "not tried yet".
+        Ensemble and collection are included only after every generation of the spec is finished.
     """
     with manifest.lock:
         waiting = {
-            f"gen{record['index']}": _why(record["hub"])
+            f"gen{record['index']}": _reason(record["hub"])
             for record in manifest.generations
             if record["status"] == "finished" and not is_published(record["hub"])
         }
@@ -117,14 +117,14 @@ def unpublished(manifest: Manifest) -> dict[str, str]:
             held = manifest.content.get("hub") or {}
             collection = held.get("collection")
             if ensemble_to_publish(manifest) is not None:
-                waiting["ensemble"] = _why(held.get("ensemble"))
-            if waiting or not is_published(collection) or collection.get("items") != list(notes(manifest)):
-                waiting["collection"] = _why(collection)
+                waiting["ensemble"] = _reason(held.get("ensemble"))
+            if waiting or not is_published(collection) or collection.get("items") != list(collection_notes(manifest)):
+                waiting["collection"] = _reason(collection)
         return waiting
 
 
-def notes(manifest: Manifest) -> dict[str, str]:
-    """The repositories of a lineage's collection, in order, each with its note; all of them published."""
+def collection_notes(manifest: Manifest) -> dict[str, str]:
+    """The repositories of a completely published lineage's collection, in order, each with its note."""
     gathered = {}
     for record in manifest.generations:
         index, parent = record["index"], record["parent"]
@@ -137,21 +137,21 @@ def notes(manifest: Manifest) -> dict[str, str]:
 
 
 def is_published(state: Mapping[str, Any] | None) -> bool:
-    """Whether the state of a generation, an ensemble or a collection says that it is on the Hub, and where."""
+    """Whether the state of a generation, ensemble or collection is published, with a repository or slug."""
     if not state or state.get("status") != "published":
         return False
     return bool(state.get("slug") or (state.get("repo") and state.get("commit")))
 
 
 def is_complete(manifest: Manifest) -> bool:
-    """Whether every generation that is asked for is finished."""
+    """Whether every generation of the spec is finished."""
     with manifest.lock:
         records = manifest.generations
         return len(records) > manifest.spec.generations and all(record["status"] == "finished" for record in records)
 
 
 def ensemble_to_publish(manifest: Manifest) -> dict[str, Any] | None:
-    """The newest measured ensemble, None where it is on the Hub or there is none."""
+    """The newest evaluated ensemble; None if it is published or there is none."""
     measured = [record for record in manifest.content.get("ensembles", []) if record["metrics"]]
     if not measured:
         return None
@@ -161,7 +161,7 @@ def ensemble_to_publish(manifest: Manifest) -> dict[str, Any] | None:
     return None if known else newest
 
 
-def _why(state: Mapping[str, Any] | None) -> str:
+def _reason(state: Mapping[str, Any] | None) -> str:
     return (state or {}).get("message") or "not tried yet"
 
 
@@ -170,7 +170,7 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
 
     Args:
         content: of lineage.json.
-        folder: of the generation; config.json tells the kind, and training.png is shown where it is.
+        folder: of the generation; config.json tells the task, and training.png is shown if it exists.
         index: of the generation.
     """
     is_image = read_settings(folder).get("model_type") == "timm_wrapper"
@@ -179,10 +179,10 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
 
 
 def render_cards(output_dir: str | Path) -> list[Path]:
-    """Writes the cards of the finished generations and of the ensemble again, from lineage.json.
+    """Renders the cards of the finished generations and of the ensemble again, from lineage.json.
 
     Returns:
-        The files that were written.
+        The paths of the cards.
 
     Raises:
         FileNotFoundError: there is no lineage.
@@ -190,7 +190,7 @@ def render_cards(output_dir: str | Path) -> list[Path]:
         OSError: a folder is missing or cannot be written.
     """
     folder = Path(output_dir)
-    Manifest.read(folder)  # before a lock is made in what is no lineage
+    Manifest.read(folder)  # raises before a lock is made in another folder
     with FolderLock(folder):
         manifest = Manifest.read(folder)
         written = []
@@ -207,13 +207,13 @@ def render_cards(output_dir: str | Path) -> list[Path]:
 
 
 def generation_files(manifest: Manifest, index: int) -> dict[str, bytes | Path]:
-    """The files that a generation is published as, by name: those on an allow list, and what is made for the Hub.
+    """The files that a generation is published as, by name: those on the allow list, and some made for the Hub.
 
-    config.json tells in addition where the code is that loads the network without this package; lineage.json tells
-    of the lineage up to this generation.
+    config.json also names the code that loads the network without this package; lineage.json covers the lineage up to
+    this generation.
 
     Raises:
-        LineageError: the weights are missing, or not those of the manifest; weights or config.json are a link.
+        LineageError: the weights are missing or changed, or weights or config.json are a link.
         OSError: a file cannot be read.
         ValueError: config.json is no JSON object.
     """
@@ -236,7 +236,9 @@ def generation_files(manifest: Manifest, index: int) -> dict[str, bytes | Path]:
     files |= {name: text.encode() for name, text in code.items()}
     files["config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
     files["README.md"] = generation_card(content, folder, index).encode()
-    files["lineage.json"] = (json.dumps(_up_to(content, index), indent=2, allow_nan=False) + "\n").encode()
+    files["lineage.json"] = (
+        json.dumps(_truncated_manifest(content, index), indent=2, allow_nan=False) + "\n"
+    ).encode()
     return files
 
 
@@ -268,15 +270,15 @@ def ensemble_files(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, b
     }
 
 
-def _up_to(content: dict[str, Any], index: int) -> dict[str, Any]:
-    """The manifest as it is to be found beside a generation: of what came before, and of itself as published."""
+def _truncated_manifest(content: dict[str, Any], index: int) -> dict[str, Any]:
+    """The manifest to publish beside a generation: up to this generation, which is marked as published."""
     kept = {name: value for name, value in content.items() if name not in ("ensembles", "restart")}
     kept["generations"] = content["generations"][: index + 1]
     if kept.get("hub"):
         unknown_here = ("ensemble", "collection", "newest")
         kept["hub"] = {name: value for name, value in kept["hub"].items() if name not in unknown_here}
     for record in kept["generations"]:
-        # What depends on when it was published, and on what failed, is no part of a generation.
+        # Without messages and times of publishing, so that repeated uploads are equal.
         record["hub"] = {name: (record["hub"] or {}).get(name) for name in ("status", "repo", "commit")}
     kept["generations"][index]["hub"] |= {"status": "published", "commit": None}
     return kept

@@ -1,4 +1,4 @@
-"""What the scripts that train lineages have in common: their flags, where they publish, how they begin and end."""
+"""What the training scripts share: flags of a lineage, resuming, publishing, and the run with its exit status."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from born_again.hub.restoring import restore_lineage
 from born_again.lineage.folders import TEACHER_CACHE_NAME
 from born_again.lineage.machine import (
     check_arguments,
-    how_it_computes,
+    describe_computation,
+    frozen_garbage_collector,
     keep_freed_memory,
-    leaving_old_objects_alone,
     on_first_process,
+    precision_name,
     precision_problem,
-    precision_words,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 from born_again.lineage.members import ENSEMBLE_NAME
@@ -38,44 +38,43 @@ from born_again.training.environment import PRECISIONS, launcher_chooses_precisi
 
 @dataclass
 class LineageFlags:
-    """Flags of a lineage, whatever it is trained on."""
+    """Flags of a lineage of any task."""
 
     generations: int = field(default=3, metadata={"help": "Students after the teacher."})
-    name: str | None = field(default=None, metadata={"help": "Of the lineage; from model and dataset when not given."})
+    name: str | None = field(default=None, metadata={"help": "Name of the lineage; by default MODEL-DATASET."})
     teacher: str | None = field(
-        default=None, metadata={"help": "A network trained elsewhere, folder or Hub id, in place of generation 0."}
+        default=None, metadata={"help": "Folder or Hub id of a network trained elsewhere, to use as generation 0."}
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
     from_generation: int | None = field(
-        default=None, metadata={"help": "Start again from this one; what it replaces is moved aside."}
+        default=None,
+        metadata={"help": "Train this generation and later ones again; replaced folders are renamed, not deleted."},
     )
-    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep those of finished generations."})
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished generations."})
     hub_namespace: str | None = field(
         default=None, metadata={"help": "User or organisation that --push_to_hub publishes to."}
     )
     hub_name_pattern: str = field(
-        default="{name}-gen{index}", metadata={"help": "Of the repositories' names, with --push_to_hub."}
+        default="{name}-gen{index}", metadata={"help": "Pattern of the repository names, with --push_to_hub."}
     )
-    hub_license: str | None = field(default=None, metadata={"help": "For the cards, such as apache-2.0."})
+    hub_license: str | None = field(default=None, metadata={"help": "License in the cards, such as apache-2.0."})
     hub_defer: bool = field(
-        default=False, metadata={"help": "Train even where the Hub cannot be published to, and try again later."}
+        default=False, metadata={"help": "Train even if the Hub cannot be reached, and publish later."}
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of a process; the machine's cores when not given."}
-    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads per process; all cores when not given."})
     tune_process: bool = field(
         default=True,
         metadata={
-            "help": "Keep freed memory for the next step (on a CPU, with glibc) and collect no garbage among what was "
-            "there before the training; both hold for the whole process."
+            "help": "Keep freed memory for the next step (on a CPU, with glibc), and exclude objects older than the "
+            "training from garbage collection; both affect the whole process."
         },
     )
-    smoke: bool = field(default=False, metadata={"help": "A tiny network for a minute, to see that all works."})
-    given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: flags that the user chose
+    smoke: bool = field(default=False, metadata={"help": "Train a tiny network, to check the installation."})
+    given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: the flags that were given
 
 
 def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:
-    """Where a lineage is published, None without --push_to_hub.
+    """The publishing settings, None without --push_to_hub.
 
     Raises:
         ValueError: --push_to_hub without a namespace, a namespace without it, or a flag that belongs to Trainer's own
@@ -106,25 +105,25 @@ def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> H
     )
 
 
-def go_on(flags: LineageFlags, training: BornAgainTrainingArguments) -> LineageSpec | None:
-    """Brings a published lineage back, and takes from the one in output_dir what the user did not choose.
+def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) -> LineageSpec | None:
+    """Restores a published lineage if output_dir is empty, and fills in arguments from the lineage in output_dir.
 
-    To be called before the spec is made. What the user leaves open goes on as the lineage was begun: its name, and the
-    mixed precision, which a recipe chooses by the machine. A precision that was given, by a flag or by the launcher,
-    stays, and the runner refuses it where it is another.
+    Call it before the spec is made. The name and the mixed precision of the existing lineage are taken unless the user
+    gave them: a recipe would choose the precision by the machine. A precision given by a flag or the launcher stays,
+    and the runner refuses it if it differs.
 
     Args:
         flags: `name` may change.
         training: its mixed precision may change, which is printed.
 
     Returns:
-        The spec that the lineage was begun with; None where there is none yet.
+        The spec of the existing lineage, None if there is none.
 
     Raises:
         ValueError: see `hub_settings` and `check_arguments`; or the lineage was begun in a precision that this machine
-            has not.
-        HubError: the Hub cannot be asked what there is; not with --hub_defer.
-        LineageError: what is published under the lineage's name is none.
+            does not support.
+        HubError: the Hub cannot be reached; not with --hub_defer.
+        LineageError: the repositories of the lineage's name do not hold a lineage.
     """
     check_arguments(training)
     settings = hub_settings(flags, training)
@@ -137,24 +136,24 @@ def go_on(flags: LineageFlags, training: BornAgainTrainingArguments) -> LineageS
     if "name" not in flags.given:
         flags.name = spec.name
     if {"bf16", "fp16"}.isdisjoint(flags.given) and not launcher_chooses_precision():
-        _take_precision(spec, training)
+        _use_recorded_precision(spec, training)
     return spec
 
 
-def _take_precision(spec: LineageSpec, training: BornAgainTrainingArguments) -> None:
+def _use_recorded_precision(spec: LineageSpec, training: BornAgainTrainingArguments) -> None:
     begun = next((name for name in PRECISIONS if spec.training.get(name)), spec.training.get("mixed_precision", "no"))
     if begun == training.mixed_precision:
         return
     problem = precision_problem(begun, training.device)
     if problem is not None:
         raise ValueError(
-            f"{begun}: the lineage in {training.output_dir} was begun in {precision_words(begun)}, {problem}; go on "
-            "with it where it can be computed, or give another output_dir."
+            f"{begun}: the lineage in {training.output_dir} was begun in {precision_name(begun)}, {problem}; resume "
+            "it on a machine that supports it, or give another output_dir."
         )
     if training.process_index == 0:
         print(
-            f"Goes on in {precision_words(begun)}, as the lineage in {training.output_dir} was begun; by itself this "
-            f"machine would compute in {precision_words(training.mixed_precision)}."
+            f"Resumes in {precision_name(begun)}, as the lineage in {training.output_dir} was begun; the default on "
+            f"this machine is {precision_name(training.mixed_precision)}."
         )
     training.use_precision(begun)
 
@@ -165,18 +164,18 @@ def _restore(flags: LineageFlags, training: BornAgainTrainingArguments, settings
     except HubError as error:
         if not flags.hub_defer:
             raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
-        logging.getLogger(__name__).warning("%s It begins anew.", error)
+        logging.getLogger(__name__).warning("%s A new lineage is begun.", error)
 
 
-def teacher_named(source: str, load: Callable[[], nn.Module]) -> nn.Module:
-    """Loads what --teacher names.
+def load_external_teacher(source: str, load: Callable[[], nn.Module]) -> nn.Module:
+    """Loads the network of --teacher, with errors that name the flag.
 
     Args:
         source: folder or Hub id.
         load: loads it.
 
     Raises:
-        ValueError: it is the folder of several networks, or cannot be loaded; says what --teacher takes.
+        ValueError: it is the folder of an ensemble or a lineage, or cannot be loaded.
     """
     for name, what in ((ENSEMBLE_NAME, "an ensemble"), (MANIFEST_NAME, "a lineage")):
         if (Path(source) / name).is_file():
@@ -190,11 +189,11 @@ def teacher_named(source: str, load: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(
             f"--teacher {source!r} cannot be loaded ({error}); expected the folder of a generation or of a network "
             "with config.json and model.safetensors (of timm: save_for_hf with safe_serialization=True), or "
-            f"'owner/name' on the Hub; check the spelling, a folder is looked for from {str(Path.cwd())!r}."
+            f"'owner/name' on the Hub; check the spelling; relative paths start at {str(Path.cwd())!r}."
         ) from error
 
 
-def publishing(flags: LineageFlags, training: BornAgainTrainingArguments) -> BackgroundPublisher | None:
+def create_publisher(flags: LineageFlags, training: BornAgainTrainingArguments) -> BackgroundPublisher | None:
     """The publisher of a lineage, None without --push_to_hub.
 
     Raises:
@@ -204,11 +203,11 @@ def publishing(flags: LineageFlags, training: BornAgainTrainingArguments) -> Bac
     return None if settings is None else BackgroundPublisher(settings, training.hub_token, flags.hub_defer)
 
 
-def of_generation(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:
-    """The arguments of one generation's trainer, which knows nothing of the Hub and holds no token.
+def generation_arguments(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:
+    """The training arguments of one generation, without publishing and without the token.
 
-    Answers of its teacher are kept in the lineage's folder, which deletes them with the generation's checkpoints, or
-    where the user says, where they stay.
+    The teacher cache on disk is in the lineage's folder, and deleted when the generation is finished, unless
+    teacher_cache_dir is given.
     """
     own = copy.copy(training)
     if own.teacher_cache == "disk" and own.teacher_cache_dir is None:
@@ -226,18 +225,18 @@ def train(
     *,
     tune_process: bool = False,
 ) -> int:
-    """Runs a lineage, printing what it is and what came of it.
+    """Runs a lineage, and prints its configuration and results.
 
     Args:
         runner: of the lineage.
         training: of all generations.
-        task: the model and its data, for the first line.
-        network: see `how_it_computes`.
-        tune_process: whether settings of the whole process may be changed for speed: see `keep_freed_memory`, which
-            lasts, and `leaving_old_objects_alone`, which ends with the run.
+        task: model and data, for the first line.
+        network: see `describe_computation`.
+        tune_process: whether to change settings of the whole process for speed: `keep_freed_memory`, which is
+            permanent, and `frozen_garbage_collector`, which ends with the run.
 
     Returns:
-        The exit status: 1 where something could not be published.
+        The exit status: 1 if something could not be published, else 0.
 
     Raises:
         ValueError: another loss_normalization than "step".
@@ -245,7 +244,7 @@ def train(
     if training.loss_normalization != "step":
         raise ValueError(
             f"loss_normalization: got {training.loss_normalization!r}, expected 'step', since every generation of a "
-            "lineage has the same loss of a step, generation 0 too; leave it out."
+            "lineage, generation 0 too, normalises its loss by step; leave it out."
         )
     is_main, spec = training.process_index == 0, runner.spec
     if is_main:
@@ -253,12 +252,12 @@ def train(
         print(
             f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, into {training.output_dir}"
         )
-        print(f"Computed in {how_it_computes(training, network)}")
+        print(f"Computed in {describe_computation(training, network)}")
         if runner.is_finished():
             print("Every generation is trained already; nothing is left to do.")
     if tune_process and training.device.type == "cpu":
         keep_freed_memory()
-    with leaving_old_objects_alone() if tune_process else contextlib.nullcontext():
+    with frozen_garbage_collector() if tune_process else contextlib.nullcontext():
         manifest = runner.run()
     if not is_main:
         return 0
@@ -267,15 +266,15 @@ def train(
         print(f"Not published: {what}: {why}", file=sys.stderr)
     if runner.unpublished:
         print(
-            f"Everything is trained and safe in {runner.output_dir}; to publish what is missing: born-again "
-            f"publish {runner.output_dir}",
+            f"Everything is trained and saved in {runner.output_dir}; to publish the rest: born-again publish "
+            f"{runner.output_dir}",
             file=sys.stderr,
         )
     return 1 if runner.unpublished else 0
 
 
 def launch(start: Callable[[], Any]) -> None:
-    """Runs a script's start, turning errors of ours into one line."""
+    """Runs a script, and prints expected errors as one line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger(HTTP_LIBRARY.__name__).setLevel(logging.WARNING)  # a line for each request to the Hub
     try:

@@ -1,8 +1,8 @@
-"""Facts in, card out: the README.md of a generation or an ensemble, from nothing but its lineage's manifest.
+"""Model cards: the README.md of a generation or an ensemble, rendered from its lineage's manifest alone.
 
-What people read is in the folder templates: a template of jinja2 for each task and one for ensembles, with
-card.md.jinja for what they share. What the Hub reads is a ModelCardData of huggingface_hub. Every value that a
-template shows goes through `born_again.hub.model_card.plain`, which ModelCard.from_template would not do.
+The text is in the folder templates: one jinja2 template for each task and one for ensembles, with card.md.jinja for
+the parts that they share. The front matter is a ModelCardData of huggingface_hub. Every value in a template is escaped
+by `born_again.hub.model_card.plain`, which ModelCard.from_template would not do.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-# Longer text is cut: a card is read by people.
+# Longer text is truncated.
 LONGEST = 300
-_JOINERS = "\u200c\u200d"  # inside emoji and some scripts; other invisible characters can turn text around
+_JOINERS = "\u200c\u200d"  # in emoji and some scripts; other invisible characters can reverse text
 _MARKUP = re.compile(r"([\\`*_{}\[\]|$~])")
-_BEGINS_A_BLOCK = re.compile(r"^([#+=-]+(?=\s|$)|\d+(?=[.)](\s|$)))")
+_BLOCK_START = re.compile(r"^([#+=-]+(?=\s|$)|\d+(?=[.)](\s|$)))")
 _LOCAL = re.compile(r"(file:)?([/~]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
 # The folders of a path in the middle of a text; "https://" is none.
 _FOLDERS = re.compile(r"(?<![\w/\\])(?:(?:file://|~|\.{1,2}|\b[A-Za-z]:)?[/\\](?![/\\]))(?:[^\s,;=\"'<>|/\\]+[/\\])+")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts that other readers of YAML might take for a number stand in quotes, and nothing is an anchor."""
+    """Quotes text that other YAML parsers might read as a number, and writes no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # YAML 1.2, which the Hub reads, knows more numbers than PyYAML does: 1e3, 0o17.
+    # YAML 1.2, which the Hub reads, has more number formats than PyYAML: 1e3, 0o17.
     is_word = text[:1].isalpha() and "<" not in text
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_word else '"')
 
@@ -55,27 +55,27 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def one_line(value: Any, longest: int = LONGEST) -> str:
-    """A text without line breaks, control characters and folders of this machine, cut where it is long."""
+    """A text without line breaks, control characters and local folders, truncated to `longest` characters."""
     text = "".join(char if char.isprintable() or char in _JOINERS else " " for char in str(value))
     text = _FOLDERS.sub("", " ".join(text.split()))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def plain(value: Any) -> Markup:
-    """A text in a line of Markdown or a cell of a table, without any effect as Markdown or HTML.
+    """Escapes a text for a line of Markdown or a table cell, so that it has no effect as Markdown or HTML.
 
-    What is `Markup` already, such as what comes from here, is left as it is.
+    `Markup`, which this function returns, is not escaped again.
     """
     if isinstance(value, Markup):
         return value
     text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKUP.sub(r"\\\1", text).replace("://", ":\\//")
     text = re.sub(r"(?i)\bwww\.", lambda match: f"{match[0][:-1]}\\.", text)
-    return Markup(_BEGINS_A_BLOCK.sub(lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], text))
+    return Markup(_BLOCK_START.sub(lambda match: match[0] + "\\" if match[0].isdigit() else "\\" + match[0], text))
 
 
 def setting(value: Any) -> Markup:
-    """The value of an argument: `plain`, of a path in it the last part alone."""
+    """The value of an argument, escaped; paths are shortened to their last part."""
     value = _without_folders(value)
     return plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
@@ -89,12 +89,12 @@ def _without_folders(value: Any) -> Any:
 
 
 def local_name(source: str) -> str:
-    """A model or a network as it may be shown: a name or a Hub id as it is, of a folder the last part."""
+    """A model name or Hub id unchanged, a folder shortened to its last part."""
     return source if is_hub_id(source) else last_part(source)
 
 
 def last_part(source: str) -> str:
-    """Of a path, and a name without folders as it is."""
+    """The last part of a path; a plain name unchanged."""
     if not re.search(r"[/\\]|^[~.]", source):
         return source
     last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1]
@@ -102,14 +102,14 @@ def last_part(source: str) -> str:
 
 
 def is_hub_id(source: Any) -> bool:
-    """Whether this is namespace/name of the Hub, and no folder here: libraries look for a folder first."""
+    """Whether this is a Hub id, and no local folder, which libraries would prefer."""
     return is_repo_id(source) and not Path(source).is_dir()
 
 
 def front_matter(header: Mapping[str, Any]) -> str:
     """YAML between two lines of dashes, as ModelCardData.to_yaml writes it but for the dumper."""
     text = yaml.dump(dict(header), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9)
-    # Inside of quotes the same text to YAML, and no tag to whatever shows the front matter as it stands.
+    # Equal in YAML, and no HTML tag where the front matter is shown as text.
     return "---\n" + text.rstrip().replace("<", "\\x3C") + "\n---"
 
 
@@ -139,12 +139,12 @@ _COUNTS = ("tokens", "samples")
 
 @dataclass(frozen=True)
 class _Kind:
-    """What cards of one kind of network have in common."""
+    """What the cards of one task have in common."""
 
-    task: str  # as the Hub calls it, and as its template is called
+    task: str  # its name on the Hub and of its template
     unit: str
-    libraries: tuple[str, ...]  # the first is the one that the Hub shows
-    # Networks of this package, which other libraries do not know. Of a Hub id or a folder it is not known here.
+    libraries: tuple[str, ...]  # the Hub shows the first
+    # Names of networks of this package, which other libraries do not have; Hub ids and folders do not match.
     own: re.Pattern[str]
 
 
@@ -163,7 +163,7 @@ def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve
     Args:
         manifest: the content of lineage.json, with the generation's record. Its `hub`, where it is to be published,
             decides whether examples load from the Hub or from FOLDER.
-        generation: its index; nothing is said of later ones, but where the newest is on the Hub.
+        generation: its index; later ones are not mentioned, except the repository of the newest.
         curve: file name of a picture of the training beside the card.
 
     Returns:
@@ -254,7 +254,7 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, 
 def _card(
     template: str, manifest: Mapping[str, Any], kind: _Kind, header: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> str:
-    """Fills a template with these facts and those that all cards show, and puts what the Hub reads before it."""
+    """Renders a template with the given and the shared values, and prepends the front matter."""
     from huggingface_hub import ModelCardData
 
     results = _eval_results(manifest, facts["metrics"], kind)
@@ -265,7 +265,7 @@ def _card(
         model_name=one_line(facts["title"]) if results else None,
         eval_results=results or None,
     )
-    # As a terminal shows it, but for its texts of users.
+    # Users' texts are escaped before the table is made.
     records = [{**record, "objective": str(plain(record["objective"]))} for record in manifest["generations"]]
     is_measured = any(record["metrics"] for record in records)
     repo, branch, model = facts["repo"], _branch_of(manifest), manifest["spec"]["model"]
@@ -277,7 +277,7 @@ def _card(
         "model": local_name(model),
         "own_model": Markup(model) if kind.own.fullmatch(model) and not _is_external(facts["record"]) else None,
         "dataset": _dataset_name(manifest),
-        "test_split": _true_split(manifest, "test"),
+        "test_split": _dataset_split(manifest, "test"),
         "table": Markup(results_table({**manifest, "generations": records})) if is_measured else "",
         "teacher": records[0],
         "all_external": all(map(_is_external, records)),
@@ -296,12 +296,12 @@ def _environment() -> Environment:
 
     def escaped(value: Any) -> Markup:
         if isinstance(value, Undefined):
-            raise UndefinedError(f"a card's template shows what its manifest does not hold: {value._undefined_name}")
+            raise UndefinedError(f"a card's template uses a value that its manifest lacks: {value._undefined_name}")
         return plain(value)
 
     environment = Environment(
         loader=PackageLoader("born_again.hub"),
-        autoescape=True,  # what is no Markup is escaped, by finalize
+        autoescape=True,  # finalize escapes everything that is no Markup
         finalize=escaped,
         undefined=ChainableUndefined,
         trim_blocks=True,
@@ -314,7 +314,7 @@ def _environment() -> Environment:
         "setting": setting,
         "in_brackets": _in_brackets,
         "link": lambda repo: Markup(f"[{repo}](https://huggingface.co/{repo})"),
-        "shown": _shown,
+        "shown": _format_number,
         "paragraph": lambda text: Markup(" ".join(text.split())),
     }
     return environment
@@ -334,7 +334,7 @@ def _in_brackets(values: Mapping[str, Any] | None) -> Markup:
     return Markup(f" ({inside})" if inside else "")
 
 
-def _shown(value: float | int | None) -> str:
+def _format_number(value: float | int | None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -350,14 +350,14 @@ def _counts(data: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _repo_of(manifest: Mapping[str, Any], index: int | str) -> str | None:
-    """The repository of a generation or, by "ensemble", of the ensemble; None where it is not known."""
+    """The repository of a generation, or of the ensemble for "ensemble"; None if not known."""
     held, pattern = manifest.get("hub") or {}, "{name}-ensemble"
     if isinstance(index, int):
         own = (manifest["generations"][index].get("hub") or {}).get("repo")
         if is_repo_id(own):
             return own
         pattern = held.get("pattern") or "{name}-gen{index}"
-    # No str.format: a pattern is read from a file, and could ask for attributes.
+    # Not str.format: a pattern read from a file could access attributes.
     name = str(pattern).replace("{name}", manifest["name"]).replace("{index}", str(index))
     repo = f"{held.get('namespace')}/{name}"
     return repo if held.get("namespace") and is_repo_id(repo) else None
@@ -384,13 +384,13 @@ def _hub_dataset(manifest: Mapping[str, Any]) -> str | None:
     name, data = manifest["spec"]["dataset"], manifest["data"]
     if name in _HUB_DATASETS:
         return _HUB_DATASETS[name]
-    # Images from the Hub come with the commit they were read at, which a folder does not have.
+    # Images from the Hub have a revision, folders have none.
     from_the_hub = "image_column" not in data or isinstance(data.get("revision"), str)
     return name if from_the_hub and is_hub_id(name) else None
 
 
 def _dataset_name(manifest: Mapping[str, Any]) -> str:
-    """The dataset as it may be shown: of a folder the last part."""
+    """The name of the dataset; a folder shortened to its last part."""
     name = manifest["spec"]["dataset"]
     return name if _hub_dataset(manifest) else last_part(name)
 
@@ -431,8 +431,8 @@ def _provenance(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _true_split(manifest: Mapping[str, Any], split: str) -> str:
-    """What the dataset calls a split: "validation" for "test", where it has no test split."""
+def _dataset_split(manifest: Mapping[str, Any], split: str) -> str:
+    """The dataset's own name of a split: such as "validation" for "test" if it has no test split."""
     name = manifest["data"].get("test_split")
     return name if split == "test" and isinstance(name, str) else split
 
@@ -452,7 +452,7 @@ def _eval_results(
             task_name=kind.task.replace("-", " ").capitalize(),
             dataset_type=hub_id or shown,
             dataset_name=shown,
-            dataset_split=one_line(_true_split(manifest, split)),
+            dataset_split=one_line(_dataset_split(manifest, split)),
             dataset_revision=one_line(revision) if hub_id and isinstance(revision, str) else None,
             dataset_args={"max_eval_samples": limit} if type(limit) is int else None,
             metric_type=_METRICS[name][0] if name in _METRICS else one_line(name),

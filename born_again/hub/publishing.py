@@ -1,4 +1,4 @@
-"""From a lineage to the Hub: what is published when, what waits, and in the background of what."""
+"""Publishes a lineage to the Hub, at once or in a background thread while it trains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from born_again.hub.client import FAILURES, Hub, HubError, without_progress_bars
 from born_again.hub.files import (
     HubSettings,
+    collection_notes,
     ensemble_files,
     ensemble_to_publish,
     generation_card,
     generation_files,
     is_complete,
     is_published,
-    notes,
     unpublished,
 )
 from born_again.hub.restoring import restore_lineage
@@ -30,24 +30,24 @@ __all__ = ["BackgroundPublisher", "HubPublisher", "publish_lineage", "restore_li
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 0.2  # seconds between two looks at whether to go on waiting
+_POLL_SECONDS = 0.2  # seconds between two looks at whether to go on waiting
 
 
 class HubPublisher:
-    """Publishes the generations of one lineage, and writes into its manifest what became of it.
+    """Publishes the generations of one lineage, and records the state of each in its manifest.
 
     The state of a generation is `hub` in its record: {"status": "pending" or "published", "repo", "commit",
-    "message", "card_sha256"}. It is published once every file has been found on the Hub, at the commit that was made,
-    with the hash it has here.
+    "message", "card_sha256"}. It is published once every file has been found on the Hub, at the new commit, with
+    its local hash.
 
     Args:
-        manifest: of the lineage; its content["hub"] becomes the settings, beside what is known of ensemble and
+        manifest: of the lineage; the settings are stored in its content["hub"], beside the states of ensemble and
             collection.
         settings: where to publish.
-        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+        token: of the Hub; None takes that of the login, or HF_TOKEN.
 
     Raises:
-        HubError: some of the lineage is published already, in another place.
+        HubError: a part of the lineage is already published elsewhere.
     """
 
     def __init__(self, manifest: Manifest, settings: HubSettings, token: str | None = None) -> None:
@@ -55,21 +55,21 @@ class HubPublisher:
         self.settings = settings
         self.name = manifest.spec.name
         self._hub = Hub(settings.namespace, settings.private, settings.branch, token)
-        self._has_left = False
+        self._is_detached = False
         held = manifest.content.get("hub") or {}
-        _refuse_another_place(settings, held, manifest)
+        _check_same_destination(settings, held, manifest)
         with manifest.lock:
-            manifest.content["hub"] = {**_with_old_cards(settings, held), **settings.to_dict()}
+            manifest.content["hub"] = {**_mark_outdated_cards(settings, held), **settings.to_dict()}
 
     def preflight(self) -> None:
-        """Finds out before a training whether its generations can be published, and makes the first repository.
+        """Checks before a training that its generations can be published, and creates the first repository.
 
         Raises:
-            HubError: no or a wrong token, a namespace that it may not write to, a license that the Hub does not know,
-                or a Hub that cannot be reached; with the remedy.
+            HubError: no token or a wrong one, a namespace that it may not write to, an unknown license, or a Hub that
+                cannot be reached; with the remedy.
         """
         try:
-            self._hub.check_rights()
+            self._hub.check_permissions()
             if self.settings.license is not None:
                 self._hub.check_license(self.settings.license)
             wanted = range(self.manifest.spec.generations + 1)
@@ -86,17 +86,17 @@ class HubPublisher:
             ) from error
 
     def publish(self) -> dict[str, str]:
-        """Publishes whatever is finished and not published, in order; a failure leaves the rest for the next call.
+        """Publishes what is finished and not published, in order, until a failure; the next call tries the rest again.
 
         Returns:
-            What is left, from its name to why; see `born_again.hub.files.unpublished`.
+            What is not published, from its name to the reason; see `born_again.hub.files.unpublished`.
         """
         for index in self._finished():
             if not self._is_published(index) and not self._attempt(
                 f"generation {index}", self._generation(index), self._publish_generation, index
             ):
                 return unpublished(self.manifest)
-        # One that has finished during an upload is not on the Hub yet; its own call comes.
+        # A generation that finished during an upload is published by the next call.
         if is_complete(self.manifest) and all(map(self._is_published, self._finished())):
             ensemble, done = ensemble_to_publish(self.manifest), True
             if ensemble is not None:
@@ -105,18 +105,18 @@ class HubPublisher:
                 self._attempt("the collection", self._extra("collection"), self._publish_collection)
         return unpublished(self.manifest)
 
-    def leave(self) -> None:
-        """From now on the manifest is another's: what is being published goes on, and is not written down."""
+    def detach(self) -> None:
+        """Stops writing to the manifest, which another run may use now; an upload in progress is not interrupted."""
         with self.manifest.lock:
-            self._has_left = True
+            self._is_detached = True
 
     # ---- One step ----
 
     def _attempt(
-        self, what: str, keep: Callable[..., None], step: Callable[..., dict[str, Any]], *arguments: Any
+        self, what: str, update_state: Callable[..., None], step: Callable[..., dict[str, Any]], *arguments: Any
     ) -> bool:
-        """Takes a step and keeps what became of it; whatever it raises must not end a training."""
-        if self._has_left:
+        """Runs a step and records its result; no exception of it must end a training."""
+        if self._is_detached:
             return False
         try:
             done = step(*arguments)
@@ -124,18 +124,18 @@ class HubPublisher:
             message = self._hub.explain(error)
             logger.warning("%s of %s is not published yet: %s", what.capitalize(), self.name, message)
             if not isinstance(error, FAILURES):
-                # Frames alone: the text of an error may hold the token.
+                # Without the message of the error, which may hold the token.
                 frames = "".join(traceback.format_tb(error.__traceback__))
-                logger.error("%s is no error of the Hub; it was raised in\n%s", type(error).__name__, frames)
-            keep(status="pending", message=message)
+                logger.error("%s is not an error of the Hub; it was raised in\n%s", type(error).__name__, frames)
+            update_state(status="pending", message=message)
             return False
-        keep(status="published", message=None, **done)
+        update_state(status="published", message=None, **done)
         return True
 
     def _publish_generation(self, index: int) -> dict[str, Any]:
         repo = self.settings.repo(self.name, index)
         with self.manifest.lock:
-            self.manifest.content["hub"].pop("newest", None)  # it is to be this one or a later one
+            self.manifest.content["hub"].pop("newest", None)  # this generation or a later one will be the newest
         self._generation(index)(status="pending", repo=repo, commit=None, message="the upload was cut short")
         files = generation_files(self.manifest, index)
         self._hub.make_repo(repo)
@@ -153,16 +153,16 @@ class HubPublisher:
         return {"repo": repo, "commit": commit, "weights_sha256": record["weights_sha256"]}
 
     def _publish_collection(self) -> dict[str, Any]:
-        """Points the older generations to the newest, and gathers all in a collection."""
+        """Makes the older cards point to the newest generation, and adds all to a collection."""
         with self.manifest.lock:
             self.manifest.content["hub"]["newest"] = self.manifest.generations[-1]["hub"]["repo"]
         for record in self.manifest.generations:
-            self._renew_card(record["index"], record["hub"])
-        gathered = notes(self.manifest)
+            self._update_card(record["index"], record["hub"])
+        gathered = collection_notes(self.manifest)
         known = self.manifest.content["hub"].get("collection", {}).get("slug")
         return {"slug": self._hub.collect(f"{self.name}: born again", gathered, known), "items": list(gathered)}
 
-    def _renew_card(self, index: int, state: Mapping[str, Any]) -> None:
+    def _update_card(self, index: int, state: Mapping[str, Any]) -> None:
         folder = self.manifest.path.parent / f"gen{index}"
         card = generation_card(self.manifest.content, folder, index).encode()
         if _sha256(card) != state.get("card_sha256"):
@@ -172,8 +172,8 @@ class HubPublisher:
     # ---- The manifest ----
 
     def _finished(self) -> list[int]:
-        """The indices up to the first generation that is not finished."""
-        with self.manifest.lock:  # the training adds a record in more than one step
+        """The indices of the generations before the first that is not finished."""
+        with self.manifest.lock:  # the training adds a record in several steps
             done = [record["status"] == "finished" for record in self.manifest.generations]
         return list(range([*done, False].index(False)))
 
@@ -183,35 +183,35 @@ class HubPublisher:
             return record is not None and is_published(record["hub"])
 
     def _generation(self, index: int) -> Callable[..., None]:
-        def keep(**fields: Any) -> None:
+        def update_state(**fields: Any) -> None:
             with self.manifest.lock:
-                if not self._has_left:
+                if not self._is_detached:
                     self.manifest.update(index, hub={**(self.manifest.generations[index]["hub"] or {}), **fields})
                     self.manifest.save()
 
-        return keep
+        return update_state
 
     def _extra(self, name: str) -> Callable[..., None]:
-        def keep(**fields: Any) -> None:
+        def update_state(**fields: Any) -> None:
             with self.manifest.lock:
-                if not self._has_left:
+                if not self._is_detached:
                     held = self.manifest.content["hub"]
                     held[name] = {**held.get(name, {}), **fields}
                     self.manifest.save()
 
-        return keep
+        return update_state
 
 
 class BackgroundPublisher:
     """One thread that publishes the generations of a lineage, in order, while the next one trains.
 
-    What fails is tried again after the next generation, and once more at the end. A process that ends early leaves
-    the rest pending in lineage.json.
+    A failed step is tried again after the next generation, and once more at the end. If the process ends early, the
+    rest stays pending in lineage.json.
 
     Args:
         settings: where to publish.
-        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
-        defer: whether a Hub that cannot be published to is a warning before the training, in place of an error.
+        token: of the Hub; None takes that of the login, or HF_TOKEN.
+        defer: whether a failed preflight is a warning instead of an error.
     """
 
     def __init__(self, settings: HubSettings, token: str | None = None, defer: bool = False) -> None:
@@ -229,10 +229,10 @@ class BackgroundPublisher:
         return unpublished(manifest)
 
     def start(self, manifest: Manifest) -> None:
-        """Looks whether the Hub can be published to, and begins with what a run before this one has left.
+        """Runs the preflight, and starts publishing what earlier runs left unpublished.
 
         Args:
-            manifest: of the lineage, which the training goes on writing.
+            manifest: of the lineage, which the training keeps writing.
 
         Raises:
             HubError: see `HubPublisher.preflight`; not with `defer`.
@@ -243,11 +243,11 @@ class BackgroundPublisher:
         except HubError as error:
             if not self.defer:
                 raise HubError(f"{error} Or train now and publish later, with --hub_defer.") from error
-            logger.warning("%s Training goes on, and publishing is tried after each generation.", error)
+            logger.warning("%s Training continues, and publishing is tried after each generation.", error)
         manifest.save()
         self._publisher = publisher
         self._wake, self._ends = threading.Event(), threading.Event()
-        # A daemon: a training that is killed or fails ends, whatever the Hub is doing.
+        # A daemon: the process can exit while an upload hangs.
         self._thread = threading.Thread(
             target=_work, args=(publisher, self._wake, self._ends), name="publisher", daemon=True
         )
@@ -255,34 +255,34 @@ class BackgroundPublisher:
         self.wake()
 
     def wake(self) -> None:
-        """Says that there is something new to publish; returns at once."""
+        """Notifies the thread that there is something to publish; does not block."""
         self._wake.set()
 
     def finish(self, stop: Callable[[], Any] = lambda: None) -> dict[str, str]:
-        """Waits for what is being published, and tries what failed once more.
+        """Waits for the upload in progress, and tries failed steps once more.
 
         Args:
-            stop: asked every now and then whether to wait no longer.
+            stop: called regularly; a true result ends the waiting.
 
         Returns:
-            What is left, from its name to why.
+            What is not published, from its name to the reason.
         """
         self._ends.set()
         self._wake.set()
         while self._thread.is_alive() and not stop():
-            self._thread.join(_LOOK)
+            self._thread.join(_POLL_SECONDS)
         if self._thread.is_alive():
-            self.leave()
+            self.detach()
         elif unpublished(self._publisher.manifest) and not stop():
             self._publisher.publish()
         return unpublished(self._publisher.manifest)
 
-    def leave(self) -> None:
-        """Ends without waiting, where a training ends early: the next run has the manifest to itself."""
+    def detach(self) -> None:
+        """Ends without waiting, and stops writing to the manifest; for a training that ends early."""
         self._ends.set()
         self._wake.set()
         if self._publisher is not None:
-            self._publisher.leave()
+            self._publisher.detach()
 
 
 def _work(publisher: HubPublisher, wake: threading.Event, ends: threading.Event) -> None:
@@ -292,7 +292,7 @@ def _work(publisher: HubPublisher, wake: threading.Event, ends: threading.Event)
         try:
             with without_progress_bars():
                 publisher.publish()
-        # lineage.json cannot be written, which the training will meet too and say; or a mistake of ours.
+        # lineage.json cannot be written, which the training reports too; or a bug.
         except Exception as error:
             logger.warning("Publishing: %s", error)
 
@@ -307,27 +307,27 @@ def publish_lineage(
     license: str | None = None,
     token: str | None = None,
 ) -> dict[str, str]:
-    """Publishes what is finished of a lineage and not on the Hub: generations, ensemble, collection.
+    """Publishes the finished and unpublished parts of a lineage: generations, ensemble, collection.
 
-    What lineage.json holds of an earlier publication stands in for what is not given.
+    Arguments that are not given are those of the last publication, as recorded in lineage.json.
 
     Args:
         output_dir: of the lineage.
         namespace: user or organisation.
         name_pattern: of the repositories, "{name}-gen{index}".
-        private: whether new repositories are.
+        private: whether new repositories are private.
         branch: to commit to.
         license: for the cards.
-        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+        token: of the Hub; None takes that of the login, or HF_TOKEN.
 
     Returns:
-        What could not be published, from its name to why; empty when all is.
+        What could not be published, from its name to the reason; empty if nothing.
 
     Raises:
         FileNotFoundError: there is no lineage.
-        ValueError: no namespace anywhere, or a wrong value.
+        ValueError: no namespace given or recorded, or an invalid value.
         LineageError: lineage.json cannot be read, or another run uses the folder.
-        HubError: the Hub cannot be published to as asked, see `HubPublisher.preflight`.
+        HubError: the Hub cannot be published to, see `HubPublisher.preflight`.
     """
     folder = Path(output_dir)
     Manifest.read(folder)  # before a lock is made in what is no lineage
@@ -351,8 +351,8 @@ def publish_lineage(
         return publisher.publish()
 
 
-def _refuse_another_place(settings: HubSettings, held: Mapping[str, Any], manifest: Manifest) -> None:
-    """Half of a lineage in one place and half in another would be neither."""
+def _check_same_destination(settings: HubSettings, held: Mapping[str, Any], manifest: Manifest) -> None:
+    """Checks that a lineage is not published half in one place and half in another."""
     published = [record["hub"]["repo"] for record in manifest.generations if is_published(record["hub"])]
     for field in ("namespace", "pattern", "branch"):
         before, now = held.get(field), getattr(settings, field)
@@ -363,8 +363,8 @@ def _refuse_another_place(settings: HubSettings, held: Mapping[str, Any], manife
             )
 
 
-def _with_old_cards(settings: HubSettings, held: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of ensemble and collection; to be published again where their cards have another license."""
+def _mark_outdated_cards(settings: HubSettings, held: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded states of ensemble and collection, pending again where the license of the cards has changed."""
     if held.get("license") == settings.license:
         return dict(held)
     again = {"status": "pending", "message": "the license has changed"}

@@ -1,4 +1,4 @@
-"""From the Hub alone back to a lineage on disk that can go on."""
+"""Restores a lineage on disk from its published generations, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, token: str | None = None) -> int:
-    """Brings a published lineage back into a new or empty folder, so that it can go on from there.
+    """Downloads a published lineage into a new or empty folder, so that it can be resumed.
 
-    Generations are taken as far as they are published without a gap. Weights must hash to what the lineage says.
-    The folder gets all of it at once, or nothing.
+    Generations are downloaded up to the first that is not published. Weights are verified by their hashes. The folder
+    is filled atomically: completely or not at all.
 
     Args:
         name: of the lineage.
         settings: where it was published.
-        output_dir: the folder; where it holds anything, nothing is done.
-        token: of the Hub; None takes the one that is logged in, or HF_TOKEN.
+        output_dir: the folder; nothing is done unless it is empty or missing.
+        token: of the Hub; None takes that of the login, or HF_TOKEN.
 
     Returns:
-        How many generations were brought back, 0 where none was published.
+        The number of restored generations, 0 if none is published.
 
     Raises:
-        LineageError: what was published is no lineage, another one, or has other weights; the folder is in use or
-            cannot be written.
-        HubError: the Hub cannot be asked.
+        LineageError: the repositories hold no lineage, another one, or other weights; the folder is in use or cannot
+            be written.
+        HubError: the Hub cannot be reached.
     """
     folder = Path(output_dir)
-    if not _is_free(folder):
+    if not _is_empty(folder):
         return 0
     hub = Hub(settings.namespace, settings.private, settings.branch, token)
     existed = folder.exists()
@@ -51,7 +51,7 @@ def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, to
         if not commits:
             return 0
         with FolderLock(folder):
-            if not _is_free(folder):  # another run was faster
+            if not _is_empty(folder):  # another run was faster
                 return 0
             _restore(hub, name, settings, folder, commits)
     except FAILURES as error:
@@ -61,13 +61,13 @@ def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, to
         if isinstance(error, LineageError):
             raise
         raise HubError(
-            f"output_dir: {settings.namespace}'s lineage {name!r} cannot be brought back: {hub.explain(error)}"
+            f"output_dir: {settings.namespace}'s lineage {name!r} cannot be restored: {hub.explain(error)}"
         ) from error
-    logger.info("%s: %d generations are brought back from the Hub.", name, len(commits))
+    logger.info("%s: %d generations are restored from the Hub.", name, len(commits))
     return len(commits)
 
 
-def _is_free(folder: Path) -> bool:
+def _is_empty(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir()))
 
 
@@ -80,7 +80,7 @@ def _restore(hub: Hub, name: str, settings: HubSettings, folder: Path, commits: 
             newest = hub.download(settings.repo(name, index), commit, partial / f"gen{index}")
         shutil.copyfile(newest / MANIFEST_NAME, partial / MANIFEST_NAME)
         _write_manifest(name, settings, partial, commits)
-        # The lock's own file goes along: who looks for it meanwhile must not find the folder free.
+        # The lock file moves along, so that the folder is locked at every moment.
         with contextlib.suppress(OSError):
             os.link(folder / LOCK_NAME, partial / LOCK_NAME)
         (folder / LOCK_NAME).unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def _restore(hub: Hub, name: str, settings: HubSettings, folder: Path, commits: 
 
 
 def _write_manifest(name: str, settings: HubSettings, folder: Path, commits: Sequence[str]) -> None:
-    """From the one beside the newest generation; everything in it is held against what was downloaded."""
+    """Checks the manifest of the newest generation against the downloads, and records where each was published."""
     manifest, newest = Manifest.read(folder), settings.repo(name, len(commits) - 1)
     if manifest.content["name"] != name or len(manifest.generations) != len(commits):
         raise LineageError(

@@ -1,1 +1,1 @@
-"""A lineage: what was asked (spec), what happened (manifest), and the loop over generations (runner)."""
+"""A lineage: what is to be trained (spec), what was trained (manifest), and the loop over generations (runner)."""

@@ -22,47 +22,46 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fills dataclasses from the command line, `--config FILE` (YAML or JSON), a recipe, and their defaults.
 
-    Of a value given twice the first of these wins.
+    The first of these that gives a value wins.
 
     Args:
-        dataclass_types: what is filled; their fields are the flags. One with a field `given` that is no flag (init is
-            False) is told there which flags the command line and the config file have.
-        recipe: from what was asked so far (every field, as a namespace, and `given`, the names of those that were) to
-            the values that suit it.
-        command_line: the words after the program's name; None reads sys.argv.
+        dataclass_types: to fill; their fields are the flags. A dataclass with a field `given` (init=False, so no flag)
+            gets the names of the flags that the command line and the config file set.
+        recipe: from the arguments parsed so far (a namespace of every field, and `given`, the names that the user
+            set) to the defaults that suit them.
+        command_line: the arguments after the program's name; None reads sys.argv.
         description: shown by --help.
 
     Returns:
         One instance for each dataclass.
 
     Raises:
-        ValueError: a word on the command line or a name in the config file that is no flag, or a config file that
-            cannot be read.
-        SystemExit: a value that is not of its flag's type, with argparse's message.
+        ValueError: an unknown flag on the command line or in the config file, or a config file that cannot be read.
+        SystemExit: a value of the wrong type, with argparse's message.
     """
     parser = HfArgumentParser(list(dataclass_types), description=description)
     parser.add_argument("--config", type=Path, default=None, help="YAML or JSON file of flags; the command line wins.")
     command_line = None if command_line is None else list(command_line)
     known = {action.dest for action in parser._actions} - {"help", "config"}
-    asked, _ = parser.parse_known_args(command_line)
-    config = {} if asked.config is None else read_config(asked.config, known)
+    parsed, _ = parser.parse_known_args(command_line)
+    config = {} if parsed.config is None else read_config(parsed.config, known)
     parser.set_defaults(**config)
-    asked, unknown = parser.parse_known_args(command_line)
+    parsed, unknown = parser.parse_known_args(command_line)
     if unknown:
         raise ValueError(
-            f"command line: {unknown[0]!r} is no flag{_near(unknown[0].lstrip('-').split('=')[0], known, '--')}"
+            f"command line: {unknown[0]!r} is no flag{_suggestion(unknown[0].lstrip('-').split('=')[0], known, '--')}"
         )
-    asked.given = frozenset(config) | _on(parser, command_line)
-    parser.set_defaults(**{**recipe(asked), **config})
+    parsed.given = frozenset(config) | _given_flags(parser, command_line)
+    parser.set_defaults(**{**recipe(parsed), **config})
     filled = parser.parse_args_into_dataclasses(command_line, look_for_args_file=False)[: len(dataclass_types)]
     for instance in filled:
         if any(entry.name == "given" and not entry.init for entry in dataclasses.fields(instance)):
-            instance.given = asked.given
+            instance.given = parsed.given
     return filled
 
 
-def _on(parser: argparse.ArgumentParser, command_line: list[str] | None) -> frozenset[str]:
-    """The flags that are on the command line, whatever their values."""
+def _given_flags(parser: argparse.ArgumentParser, command_line: list[str] | None) -> frozenset[str]:
+    """The names of the flags on the command line, also of those set to their default."""
     defaults = {action: action.default for action in parser._actions}
     set_defaults, parser._defaults = parser._defaults, {}
     try:
@@ -94,10 +93,10 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
         )
     for name in config:
         if name not in known:
-            raise ValueError(f"config: {str(path)!r} has {name!r}, which is no flag{_near(str(name), known)}")
+            raise ValueError(f"config: {str(path)!r} has {name!r}, which is no flag{_suggestion(str(name), known)}")
     return config
 
 
-def _near(name: str, known: set[str], prefix: str = "") -> str:
+def _suggestion(name: str, known: set[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {prefix + near[0]!r}?" if near else "; --help lists them."

@@ -1,4 +1,4 @@
-"""What a runner listens to while one generation is trained: checkpoints, the clock, and requests to stop."""
+"""Trainer callbacks of a lineage: checkpoints are recorded, and SIGTERM or SIGINT stops a training at a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from born_again.lineage.folders import sync_checkpoint
 from born_again.lineage.machine import on_first_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes on to its processes what the terminal has sent to all of them already: that is one request.
-ONE_REQUEST_SECONDS = 2.0
+# A launcher forwards to its processes a signal that the terminal has already sent to all of them: one request.
+SIGNAL_REPEAT_SECONDS = 2.0
 
 
 class Interrupted(SystemExit):
-    """A training that was asked to stop, and has saved where it is.
+    """A training was stopped by a signal, after it saved a checkpoint.
 
-    As a SystemExit it ends a program that does not catch it with the exit status of its signal, 143 or 130.
+    It is a SystemExit: uncaught, it ends the program with the exit status of its signal, 143 or 130.
 
     Args:
         signum: of the signal.
-        message: how to go on.
+        message: how to resume.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -42,11 +42,12 @@ class Interrupted(SystemExit):
         return self.message
 
 
-class Interruption:
-    """Notes SIGTERM and SIGINT while its block runs; the handlers that were there come back after it.
+class StopSignals:
+    """A context manager that records SIGTERM and SIGINT; on exit it restores the previous handlers.
 
-    A second signal, two seconds or more after the first, raises KeyboardInterrupt at once. Python lets the main thread
-    alone handle signals: in another one nothing is installed, and signals do what they did.
+    A second signal, two seconds or more after the first, raises KeyboardInterrupt at once. Python handles signals in
+    the
+    main thread only: in another thread nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -55,14 +56,14 @@ class Interruption:
         self._before: dict[int, Any] = {}
         self._processes = PartialState()
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
     def __exit__(self, *exception: Any) -> None:
         for signum, handler in self._before.items():
-            # None: a handler that was not installed from Python, and cannot be put back from it.
+            # None: a handler that was not installed from Python, and cannot be restored from it.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -70,15 +71,15 @@ class Interruption:
             self.signum, self._since = signum, time.monotonic()
             if self._processes.is_main_process:
                 name = signal.Signals(signum).name
-                # Printing and logging may be what was interrupted, and cannot be entered twice.
+                # Not print or logging, which are not reentrant and may be what was interrupted.
                 os.write(2, f"\n{name}: finishing the step and saving; once more to stop at once.\n".encode())
-        elif time.monotonic() - self._since >= ONE_REQUEST_SECONDS:
+        elif time.monotonic() - self._since >= SIGNAL_REPEAT_SECONDS:
             raise KeyboardInterrupt
 
-    def agreed(self) -> int | None:
-        """The signal that any of the processes got, or None; every process must call this at the same place.
+    def on_any_process(self) -> int | None:
+        """The signal that any of the processes received, or None; every process must call this at the same place.
 
-        It costs one number sent between processes, and nothing where there is one.
+        It costs an all-reduce of one number; nothing with one process.
         """
         if self._processes.num_processes > 1:
             device = self._processes.device
@@ -89,10 +90,10 @@ class Interruption:
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """Puts off a checkpoint that is due with the last step of an epoch until that epoch has been evaluated.
+    """Delays a checkpoint that is due at the last step of an epoch until that epoch has been evaluated.
 
-    A training that goes on from there begins with the next epoch: what Trainer does at an epoch's end (its evaluation,
-    the plateau schedule, the choice of the best checkpoint) would never be made up for.
+    A training resumed from such a checkpoint begins with the next epoch, so it would skip what Trainer does at the end
+    of the epoch: the evaluation, the plateau schedule, the choice of the best checkpoint.
     """
 
     def __init__(self) -> None:
@@ -113,85 +114,84 @@ class SaveAfterEvaluation(TrainerCallback):
         return control
 
 
-class KeepRecord(TrainerCallback):
-    """Writes the seconds of a training and its checkpoints into its record, whenever there is a new checkpoint.
+class RecordProgress(TrainerCallback):
+    """Records the training seconds and the checkpoints of a generation after every checkpoint.
 
-    So the seconds before a crash are counted. The files of the checkpoint are made to survive a loss of power.
+    So the seconds before a crash are counted. The files of the checkpoint are synced to the disk.
 
     Args:
         checkpoint_dir: of the generation.
-        seconds: of its training in runs before this one.
-        keep: called with the fields of the record on every process, after every checkpoint.
+        seconds: of training in earlier runs.
+        update: called on every process with the fields of the record, after every checkpoint.
     """
 
-    def __init__(self, checkpoint_dir: Path, seconds: float, keep: Callable[..., None]) -> None:
+    def __init__(self, checkpoint_dir: Path, seconds: float, update: Callable[..., None]) -> None:
         self.checkpoint_dir = checkpoint_dir
         self.before = seconds
-        self.keep = keep
+        self.update = update
         self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Of training, over all of its starts."""
+        """Training time over all runs, in seconds."""
         return round(self.before + time.perf_counter() - self._start, 3)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each one has written its own part
+        PartialState().wait_for_everyone()  # every process has written its files
         checkpoint = self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         on_first_process(lambda: sync_checkpoint(checkpoint))
-        self.keep(seconds=self.seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
+        self.update(seconds=self.seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
 
 
 class StopAndSave(TrainerCallback):
-    """Ends a training with a checkpoint, soon after a signal: at the end of the step on every process alike.
+    """Stops a training with a checkpoint at the end of the step in which a signal arrived, on all processes alike.
 
-    After the last step of an epoch that is where the epoch has been evaluated, for the reason of
-    `SaveAfterEvaluation`. After the last step of all there is nothing to go on with, and the training ends as it does.
-    It must be the last callback of its trainer, since it leaves in on_save.
+    At the last step of an epoch it waits for the evaluation, see `SaveAfterEvaluation`. After the last step of the
+    training it does nothing. It must be the last callback of its trainer, since it raises in on_save.
 
     Args:
-        interruption: notes the signals.
-        message: how to go on.
+        signals: records the signals.
+        message: how to resume.
 
     Raises:
         Interrupted: once the checkpoint is written.
     """
 
-    def __init__(self, interruption: Interruption, message: str) -> None:
-        self.interruption = interruption
+    def __init__(self, signals: StopSignals, message: str) -> None:
+        self.signals = signals
         self.message = message
         self._signum: int | None = None
-        self._leaves = False
+        self._stops_on_save = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         is_last = state.global_step >= state.max_steps
-        self._signum = None if is_last else self.interruption.agreed()
+        self._signum = None if is_last else self.signals.on_any_process()
         if self._signum is not None and not _ends_epoch(state):
-            control.should_save = self._leaves = True
+            control.should_save = self._stops_on_save = True
         return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if self._signum is not None:
-            control.should_save = self._leaves = True
+            control.should_save = self._stops_on_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Not by control.should_training_stop: what Trainer does at its end is for a training that is finished, and
-        # would delete this checkpoint where the best one alone is kept.
-        if self._leaves:
+        # Not by control.should_training_stop: Trainer would then finish as if the training were complete, and delete
+        # this checkpoint where only the best one is kept.
+        if self._stops_on_save:
             name = signal.Signals(self._signum).name
             raise Interrupted(self._signum, f"{name} after step {state.global_step}: {self.message}")
 
 
 def checkpoint_names(folder: Path) -> list[str]:
-    """The checkpoints of a generation on disk, oldest first."""
+    """Names of the checkpoints of a generation on disk, oldest first."""
     found = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
 

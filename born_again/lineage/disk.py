@@ -1,4 +1,4 @@
-"""Whether a failure is the disk's: full, over quota, read-only, not permitted; also where a library hides it."""
+"""Recognises errors of the disk (full, over quota, read-only, no permission), also where a library hides errno."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from born_again.lineage.checkpoints import last_checkpoint
 from born_again.lineage.manifest import LineageError, Manifest
 
-_ROOM = "no room, over quota, or a file-size limit"
+_UNKNOWN_CAUSE = "no room, over quota, or a file-size limit"
 _PROBLEMS = {
     errno.ENOSPC: "no space left on device",
     errno.EDQUOT: "disk quota exceeded",
@@ -26,13 +26,13 @@ _PROBLEMS = {
 }
 _BY_TEXT = {os.strerror(code): code for code in _PROBLEMS}
 
-# Functions that write a file and meet the error afterwards, when nothing tells which file it was.
-_WRITERS = re.compile(r"_?save(_.*)?|write_(text|bytes|atomically)|sync_(files|folder|checkpoint)")
-# safetensors, and tokenizers with less.
+# Functions that write files: an OSError without a file name counts if one of them was running.
+_WRITE_FUNCTIONS = re.compile(r"_?save(_.*)?|write_(text|bytes|atomically)|sync_(files|folder|checkpoint)")
+# From safetensors; tokenizers gives the last part alone.
 _RUST = re.compile(r"(Error while serializing: )?.*\(os error (\d+)\)(?: at path \"(.*)\")?", re.DOTALL)
-# torch.save when it opens a file, and when it writes one of its older format.
+# torch.save, when it opens a file, and when it writes its older format.
 _TORCH_NAMED = re.compile(r"(?:.*open file failed with strerror|write\(\): fd \d+ failed with):? (.*)", re.DOTALL)
-# torch.save when a write is cut short: the C++ stream says no more than that.
+# torch.save, when a write fails: the C++ stream gives no errno.
 _TORCH_CUT = re.compile(
     r"basic_ios::clear: iostream error"
     r"|\[enforce fail at inline_container\.cc:\d+\].*unexpected pos \d+ vs \d+"
@@ -42,21 +42,20 @@ _TORCH_CUT = re.compile(
 
 
 def disk_problem(error: BaseException, folder: Path) -> str | None:
-    """Why a folder could not be written, where that is what an exception comes from.
+    """Why a folder could not be written, if that caused an exception.
 
-    The exceptions that led to it count too. torch.save's are plain RuntimeErrors without a number: they count by
-    their words where torch.serialization was saving, so that one of a user's network is never taken for one. An
-    OSError counts if its file is in the folder, or, when it names none (as of a write), if a function that saves was
-    running: a full /dev/shm or a cache elsewhere is another matter. A LineageError has said what is wrong already,
-    and a request to stop is none.
+    Its causes and contexts are searched too. torch.save raises plain RuntimeErrors without errno: they are recognised
+    by their text, and only if torch.serialization raised them while saving, so that an error of a user's network is
+    not mistaken for one. An OSError counts if its file is in the folder or, where it names no file (as after a write),
+    if a function that saves was running: a full /dev/shm or a cache elsewhere does not count. Neither does a
+    LineageError, which already says what is wrong, nor a request to stop.
 
     Args:
         error: as caught, with its traceback.
         folder: of the lineage.
 
     Returns:
-        A few words to stand in brackets, with the file where it is known: "no space left on device"; None for any
-        other exception.
+        A short text, with the file where it is known: "no space left on device"; None for any other exception.
     """
     if not isinstance(error, Exception) or isinstance(error, LineageError):
         return None
@@ -64,14 +63,14 @@ def disk_problem(error: BaseException, folder: Path) -> str | None:
     for link in _chain(error):
         code, file = _code_and_file(link)
         if code in _PROBLEMS and (file is None or _is_in(file, folder)):
-            return _PROBLEMS[code] + (f": {_within(file, folder)}" if file is not None else "")
+            return _PROBLEMS[code] + (f": {_relative_path(file, folder)}" if file is not None else "")
         if isinstance(link, RuntimeError) and _TORCH_CUT.fullmatch(str(link)) and _torch_was_saving(link):
-            hidden = _hidden_problem(folder)  # unless an exception behind it tells more
+            hidden = _hidden_problem(folder)  # unless a cause of it tells more
     return hidden
 
 
 def disk_message(problem: str, manifest: Manifest) -> str:
-    """What a user is told of a lineage whose folder cannot be written: how far it is, and how to go on.
+    """The error message for a lineage whose folder cannot be written: how far it is, and how to resume.
 
     Args:
         problem: as `disk_problem` gives it.
@@ -90,7 +89,7 @@ def disk_message(problem: str, manifest: Manifest) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception, and those that it came from, as a traceback shows them."""
+    """The exception, its causes and contexts, as a traceback shows them."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -100,7 +99,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _code_and_file(error: BaseException) -> tuple[int | None, str | None]:
-    """The errno of a failure to write, and its file if it is known; (None, None) of anything else."""
+    """The errno of a failed write, and its file if known; (None, None) for any other exception."""
     if isinstance(error, OSError):
         files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return (error.errno, files[0] if files else None) if files or _was_saving(error) else (None, None)
@@ -114,11 +113,11 @@ def _code_and_file(error: BaseException) -> tuple[int | None, str | None]:
 
 
 def _was_saving(error: BaseException) -> bool:
-    return any(_WRITERS.fullmatch(code.co_name) for code in _frames(error.__traceback__))
+    return any(_WRITE_FUNCTIONS.fullmatch(code.co_name) for code in _frames(error.__traceback__))
 
 
 def _torch_was_saving(error: BaseException) -> bool:
-    """Whether the exception comes out of torch.save itself, and not out of what it was given to save."""
+    """Whether torch.save itself raised the exception, and not the object that it was saving."""
     frames = list(_frames(error.__traceback__))
     from_torch = bool(frames) and Path(frames[-1].co_filename).parts[-2:] == ("torch", "serialization.py")
     return from_torch and any(code.co_name == "save" for code in frames)
@@ -131,18 +130,18 @@ def _frames(traceback: TracebackType | None) -> Iterator[CodeType]:
 
 
 def _hidden_problem(folder: Path) -> str:
-    """What cut a write short, if the file system tells."""
+    """The likely cause of a failed write, from the free space of the file system."""
     try:
         status = os.statvfs(folder)
     except (OSError, AttributeError):  # AttributeError: no POSIX system
-        return _ROOM
-    # What is left may be less than a block of what was to be written.
-    return _PROBLEMS[errno.ENOSPC] if status.f_bavail * status.f_frsize < 1 << 20 else _ROOM
+        return _UNKNOWN_CAUSE
+    # A write can fail although a little space is left.
+    return _PROBLEMS[errno.ENOSPC] if status.f_bavail * status.f_frsize < 1 << 20 else _UNKNOWN_CAUSE
 
 
 def _is_in(file: str, folder: Path) -> bool:
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
-def _within(file: str, folder: Path) -> str:
+def _relative_path(file: str, folder: Path) -> str:
     return os.path.relpath(os.path.realpath(file), os.path.realpath(folder))

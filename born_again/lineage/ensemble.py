@@ -1,4 +1,4 @@
-"""The ensembles that a runner measures once its generations are trained: the paper's Ens*2 and Ens*3."""
+"""Ensembles of a lineage's generations, and their evaluation after the training: the paper's Ens*2 and Ens*3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, cached_file
 
 from born_again._files import write_atomically
-from born_again.lineage.evaluation import finite, load_generation
+from born_again.lineage.evaluation import finite_or_none, load_generation
 from born_again.lineage.machine import on_first_process
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, is_repo_id
 from born_again.lineage.members import (
@@ -26,31 +26,34 @@ from born_again.lineage.members import (
     ENSEMBLE_NAME,
     FORMAT,
     VERSION,
-    Facts,
     Member,
-    check_alike,
-    checked_folder,
-    chosen_generations,
-    own_pixels,
+    MemberInfo,
+    check_compatible,
     read_ensemble,
+    renormalization_between,
+    select_generations,
+    verified_folder,
 )
 from born_again.objectives import widened
 from born_again.teacher import logits_of, mean_log_probabilities
 from born_again.teacher.preprocessing import renormalized
 
+logger = logging.getLogger(__name__)
+
 _GENERATION_FOLDER = re.compile("gen[0-9]+")
-# A loss of each member, a tuple in place of names, one cache that every member would write into.
-_NO_INPUT = ("labels", "return_dict", "past_key_values")
+# A loss of each member, a tuple instead of named outputs, a cache that all members would write to.
+_REFUSED_INPUTS = ("labels", "return_dict", "past_key_values")
+FOLDER = "ensemble"
+_AVERAGE = "probabilities"
 
 
 @dataclass
 class EnsembleOutput(ModelOutput):
-    """What an ensemble returns.
+    """The output of an ensemble.
 
     Args:
-        logits: (..., classes), float32 or wider. For the mean of probabilities the logarithm of that mean, whose
-            softmax it is; for the mean of logits that mean.
-        state: the states of all members after this window, one after the other in one tuple; None without.
+        logits: (..., classes), float32 or wider: the logarithm of the mean probabilities, or the mean of the logits.
+        state: the recurrent states of all members after this window, concatenated in one tuple; None without.
     """
 
     logits: Tensor | None = None
@@ -60,23 +63,24 @@ class EnsembleOutput(ModelOutput):
 class LineageEnsemble(nn.Module):
     """Finished generations of a lineage as one network: image classifiers, or language models token by token.
 
-    Made by `from_lineage` or `from_pretrained`. It is frozen and always in eval mode; it can be measured as a
-    generation is, and can teach: BornAgainTrainer(teacher=ensemble). Language models that carry a state each carry
-    their own.
+    Made by `from_lineage` or `from_pretrained`. It is frozen and always in eval mode. It is evaluated like a
+    generation, and can be a teacher: BornAgainTrainer(teacher=ensemble). Each language model that carries a state
+    carries its own.
 
-    Image classifiers trained with another mean and std than the first member, such as a teacher trained elsewhere, are
-    given their own pixel values: those that the ensemble is called with are the first member's, as its config says.
+    Pixel values are normalised for the first member, as the config of the ensemble says. For members trained with
+    another mean and std, such as a teacher trained elsewhere, they are renormalised.
 
     Args:
         output_dir: the lineage's folder, which holds the members' folders; None for members that name a repository.
         members: one or more.
         average: "probabilities" (what the paper does is not stated; this is the usual reading) or "logits".
-        sequential: keeps one member in memory at a time: every call reads the members from their folders, one after
-            the other, which is worth it for networks too large to be held together, with large batches.
+        sequential: keeps one member in memory at a time: every call loads the members from their folders in turn. For
+            networks too large to be held together, with large batches.
 
     Raises:
-        LineageError: weights that are missing or not those of a member, members of different kinds, labels or words.
-        ValueError: no members, an average that there is none of, or a folder whose content is no generation.
+        LineageError: weights that are missing or not those of a member, members of different kinds, labels or
+            vocabularies.
+        ValueError: no members, an unknown average, or a folder that holds no generation.
         FileNotFoundError: a member's folder lacks its config.json.
     """
 
@@ -98,12 +102,12 @@ class LineageEnsemble(nn.Module):
         self.sequential = sequential
         self.networks = nn.ModuleList()
         self._conversions: list[Callable[[Tensor], Tensor]] = []
-        self._skeleton: list[nn.Module] = []  # in a list, so that it is no part of this module
-        facts = [self._take(member) for member in self.members]
-        for other in facts[1:]:
-            check_alike(facts[0], other)
-        self._state_parts = [fact.state_parts for fact in facts]
-        self._own_pixels = [own_pixels(facts[0], fact) for fact in facts]
+        self._skeleton: list[nn.Module] = []  # in a list, so that it is not registered as a submodule
+        infos = [self._add_member(member) for member in self.members]
+        for other in infos[1:]:
+            check_compatible(infos[0], other)
+        self._state_parts = [info.state_parts for info in infos]
+        self._renormalizations = [renormalization_between(infos[0], info) for info in infos]
         self.eval()
 
     @classmethod
@@ -118,16 +122,16 @@ class LineageEnsemble(nn.Module):
 
         Args:
             output_dir: the folder with lineage.json.
-            members: "last 3" for the three newest finished students, never the teacher (the paper's Ens*3, with
-                another number its Ens*2 ...); "all" for every finished generation, the teacher too; indices as
-                "1,2,3" or as whole numbers in a list, where 0 is the teacher.
+            members: "last 3" for the three newest finished students without the teacher (the paper's Ens*3; "last 2"
+                is its Ens*2); "all" for every finished generation and the teacher; or indices, as "1,2,3" or a list of
+                whole numbers, where 0 is the teacher.
             average: see the class.
             sequential: see the class.
 
         Raises:
             FileNotFoundError: there is no lineage.json.
-            ValueError: members or average that cannot be understood.
-            LineageError: fewer finished generations than asked for, or what the class raises.
+            ValueError: invalid members or average.
+            LineageError: fewer finished generations than requested, or what the class raises.
         """
         folder = Path(output_dir)
         if not (folder / MANIFEST_NAME).is_file():
@@ -138,7 +142,7 @@ class LineageEnsemble(nn.Module):
         manifest = Manifest.read(folder)
         chosen = [
             Member(index, manifest.generations[index]["weights_sha256"])
-            for index in chosen_generations(members, manifest)
+            for index in select_generations(members, manifest)
         ]
         return cls(folder, chosen, average, sequential)
 
@@ -146,7 +150,7 @@ class LineageEnsemble(nn.Module):
     def from_pretrained(
         cls, path_or_repo: str | Path, sequential: bool = False, revision: str | None = None
     ) -> LineageEnsemble:
-        """The ensemble that `save_pretrained` wrote down or that was published.
+        """Loads an ensemble that `save_pretrained` saved or that was published.
 
         Args:
             path_or_repo: a folder such as OUTPUT_DIR/ensemble, whose members are read from the folders beside it, or
@@ -180,23 +184,23 @@ class LineageEnsemble(nn.Module):
             folder: in the lineage's folder, such as OUTPUT_DIR/ensemble; made if needed, an ensemble's is replaced.
             metrics: of the ensemble by split, for the card: {"test": {"accuracy": ...}}.
             write_card: from (manifest content, record of the ensemble) to the text of README.md, such as
-                `born_again.hub.model_card.ensemble_card`; None writes none, and removes that of an ensemble before.
+                `born_again.hub.model_card.ensemble_card`; None writes none, and removes an existing one.
 
         Raises:
-            LineageError: a folder elsewhere, or one that holds or will hold something else; a member that the
-                lineage's lineage.json does not have.
+            LineageError: a folder outside the lineage's, or with other content; a member that lineage.json does not
+                have.
             OSError: the folder cannot be written; an ensemble in it is intact.
         """
         if self.output_dir is None:
             raise LineageError(
-                f"folder: got {folder} for an ensemble from the Hub, expected one from a lineage's folder, beside "
-                "which it is saved; the published one needs no saving."
+                f"folder: got {folder} for an ensemble from the Hub, expected one from a lineage's folder, in "
+                "which it is saved; a published one needs no saving."
             )
         target = Path(folder).resolve()
         if target.parent != self.output_dir or _GENERATION_FOLDER.fullmatch(target.name):
             raise LineageError(
-                f"folder: got {folder}, expected a folder of its own beside the members in {self.output_dir}, which "
-                f"it names by their place; take {self.output_dir / 'ensemble'}."
+                f"folder: got {folder}, expected a folder of its own beside its members in {self.output_dir}, which "
+                f"it refers to by relative paths; take {self.output_dir / 'ensemble'}."
             )
         is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
         if not is_free and not (target / ENSEMBLE_NAME).is_file():
@@ -223,7 +227,7 @@ class LineageEnsemble(nn.Module):
             for member in self.members
         ]
         content = {"format": FORMAT, "version": VERSION, "average": self.average, "members": members}
-        # In this order, since a folder without ensemble.json is taken for something else after a crash.
+        # In this order: after a crash a folder without ensemble.json would be refused as something else.
         write_atomically(target / ENSEMBLE_NAME, json.dumps(content, indent=2) + "\n")
         if card is None:
             (target / "README.md").unlink(missing_ok=True)
@@ -234,102 +238,102 @@ class LineageEnsemble(nn.Module):
     def forward(
         self, first: Tensor | None = None, /, *, state: Sequence[Tensor] | None = None, **inputs: Any
     ) -> EnsembleOutput:
-        """Asks every member, and averages.
+        """Runs every member, and averages their predictions.
 
         Args:
             first: pixel_values or input_ids, where they are not given by name.
-            state: of the window before, as returned, for members that carry one; None to begin.
-            **inputs: what a member is called with.
+            state: as returned for the previous window, for members that carry one; None to begin.
+            **inputs: of every member.
 
         Returns:
             Logits without gradient, and the next state.
 
         Raises:
-            ValueError: labels, return_dict or past_key_values among the inputs; a state that is not the members'.
+            ValueError: labels, return_dict or past_key_values among the inputs; a state of another number of tensors.
         """
-        for name in _NO_INPUT:
+        for name in _REFUSED_INPUTS:
             if name in inputs:
                 raise ValueError(
                     f"{name}: got one, expected the inputs alone; an ensemble returns logits (and a state) by name, "
                     "from which a loss can be computed."
                 )
         if first is not None:
-            name = self._like().main_input_name
+            name = self._first_network().main_input_name
             if name in inputs:
                 raise TypeError(f"{name}: got it twice, by its place and by its name; expected it once.")
             inputs[name] = first
-        answers = [self._ask(index, inputs, own) for index, own in enumerate(self._split(state))]
-        logits = [own for own, _ in answers]
+        outputs = [self._predict(index, inputs, own) for index, own in enumerate(self._split_state(state))]
+        logits = [own for own, _ in outputs]
         if self.average == "probabilities":
             mean = mean_log_probabilities(logits)
         else:
             mean = torch.stack([widened(own) for own in logits]).mean(0)
-        return EnsembleOutput(logits=mean, state=tuple(part for _, after in answers for part in after) or None)
+        return EnsembleOutput(logits=mean, state=tuple(part for _, after in outputs for part in after) or None)
 
     def train(self, mode: bool = True) -> LineageEnsemble:
-        """Stays in eval mode: the members are finished."""
+        """Stays in eval mode, whatever the mode: the members are trained."""
         return super().train(False)
 
     @property
     def config(self) -> PretrainedConfig:
-        """The first member's, whose labels or words are those of all."""
-        return self._like().config
+        """The first member's; all members have the same labels or vocabulary."""
+        return self._first_network().config
 
     @property
     def forward_signature(self) -> inspect.Signature:
-        """What the members' forward takes."""
-        return inspect.signature(self._like().forward)
+        """The signature of the members' forward."""
+        return inspect.signature(self._first_network().forward)
 
     @property
     def carries_state(self) -> bool:
-        """Whether the members do; see `born_again.teacher.carries_state`."""
+        """Whether the members carry a recurrent state; see `born_again.teacher.carries_state`."""
         return any(self._state_parts)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The first member's, without values where `sequential`; None for image classifiers."""
-        return self._like().get_output_embeddings()
+        return self._first_network().get_output_embeddings()
 
     def extra_repr(self) -> str:
-        """What decides its logits beside the members in memory, for a teacher cache to tell ensembles apart by."""
+        """What the logits depend on, so that a teacher cache can tell ensembles apart."""
         members = ", ".join(member.weights_sha256[:12] for member in self.members)
-        return f"average={self.average!r}, members=[{members}], own_pixels={self._own_pixels}"
+        return f"average={self.average!r}, members=[{members}], own_pixels={self._renormalizations}"
 
-    def _like(self) -> nn.Module:
+    def _first_network(self) -> nn.Module:
         return (self._skeleton or self.networks)[0]
 
-    def _ask(
+    def _predict(
         self, index: int, inputs: Mapping[str, Any], state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A function of its own, so that a member read for it is freed before the next one is."""
+        """A method of its own, so that a member loaded for it is freed before the next one is loaded."""
         if self.sequential:
-            network = self._load(checked_folder(self.output_dir, self.members[index]))
+            network = self._load(verified_folder(self.output_dir, self.members[index]))
         else:
             network = self.networks[index]
-        inputs = renormalized(inputs, self._own_pixels[index])
+        inputs = renormalized(inputs, self._renormalizations[index])
         output = network(**inputs, **({} if state is None else {"state": state}))
         return logits_of(output), tuple(output.state) if self._state_parts[index] else ()
 
-    def _split(self, state: Sequence[Tensor] | None) -> list[tuple[Tensor, ...] | None]:
+    def _split_state(self, state: Sequence[Tensor] | None) -> list[tuple[Tensor, ...] | None]:
         """Each member's part of a state."""
         if state is None:
             return [None] * len(self.members)
         if len(state) != sum(self._state_parts):
             raise ValueError(
                 f"state: got {len(state)} tensors, expected {sum(self._state_parts) or 'none'} from members with "
-                f"{self._state_parts}; pass what the ensemble returned for the window before."
+                f"{self._state_parts}; pass what the ensemble returned for the previous window."
             )
         parts = iter(state)
         return [tuple(islice(parts, count)) for count in self._state_parts]
 
-    def _take(self, member: Member) -> Facts:
-        folder = checked_folder(self.output_dir, member)
+    def _add_member(self, member: Member) -> MemberInfo:
+        folder = verified_folder(self.output_dir, member)
         network = self._load(folder)
-        facts = Facts.of(network, folder, member.generation)
+        infos = MemberInfo.of(network, folder, member.generation)
         if not self.sequential:
             self.networks.append(network)
         elif not self._skeleton:
             self._skeleton.append(network.to("meta"))
-        return facts
+        return infos
 
     def _load(self, folder: Path) -> nn.Module:
         network = load_generation(folder).requires_grad_(False)
@@ -338,24 +342,21 @@ class LineageEnsemble(nn.Module):
         return network
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LineageEnsemble:
-        # What to(), double() and their kind do to weights in memory is done later to those that are read.
+        # to(), double() and the like are applied again to each member when it is loaded.
         if self.sequential:
             self._conversions.append(fn)
         return super()._apply(fn, recurse)
 
 
-logger = logging.getLogger(__name__)
-
-FOLDER = "ensemble"
-_AVERAGE = "probabilities"
+# ---- Evaluation after a training ----
 
 
 def missing_ensembles(manifest: Manifest, counts: Sequence[int]) -> list[list[int]]:
-    """The newest students, so many of them, that the manifest has no ensemble of.
+    """The ensembles of the newest students that the manifest does not have yet.
 
     Args:
         manifest: of the lineage.
-        counts: how many members each ensemble has; one with more than there are students is left out.
+        counts: number of members of each ensemble; those above the number of students are left out.
 
     Returns:
         Indices of the members of each.
@@ -366,16 +367,17 @@ def missing_ensembles(manifest: Manifest, counts: Sequence[int]) -> list[list[in
     return [members for members in wanted if (members, _AVERAGE) not in known]
 
 
-def measure_ensemble(
+def evaluate_ensemble(
     manifest: Manifest,
     members: Sequence[int],
     evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]],
     write_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
 ) -> None:
-    """Measures the mean probability of some generations as a generation is measured, and saves it.
+    """Evaluates the mean probability of some generations, and saves the ensemble.
 
-    Its record goes into the manifest, which the caller writes; OUTPUT_DIR/ensemble, which holds no weights, becomes
-    this ensemble. Networks that `load_generation` does not load are warned of, and recorded without metrics.
+    Its record is added to the manifest, which the caller writes; OUTPUT_DIR/ensemble, which holds no weights, is
+    replaced by this ensemble. If `load_generation` cannot load a member, a warning is logged and no metrics are
+    recorded.
 
     Args:
         manifest: of the lineage, its generations finished.
@@ -390,10 +392,10 @@ def measure_ensemble(
     try:
         ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE)
     except ValueError as error:
-        logger.warning("The ensemble of generations %s is not measured: %s", members, error)
+        logger.warning("The ensemble of generations %s is not evaluated: %s", members, error)
         metrics = {}
     else:
-        metrics = {split: finite(values) for split, values in evaluate(ensemble).items()}
+        metrics = {split: finite_or_none(values) for split, values in evaluate(ensemble).items()}
         on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics, write_card))
     record = {
         "members": list(members),

@@ -1,4 +1,4 @@
-"""Measures a generation as a user would load it, and brings metrics into the form of its record."""
+"""Loads a generation as a user would, evaluates it, and formats metrics for its record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
     Raises:
         FileNotFoundError: a folder that is missing or lacks a file.
         OSError: the Hub has no such repository, or cannot be reached.
-        ValueError: what is there is no generation.
+        ValueError: it holds no generation.
     """
     return _loader(path_or_repo, revision)(path_or_repo, revision=revision)
 
@@ -50,13 +50,13 @@ def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
         else:
             config, _ = PretrainedConfig.get_config_dict(path_or_repo, revision=revision)
     except OSError:
-        return load_image_classifier  # says what is missing, and what was expected
+        return load_image_classifier  # raises with what is missing
     # timm's own config.json has an architecture and no model_type.
     is_image = "architecture" in config or config.get("model_type") == "timm_wrapper"
     return load_image_classifier if is_image else load_language_model
 
 
-_NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 @torch.no_grad()
@@ -69,15 +69,15 @@ def evaluate_classifier(
 ) -> dict[str, float]:
     """Accuracy, error, top-5 accuracy, negative log-likelihood and expected calibration error of a classifier.
 
-    In the precision of the weights, without autocast, every row once, in eval mode; the same on every process.
+    In the precision of the weights, without autocast, in eval mode; every process evaluates every row.
 
     Args:
         model: called with the batch without its labels, returns an object with logits (batch, classes).
-        dataset: of the split, not augmented. Where its mean and std and those of the model are known and differ, the
-            model is given its own pixel values.
-        collate: turns what the dataset gives for a batch into a dict of tensors with "labels".
-        batch_size: rows at once; changes no value but the last digits.
-        device: where it is computed.
+        dataset: of the split, not augmented. If its mean and std and those of the model are known and differ, the
+            images are renormalised for the model.
+        collate: from the items of a batch to a dict of tensors with "labels".
+        batch_size: rows at once; affects the last digits only.
+        device: to evaluate on.
 
     Returns:
         Fractions (accuracy, error, top5_accuracy from 6 classes on, ece) and nats per item (nll).
@@ -99,11 +99,11 @@ def evaluate_classifier(
 def evaluate_language_model(
     model: nn.Module, streams: Dataset, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Negative log-likelihood and perplexity of a language model, every token of the text weighing the same.
+    """Negative log-likelihood and perplexity of a language model, each token with the same weight.
 
-    In the precision of the weights, without autocast, in eval mode; the same on every process. A model that carries a
-    state reads each stream from its start to its end, so that with one stream every word is predicted from all words
-    before it, whatever the window; another model sees the words of the window only.
+    In the precision of the weights, without autocast, in eval mode; every process evaluates the whole text. A model
+    that carries a state reads each stream from its start to its end, so with one stream every token is predicted from
+    all tokens before it, whatever the window; other models see the tokens of the window only.
 
     Args:
         model: called with input_ids (streams, time), and state where it takes one; returns an object with logits.
@@ -111,7 +111,7 @@ def evaluate_language_model(
         device: where it is computed.
 
     Returns:
-        nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (how many).
+        nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (their number).
     """
     model = model.to(device).eval()
     carries, state = carries_state(model), {}
@@ -125,10 +125,10 @@ def evaluate_language_model(
 
 
 def by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """From Trainer's flat names, eval_accuracy or eval_SPLIT_accuracy, to metrics by split."""
+    """Groups Trainer's metrics by split: from eval_accuracy or eval_SPLIT_accuracy to {split: {"accuracy": ...}}."""
     splits: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        if name == "epoch" or name.endswith(_NO_METRIC):
+        if name == "epoch" or name.endswith(_NOT_METRICS):
             continue
         split, _, metric = name.removeprefix("eval_").partition("_")
         if split not in ("train", "validation", "test"):
@@ -137,8 +137,8 @@ def by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return splits
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no infinity and no number of torch's or numpy's; a bad one must not cost a generation its record."""
+def finite_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON numbers, None for infinity and NaN, which JSON does not have."""
     return {
         name: (int(value) if isinstance(value, int) else float(value)) if math.isfinite(value) else None
         for name, value in metrics.items()

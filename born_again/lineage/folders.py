@@ -1,4 +1,8 @@
-"""--from_generation: a lineage starts again in the middle, and what that replaces is kept."""
+"""The files of a lineage's folder: durable writes, integrity checks, cleanup of leftovers, and restarts.
+
+Trained weights are never deleted: what is in the way is renamed to NAME.replaced-1. Only unfinished files of killed
+runs, unneeded checkpoints and teacher caches are deleted.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from born_again._files import sync_folder, write_atomically
-from born_again.lineage.checkpoints import checkpoint_flaw, checkpoint_step, has_usual_files, is_torn, last_checkpoint
+from born_again.lineage.checkpoints import (
+    checkpoint_error,
+    checkpoint_step,
+    has_only_checkpoint_files,
+    is_incomplete,
+    last_checkpoint,
+)
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 
@@ -24,18 +34,26 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 CURVE_NAME = "training.png"
+CHECKPOINTS_NAME = "checkpoints"
+TEACHER_CACHE_NAME = "teacher_cache"
+# The names of unfinished folders of the runner, and of temporary files of write_atomically (tempfile adds 8 letters).
+_PARTIAL = re.compile(r"\.gen[0-9]+\.(partial|old)")
+_TEMPORARY = re.compile(r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md)\.[a-z0-9_]{8}")
+
+
+# ---- Durable writes and integrity ----
 
 
 def sync_checkpoint(checkpoint: Path) -> None:
-    """Makes a checkpoint survive a loss of power: its files, and its name in the folders that the runner made.
+    """Syncs a checkpoint to the disk: its files, and its entries in the folders that the runner made.
 
-    Called once every process has written its part; the files of a checkpoint are not synced by who writes them.
+    Called after every process has written its files, which Trainer does not sync.
 
     Args:
         checkpoint: OUTPUT_DIR/checkpoints/gen2/checkpoint-100.
 
     Raises:
-        OSError: something cannot be written, or not be opened.
+        OSError: a file cannot be opened or synced.
     """
     sync_files(checkpoint)
     for folder in list(checkpoint.absolute().parents)[:3]:
@@ -43,45 +61,25 @@ def sync_checkpoint(checkpoint: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes the files of a folder, and of those in it, survive a loss of power; follows no links."""
+    """Syncs the files of a folder and its subfolders to the disk; does not follow links."""
     for path in folder.iterdir():
         if path.is_symlink():
             continue
         if path.is_dir():
             sync_files(path)
-        elif path.is_file():  # nothing that opening would wait for
+        elif path.is_file():  # opening a pipe would block
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
 
 
-def move_aside(folder: Path, why: str) -> None:
-    """Renames a folder that is in the way to NAME.replaced-1 and so on; nothing happens where there is none.
-
-    Args:
-        folder: what may be in the way.
-        why: for the log, after the folder's name.
-    """
-    if not folder.exists():
-        return
-    aside = free_name(folder)
-    logger.warning("%s %s; it is kept as %s.", folder, why, aside.name)
-    os.rename(folder, aside)
-
-
-def free_name(folder: Path) -> Path:
-    """The first of NAME.replaced-1, NAME.replaced-2 and so on that nothing has."""
-    numbered = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
-    return next(path for path in numbered if not os.path.lexists(path))
-
-
 def put_in_place(partial: Path, folder: Path, weights_sha256: str) -> None:
-    """Gives a generation that is written to its end its own name, in one step.
+    """Renames a completely written generation to its final name, in one step.
 
     Args:
         partial: where it was written.
-        folder: what it is to be called. What has that name is moved aside, unless it is this very generation: then a
-            crash came between an earlier renaming and the record of it.
+        folder: its final name. A folder of that name is moved aside, unless it holds this very generation: then a
+            crash came between an earlier renaming and its record.
         weights_sha256: of its weights.
 
     Raises:
@@ -92,11 +90,31 @@ def put_in_place(partial: Path, folder: Path, weights_sha256: str) -> None:
     sync_files(partial)
     weights = folder / WEIGHTS_NAME
     if not folder.is_symlink() and weights.is_file() and file_sha256(weights) == weights_sha256:
-        os.rename(folder, old := partial.with_suffix(".old"))  # a crash must not leave a part of it under its name
+        os.rename(folder, old := partial.with_suffix(".old"))  # a crash must not leave half of it under its name
         shutil.rmtree(old)
     move_aside(folder, f"is not in {MANIFEST_NAME}")
     os.rename(partial, folder)
     sync_folder(folder.parent)
+
+
+def move_aside(folder: Path, why: str) -> None:
+    """Renames a folder to NAME.replaced-1 and so on; does nothing where it does not exist.
+
+    Args:
+        folder: to rename.
+        why: for the log, after the folder's name.
+    """
+    if not folder.exists():
+        return
+    aside = free_name(folder)
+    logger.warning("%s %s; it is kept as %s.", folder, why, aside.name)
+    os.rename(folder, aside)
+
+
+def free_name(folder: Path) -> Path:
+    """The first unused name of NAME.replaced-1, NAME.replaced-2 and so on."""
+    numbered = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
+    return next(path for path in numbered if not os.path.lexists(path))
 
 
 def check_weights(folder: Path, record: Mapping[str, Any]) -> None:
@@ -119,70 +137,24 @@ def check_weights(folder: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-CHECKPOINTS_NAME = "checkpoints"
-TEACHER_CACHE_NAME = "teacher_cache"
-# What a runner and write_atomically name what they have not finished: tempfile adds eight characters.
-_PARTIAL = re.compile(r"\.gen[0-9]+\.(partial|old)")
-_TEMPORARY = re.compile(r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md)\.[a-z0-9_]{8}")
+# ---- Checkpoints and cleanup ----
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether something in a lineage's folder is what a killed run left half-written, of no use to anyone.
+def set_aside_later_checkpoints(folder: Path, checkpoint: Path | None, recorded: Collection[str]) -> None:
+    """Moves the checkpoints after the one that a training resumes from out of its folder.
 
-    That is a folder .gen2.partial, or a temporary file of lineage.json or of the ensemble; never a link.
-    """
-    if path.is_symlink():
-        return False
-    if _PARTIAL.fullmatch(path.name):
-        return path.is_dir()
-    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
-
-
-def remove_leftovers(manifest: Manifest) -> list[Path]:
-    """Deletes what killed runs left: see `is_leftover`, checkpoints of finished generations that are not kept, and
-    the answers of a teacher that teaches no more.
-
-    To be called by the one process that holds the folder's lock: what another run is writing looks the same. Follows
-    no links. What cannot be deleted is named in the log, and stays.
-
-    Args:
-        manifest: of the lineage.
-
-    Returns:
-        What was deleted.
-    """
-    return [path for path in _leftovers(manifest) if _remove(path)]
-
-
-def tidy(manifest: Manifest) -> None:
-    """Deletes what a run left that was killed while it finished; where that cannot be done, all stays as it is.
-
-    Where there is nothing to delete, nothing is written: the folder may be read-only.
-
-    Args:
-        manifest: of a lineage of which nothing is left to do.
-    """
-    folder = manifest.path.parent
-    if (folder / LOCK_NAME).exists() or _leftovers(manifest):
-        with contextlib.suppress(LineageError), FolderLock(folder):
-            remove_leftovers(manifest)
-
-
-def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Collection[str]) -> None:
-    """Takes the checkpoints out of the way that stand after the one that a training goes on from.
-
-    Trainer takes the checkpoint of the highest step for the newest, and would delete those that it writes on the way
-    there. What a kill has left half-written is deleted. All else is moved aside, as gen2.replaced-1/checkpoint-100,
-    and warned of: it may hold trained work, and why it cannot be gone on from may be one file with another name. So is
-    a checkpoint in a folder of another name, which Trainer does not find.
+    Trainer takes the checkpoint of the highest step for the newest, and would delete the new ones that it writes
+    before that step. A checkpoint that a kill left incomplete is deleted. Any other is moved to
+    gen2.replaced-1/checkpoint-100 with a warning, since it may hold trained weights. So is a checkpoint under another
+    name, which Trainer ignores.
 
     Args:
         folder: of the generation's checkpoints.
-        checkpoint: that the training goes on from, None where it begins.
-        recorded: names of the checkpoints that were once written to their end, as the manifest tells.
+        checkpoint: that the training resumes from, None where it begins.
+        recorded: names of the checkpoints that the manifest records as complete.
 
     Raises:
-        OSError: something cannot be moved.
+        OSError: a checkpoint cannot be moved.
     """
     last = -1 if checkpoint is None else checkpoint_step(checkpoint)
     aside = None
@@ -193,16 +165,16 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
         if step is None:
             if not (path / "trainer_state.json").exists() and not any(path.glob("*.safetensors")):
                 continue
-            why = "is called otherwise than Trainer calls a checkpoint"
+            why = "does not have the name of a checkpoint"
         elif step <= last:
             continue
-        elif path.name not in recorded and is_torn(path):
+        elif path.name not in recorded and is_incomplete(path):
             shutil.rmtree(path, ignore_errors=True)
             continue
-        elif checkpoint is not None and not has_usual_files(path):
-            why = "holds files that are none of a checkpoint's"
+        elif checkpoint is not None and not has_only_checkpoint_files(path):
+            why = "holds files that do not belong to a checkpoint"
         else:
-            why = f"cannot be gone on from ({checkpoint_flaw(path, step)})"
+            why = f"cannot be resumed from ({checkpoint_error(path, step)})"
         if aside is None:
             aside = free_name(folder)
             aside.mkdir()
@@ -210,20 +182,20 @@ def clear_checkpoints_after(folder: Path, checkpoint: Path | None, recorded: Col
         logger.warning("%s %s; it is kept as %s.", path, why, os.path.join(aside.name, path.name))
     if aside is not None and checkpoint is None:
         logger.warning(
-            "%s: no checkpoint is left to go on from, so that the training begins again at step 0. To use one of %s, "
-            "stop this run, mend the checkpoint and move it back.",
+            "%s: no checkpoint is left to resume from, so the training begins again at step 0. To use one of %s, stop "
+            "this run, repair the checkpoint and move it back.",
             folder,
             aside,
         )
 
 
-def remove_what_served(output_dir: Path, index: int, keep_checkpoints: bool) -> None:
-    """Deletes what a finished generation was trained with: its teacher's answers, and checkpoints if not kept.
+def remove_training_files(output_dir: Path, index: int, keep_checkpoints: bool) -> None:
+    """Deletes the teacher cache of a finished generation and, unless they are to be kept, its checkpoints.
 
     Args:
-        output_dir: of the lineage. Answers kept elsewhere stay.
+        output_dir: of the lineage. A teacher cache in another folder stays.
         index: of the generation.
-        keep_checkpoints: they stay.
+        keep_checkpoints: whether its checkpoints stay.
     """
     shutil.rmtree(output_dir / TEACHER_CACHE_NAME, ignore_errors=True)
     if not keep_checkpoints:
@@ -231,10 +203,52 @@ def remove_what_served(output_dir: Path, index: int, keep_checkpoints: bool) -> 
 
 
 def remove_checkpoints(output_dir: Path, index: int) -> None:
-    """Deletes the checkpoints of one generation, and their folder where it is empty then."""
+    """Deletes the checkpoints of one generation, and the checkpoints folder if it is then empty."""
     shutil.rmtree(output_dir / CHECKPOINTS_NAME / f"gen{index}", ignore_errors=True)
-    with contextlib.suppress(OSError):  # it holds the checkpoints of another generation
+    with contextlib.suppress(OSError):  # not empty
         (output_dir / CHECKPOINTS_NAME).rmdir()
+
+
+def clean_up(manifest: Manifest) -> None:
+    """Deletes the leftovers of a run that was killed while it finished, unless another run holds the folder.
+
+    Writes nothing where there is nothing to delete: the folder may be read-only.
+
+    Args:
+        manifest: of a finished lineage.
+    """
+    folder = manifest.path.parent
+    if (folder / LOCK_NAME).exists() or _leftovers(manifest):
+        with contextlib.suppress(LineageError), FolderLock(folder):
+            remove_leftovers(manifest)
+
+
+def remove_leftovers(manifest: Manifest) -> list[Path]:
+    """Deletes the leftovers of killed runs.
+
+    They are unfinished files (see `is_leftover`), checkpoints of finished generations that are not to be kept, and the
+    teacher cache of a finished generation. Call it with the folder's lock held: files that another run is writing look
+    the same. Links are not followed. What cannot be deleted is logged.
+
+    Args:
+        manifest: of the lineage.
+
+    Returns:
+        The deleted paths.
+    """
+    return [path for path in _leftovers(manifest) if _remove(path)]
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a path in a lineage's folder is an unfinished file or folder of a killed run.
+
+    That is a folder .gen2.partial, or a temporary file of lineage.json or of the ensemble; never a link.
+    """
+    if path.is_symlink():
+        return False
+    if _PARTIAL.fullmatch(path.name):
+        return path.is_dir()
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
 
 
 def _leftovers(manifest: Manifest) -> list[Path]:
@@ -245,13 +259,13 @@ def _leftovers(manifest: Manifest) -> list[Path]:
             found += sorted(path for path in folder.iterdir() if is_leftover(path))
     checkpoints = output_dir / CHECKPOINTS_NAME
     for record in manifest.generations:
-        # Records of earlier versions do not tell whether checkpoints are kept.
+        # Records of earlier versions do not say whether checkpoints are kept.
         if record["status"] == "finished" and record.get("checkpoints") == []:
             found += [path for path in [checkpoints / f"gen{record['index']}"] if path.is_dir()]
-    answers = output_dir / TEACHER_CACHE_NAME
-    if answers.is_dir() and not answers.is_symlink():
+    cache = output_dir / TEACHER_CACHE_NAME
+    if cache.is_dir() and not cache.is_symlink():
         if manifest.generations and manifest.generations[-1]["status"] == "finished":
-            found.append(answers)
+            found.append(cache)
     if checkpoints.is_dir() and not checkpoints.is_symlink() and set(checkpoints.iterdir()) <= set(found):
         found.append(checkpoints)
     return found
@@ -264,50 +278,52 @@ def _remove(path: Path) -> bool:
         else:
             path.unlink()
     except OSError as error:
-        logger.warning("%s, which a killed run left, cannot be deleted (%s).", path, error.strerror or error)
+        logger.warning("%s, a leftover of a killed run, cannot be deleted (%s).", path, error.strerror or error)
         return False
-    logger.info("%s, which a killed run left, is deleted.", path)
+    logger.info("%s, a leftover of a killed run, is deleted.", path)
     return True
 
 
+# ---- Restarts ----
+
+
 def check_restart(manifest: Manifest, index: int) -> None:
-    """Refuses a generation that a lineage cannot start again from.
+    """Checks that a lineage can restart from a generation.
 
     Args:
         manifest: of the lineage.
-        index: of the first generation that is trained anew.
+        index: of the first generation to train again.
 
     Raises:
-        ValueError: no whole number from 0 on, or beyond what is asked for.
+        ValueError: no whole number from 0 to the generations of the spec.
         LineageError: a generation before it is not finished.
     """
-    asked = manifest.spec.generations
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= asked:
+    requested = manifest.spec.generations
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= requested:
         raise ValueError(
-            f"from_generation: got {index!r}, expected a generation from 0 (the teacher) to {asked}, the last of this "
-            "lineage; --generations asks for more."
+            f"from_generation: got {index!r}, expected a generation from 0 (the teacher) to {requested}, the last of "
+            "this lineage; a larger --generations adds more."
         )
     unfinished = [record["index"] for record in manifest.generations[:index] if record["status"] != "finished"]
     first = min([*unfinished, len(manifest.generations)])
     if first < index:
         raise LineageError(
             f"from_generation: got {index}, but generation {first} before it is not finished, expected at most "
-            f"{first}; leave from_generation out to go on with the lineage."
+            f"{first}; leave from_generation out to resume the lineage."
         )
 
 
-def start_again(manifest: Manifest, index: int) -> None:
-    """Takes a generation and those after it out of the lineage, so that they are trained anew.
+def restart_from(manifest: Manifest, index: int) -> None:
+    """Removes a generation and those after it from the lineage, so that they are trained again.
 
-    Their folders and checkpoints are renamed to gen2.replaced-1 and so on, the ensembles that they are in to
-    ensemble.replaced-1, and the manifest as it was is copied to lineage.replaced-1.json. Nothing is deleted.
+    Their folders and checkpoints are renamed to gen2.replaced-1 and so on, ensembles that contain them to
+    ensemble.replaced-1, and the old manifest is copied to lineage.replaced-1.json. Nothing is deleted.
 
-    A restart that a crash has interrupted goes on: called again with the same generation before every generation is
-    finished, it does nothing.
+    Called again with the same generation before every generation is finished, as after a crash, it does nothing.
 
     Args:
         manifest: of the lineage; changed, and written.
-        index: of the first generation that is trained anew.
+        index: of the first generation to train again.
 
     Raises:
         ValueError: see `check_restart`.
@@ -318,12 +334,12 @@ def start_again(manifest: Manifest, index: int) -> None:
     check_restart(manifest, index)
     replaced = manifest.generations[index:]
     folder = manifest.path.parent
-    # Each step can be repeated after a crash. The manifest comes before the folders: a folder that it does not name
-    # is never overwritten, while one that it names must be there.
+    # Each step can be repeated after a crash. The manifest comes before the folders: a folder that it does not list is
+    # never overwritten, while one that it lists must exist.
     if replaced:
-        _keep_copy(manifest)
+        _backup_manifest(manifest)
     for record in replaced:
-        move_aside(folder / "checkpoints" / f"gen{record['index']}", "starts again")
+        move_aside(folder / "checkpoints" / f"gen{record['index']}", "is trained again")
     manifest.content["generations"] = manifest.generations[:index]
     ensembles = manifest.content.get("ensembles", [])
     kept = [ensemble for ensemble in ensembles if max(ensemble["members"]) < index]
@@ -332,12 +348,12 @@ def start_again(manifest: Manifest, index: int) -> None:
     manifest.content["restart"] = {"from_generation": index}
     manifest.save()
     for record in replaced:
-        move_aside(folder / f"gen{record['index']}", "starts again")
+        move_aside(folder / f"gen{record['index']}", "is trained again")
     if len(kept) < len(ensembles):
         move_aside(folder / "ensemble", "has members that are trained again")
 
 
-def _keep_copy(manifest: Manifest) -> None:
+def _backup_manifest(manifest: Manifest) -> None:
     number = 1
     stem = Path(MANIFEST_NAME).stem
     while (path := manifest.path.with_name(f"{stem}.replaced-{number}.json")).exists():

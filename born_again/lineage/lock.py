@@ -1,4 +1,4 @@
-"""One run at a time on the folder of a lineage."""
+"""A file lock that allows one run at a time in the folder of a lineage."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lineage.lock"
 _HOLDER_FIELDS = {"pid": int, "host": str, "since": str, "command": str}
-# Who asks for the holder has a shared lock for some microseconds, which must refuse no run that begins just then.
+# lock_holder takes a shared lock for some microseconds, which must not make a run that begins just then fail.
 _ATTEMPTS, _PAUSE = 5, 0.01
 
 
 class FolderLock:
-    """Holds FOLDER/.lineage.lock while its block runs; the folder is made where there is none.
+    """A context manager that holds FOLDER/.lineage.lock; makes the folder if needed.
 
-    The operating system holds the lock, and lets go of it when the process ends in whatever way, so that nothing is
-    ever guessed about a process that is gone. Worker processes that a killed run leaves behind hold it until they end,
-    which those of torch do within seconds. The file is there while the lock is held, and tells who holds it.
+    The operating system releases the lock when the process ends in any way, so a stale lock cannot exist. Worker
+    processes that outlive a killed run hold it until they end; those of torch end within seconds. The file exists
+    while the lock is held, and says who holds it.
 
-    It is not re-entrant: a second lock on the folder is refused in the same process too. filelock would not do: its
-    older versions follow a link in the file's place and empty what it leads to, and hold a file that its last holder
-    has deleted; none can tell who holds a folder that is read-only.
+    It is not reentrant: a second lock on the folder is refused in the same process too. filelock is not used: its
+    older versions follow a link in the file's place and truncate its target, and may lock a file that its last holder
+    has deleted; no version says who holds a folder that is read-only.
 
-    Where the file system knows no locks (some network mounts) it warns and goes on. Where the operating system knows
-    none the file itself is the lock, and after a kill it must be deleted by hand, as the message then says.
+    On a file system without locks (some network mounts) it logs a warning. On an operating system without fcntl the
+    file itself is the lock; after a kill it must be deleted by hand, as the error then says.
 
     Args:
         folder: of the lineage.
 
     Raises:
-        LineageError: from entering: another run holds it, or the folder cannot be written.
+        LineageError: on entering, if another run holds it or the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -59,34 +59,34 @@ class FolderLock:
             raise LineageError(self._in_use())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = self._take_file() if fcntl is None else self._take_lock()
+            self._descriptor = self._acquire_file() if fcntl is None else self._acquire_lock()
         except OSError as error:
             raise LineageError(
                 f"output_dir: {self.folder} cannot be written ({error.strerror or error}), expected a folder that "
                 "this run may write to; change its permissions, make room, or use another output_dir."
             ) from error
-        with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+        with contextlib.suppress(OSError):  # a full disk; the lock is held anyway
             os.ftruncate(self._descriptor, 0)
             holder = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": Path(sys.argv[0]).name if sys.argv else "",  # not its flags, which may hold a token
+                "command": Path(sys.argv[0]).name if sys.argv else "",  # without its flags, which may hold a token
             }
             os.write(self._descriptor, json.dumps(holder).encode())
         return self
 
     def __exit__(self, *exception: Any) -> None:
         descriptor, self._descriptor = self._descriptor, None
-        # Before the lock is let go of: who waits for the file that is gone looks again, and makes a new one.
+        # Before the lock is released: a process that waits for the deleted file notices, and makes a new one.
         with contextlib.suppress(OSError):
             self.path.unlink()
         if fcntl is not None:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also of the copies that worker processes have
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for the copies that worker processes inherited
         os.close(descriptor)
 
-    def _take_lock(self) -> int:
+    def _acquire_lock(self) -> int:
         blocked = 0
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -101,41 +101,41 @@ class FolderLock:
                 continue
             except OSError as error:
                 logger.warning(
-                    "%s: the file system knows no locks (%s); see to it that one run at a time uses it.",
+                    "%s: the file system has no locks (%s); make sure that one run at a time uses it.",
                     self.folder,
                     error,
                 )
                 return descriptor
-            if _is_at(descriptor, self.path):
+            if _is_same_file(descriptor, self.path):
                 return descriptor
-            os.close(descriptor)  # its holder deleted it in between
+            os.close(descriptor)  # its holder has deleted it meanwhile
 
-    def _take_file(self) -> int:
+    def _acquire_file(self) -> int:
         try:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError as error:
             raise LineageError(f"{self._in_use()} If that process is gone, delete {self.path}.") from error
 
     def _in_use(self) -> str:
-        holder, who = lock_holder(self.folder), "another process"  # which has only just taken it, or left again
+        holder, who = lock_holder(self.folder), "another process"  # it has just taken the lock, or released it
         if holder and None not in holder.values():
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
         return f"output_dir: {self.folder} is in use by {who}; wait for it or use another output_dir."
 
 
 def lock_holder(folder: str | Path) -> dict[str, Any] | None:
-    """Who holds the folder of a lineage at this moment; nothing is written, deleted or waited for.
+    """Which process holds the folder of a lineage now; writes and deletes nothing, and does not block.
 
     Args:
-        folder: of the lineage; it may be read-only, and need not be there.
+        folder: of the lineage; it may be read-only or missing.
 
     Returns:
-        None where nobody does, though a killed run may have left its file. Else "pid", "host", "since" (ISO 8601, UTC)
-        and "command" of the holder, each None where its file does not say; and "certain", False where the system
-        knows no locks (or the file cannot be opened), so that only the file is seen and its run may be gone.
+        None where no process does, even if a killed run left its file. Else "pid", "host", "since" (ISO 8601, UTC) and
+        "command" of the holder, each None where its file does not say; and "certain", False where the system has no
+        locks (or the file cannot be opened), so that the run may have ended.
     """
     path = Path(folder) / LOCK_NAME
-    # A link is never followed, and a pipe in the file's place never waited for.
+    # Never follows a link, and never blocks on a pipe in the file's place.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     for _ in range(_ATTEMPTS):
         try:
@@ -146,11 +146,11 @@ def lock_holder(folder: str | Path) -> dict[str, Any] | None:
             return {**dict.fromkeys(_HOLDER_FIELDS), "certain": False}
         try:
             held = _is_held(descriptor)
-            if _is_at(descriptor, path):
+            if _is_same_file(descriptor, path):
                 return None if held is False else {**_read_holder(descriptor), "certain": held is True}
         finally:
             os.close(descriptor)
-    return None  # it came and went at every look
+    return None  # taken and released at every attempt
 
 
 def _is_held(descriptor: int) -> bool | None:
@@ -158,7 +158,7 @@ def _is_held(descriptor: int) -> bool | None:
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: it can be had from a file that is read-only
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: it works on a read-only file
     except BlockingIOError:
         return True
     except OSError:
@@ -170,13 +170,13 @@ def _is_held(descriptor: int) -> bool | None:
 def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
         holder = json.loads(os.read(descriptor, 4096).decode("utf-8"))
-    except (OSError, ValueError, RecursionError):  # it has only just been taken
+    except (OSError, ValueError, RecursionError):  # it has just been taken
         holder = None
     values = holder if isinstance(holder, dict) else {}
     return {name: values[name] if type(values.get(name)) is kind else None for name, kind in _HOLDER_FIELDS.items()}
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

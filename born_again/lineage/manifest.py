@@ -1,4 +1,4 @@
-"""lineage.json: the one file that says what a lineage is and how far it has come."""
+"""lineage.json: the specification of a lineage and the record of each generation; its schema, reading and writing."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from born_again._files import write_atomically
 from born_again.lineage.spec import LineageSpec, spec_sha256
 
+__all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256"]
+
+MANIFEST_NAME = "lineage.json"
 FORMAT = "born_again.lineage"
 VERSION = 1
-# Far above any lineage, and low enough that reading a file that is none cannot fill the memory or the stack.
+# Far above any lineage, and low enough that reading another file cannot exhaust memory or stack.
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 
 
 class LineageError(RuntimeError):
-    """A lineage that cannot go on as asked: another experiment's folder, changed weights, an unreadable manifest."""
+    """A lineage cannot be continued: another experiment's folder, changed weights, an unreadable manifest."""
 
 
 def is_repo_id(value: Any) -> bool:
-    """Whether this is namespace/name as the Hub allows it, which needs no escaping anywhere."""
-    from huggingface_hub.errors import HFValidationError  # when there is one: both imports take their time
+    """Whether this is a valid Hub repository id, namespace/name, which needs no escaping anywhere."""
+    from huggingface_hub.errors import HFValidationError  # imported here, since both are slow to import
     from huggingface_hub.utils import validate_repo_id
 
-    # Some versions of the validator let a newline at the end pass, and letters that are not ASCII.
+    # Some versions of the validator accept a trailing newline, and letters that are not ASCII.
     if not isinstance(value, str) or "/" not in value or not value.isascii() or value != value.strip():
         return False
     try:
@@ -43,11 +46,11 @@ def is_repo_id(value: Any) -> bool:
     return True
 
 
-# ---- The fields; what a description says is expected of one stands in the error ----
+# ---- The schema; the description of a field is what an error says was expected ----
 
 
 def _object_of(kind: Any) -> Any:
-    """JSON objects with values of one kind; stops at the first that is wrong, as pydantic does in lists alone."""
+    """JSON objects with values of one type; stops at the first error, which pydantic does in lists only."""
     adapter = TypeAdapter(kind, config=ConfigDict(strict=True))
 
     def check(values: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ _HUB_STATE = "an object with status 'pending' or 'published', and plain texts fo
 
 
 class _Fields(BaseModel):
-    """Of an object in the file: nothing is converted, and fields that a later version added are left alone."""
+    """An object in the file: values are not converted, and fields of later versions are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -89,7 +92,7 @@ class _HubState(_Fields):
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> _HubState:
-        # What waits may have been begun under a name that the Hub refuses.
+        # A pending one may have a name that the Hub refuses.
         if self.status == "published" and self.repo is not None and not is_repo_id(self.repo):
             raise ValueError("repo")
         return self
@@ -162,7 +165,7 @@ class _Manifest(_Fields):
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads and checks a lineage.json.
 
-    Fields that this version does not know are kept: a later one may have added them.
+    Unknown fields are kept: a later version may have added them.
 
     Args:
         path: of the file.
@@ -172,14 +175,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        LineageError: it is no file of this folder, no strict JSON, of a newer version, or a field is missing or wrong;
-            names the field, what it holds and what was expected.
+        LineageError: it is a link out of its folder, no strict JSON, of a newer version, or a field is missing or
+            wrong; names the field, its value and what was expected.
     """
     content = _decode(path, _read_bytes(path))
     try:
-        _check_plain(content)
+        _check_limits(content)
         if not isinstance(content, dict):
-            raise _Wrong("format", f"an object with {FORMAT!r} in it", content)
+            raise _FieldError("format", f"an object with {FORMAT!r} in it", content)
         _check_fields(_Header, content)
         if content["version"] > VERSION:
             raise LineageError(
@@ -193,28 +196,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
             _check_ensemble(f"ensembles[{index}]", record, content["generations"])
         if "hub" in content:
             _check_fields(_Hub, content["hub"], "hub")
-    except _Wrong as wrong:
-        raise LineageError(f"{path}: {wrong}; restore the file from a copy.") from None
+    except _FieldError as error:
+        raise LineageError(f"{path}: {error}; restore the file from a copy.") from None
     return content
 
 
-class _Wrong(Exception):
-    """A field that is not what it should be."""
+class _FieldError(Exception):
+    """A field is missing or wrong."""
 
     def __init__(self, field: str, expected: str, *got: Any, shown: str = "nothing") -> None:
-        shown = _shown(got[0]) if got else shown
-        super().__init__(f"the field {_shown(field)} is wrong, expected {expected}, got {shown}")
+        shown = _abbreviated(got[0]) if got else shown
+        super().__init__(f"the field {_abbreviated(field)} is wrong, expected {expected}, got {shown}")
 
 
 def _check_fields(model: type[_Fields], values: Any, place: str = "") -> None:
     if not isinstance(values, dict):
-        raise _Wrong(place, "an object", values)
+        raise _FieldError(place, "an object", values)
     try:
         model.model_validate(values)
     except ValidationError as error:
         name = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
         got = [values[name]] if name in values else []
-        raise _Wrong(f"{place}.{name}" if place else name, model.model_fields[name].description, *got) from None
+        raise _FieldError(f"{place}.{name}" if place else name, model.model_fields[name].description, *got) from None
 
 
 def _check_spec(path: Path, content: Mapping[str, Any]) -> None:
@@ -225,14 +228,14 @@ def _check_spec(path: Path, content: Mapping[str, Any]) -> None:
             f"{path}: the field 'spec' is wrong: {str(error):.1000} Restore the file from a copy."
         ) from error
     if content["name"] != spec.name:
-        raise _Wrong("name", f"that of the spec, {spec.name!r}", content["name"])
-    # The spec as it stands: fields that later versions add have defaults, which are not part of an older hash.
+        raise _FieldError("name", f"that of the spec, {spec.name!r}", content["name"])
+    # The hash of the spec as written: defaults of fields that later versions added are not part of it.
     expected, count = spec_sha256(content["spec"]), len(content["generations"])
     if content["spec_sha256"] != expected:
-        raise _Wrong("spec_sha256", f"the hash of the spec, {expected}", content["spec_sha256"])
+        raise _FieldError("spec_sha256", f"the hash of the spec, {expected}", content["spec_sha256"])
     if count > spec.generations + 1:
         at_most = f"at most the teacher and the {spec.generations} students of the spec"
-        raise _Wrong("generations", at_most, shown=f"{count} of them")
+        raise _FieldError("generations", at_most, shown=f"{count} of them")
 
 
 def _check_record(index: int, record: Any, is_last: bool) -> None:
@@ -241,9 +244,9 @@ def _check_record(index: int, record: Any, is_last: bool) -> None:
     _check_fields(_Training if is_training else _Finished, record, place)
     for name, expected in (("index", index), ("parent", index - 1 if index else None)):
         if type(record[name]) is not type(expected) or record[name] != expected:  # True is no 1
-            raise _Wrong(f"{place}.{name}", json.dumps(expected), record[name])
+            raise _FieldError(f"{place}.{name}", json.dumps(expected), record[name])
     if is_training and not is_last:
-        raise _Wrong(f"{place}.status", "'finished', since the generation after it has begun", record["status"])
+        raise _FieldError(f"{place}.status", "'finished', since the generation after it has begun", record["status"])
 
 
 def _check_ensemble(place: str, record: Any, generations: list[dict[str, Any]]) -> None:
@@ -251,38 +254,38 @@ def _check_ensemble(place: str, record: Any, generations: list[dict[str, Any]]) 
     weights = {index: own["weights_sha256"] for index, own in enumerate(generations) if own["weights_sha256"]}
     members = record["members"]
     if len(set(members)) < len(members) or not weights.keys() >= {*members}:
-        raise _Wrong(f"{place}.members", "indices of generations", members)
+        raise _FieldError(f"{place}.members", "indices of generations", members)
     if record["weights_sha256"] != [weights[member] for member in members]:
-        raise _Wrong(f"{place}.weights_sha256", "the hashes of its members", record["weights_sha256"])
+        raise _FieldError(f"{place}.weights_sha256", "the hashes of its members", record["weights_sha256"])
 
 
-def _check_plain(content: Any) -> None:
-    """Nothing that could not be computed with, walked through or written again."""
-    pending = [("", content, 1)]  # no recursion: the depth is what is in question
+def _check_limits(content: Any) -> None:
+    """Checks depth, Unicode and the range of numbers, so that the content can be traversed and written again."""
+    pending = [("", content, 1)]  # without recursion, since the depth is checked
     while pending:
         field, value, depth = pending.pop()
         if isinstance(value, dict | list):
             if depth > MAX_DEPTH:
-                raise _Wrong(field, f"at most {MAX_DEPTH} levels of objects and lists", shown="more")
+                raise _FieldError(field, f"at most {MAX_DEPTH} levels of objects and lists", shown="more")
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(key, int):
                     pending.append((f"{field}[{key}]", item, depth + 1))
                     continue
-                if not _is_text(key):
-                    raise _Wrong(field, "names of valid Unicode", key)
+                if not _is_unicode(key):
+                    raise _FieldError(field, "names of valid Unicode", key)
                 pending.append((f"{field}.{key}" if field else key, item, depth + 1))
-        elif isinstance(value, str) and not _is_text(value):
-            raise _Wrong(field, "valid Unicode", value)
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise _FieldError(field, "valid Unicode", value)
         elif isinstance(value, int) and abs(value) > MAX_INTEGER:
-            raise _Wrong(field, "a number of at most 64 bits", value)
+            raise _FieldError(field, "a number of at most 64 bits", value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise _Wrong(field, "a finite number", value)
+            raise _FieldError(field, "a finite number", value)
 
 
-def _is_text(value: str) -> bool:
+def _is_unicode(value: str) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+    except UnicodeEncodeError:  # half of a surrogate pair: possible in JSON, not in UTF-8
         return False
     return True
 
@@ -315,46 +318,41 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, raw: bytes) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the name {_shown(repeated)} stands twice in one object")
+            raise ValueError(f"the name {_abbreviated(repeated)} stands twice in one object")
         return dict(pairs)
 
-    def no_constant(name: str) -> None:
+    def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON number")
 
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=no_constant)
-    # ValueError is also what an integer of thousands of digits gives.
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_names, parse_constant=refuse_constant)
+    # ValueError also for an integer of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise LineageError(f"{path}: is not JSON ({error}); restore it from a copy, or use another folder.") from error
 
 
-def _shown(value: Any) -> str:
+def _abbreviated(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-__all__ = ["MANIFEST_NAME", "LineageError", "Manifest", "file_sha256"]
-
-MANIFEST_NAME = "lineage.json"
-
-
 class Manifest:
-    """The content of lineage.json, written anew and atomically at every change.
+    """The content of lineage.json; `save` writes it atomically.
 
     Layout: {"format", "version", "name", "spec", "spec_sha256", "data", "generations": [{"index", "status", "seed",
     "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split;
-    accuracy and error are fractions, nll is nats per item, seconds are of training, over all of its starts.
+    accuracy and error are fractions, nll is nats per item, seconds are of training, over all runs.
 
     Args:
         path: of lineage.json.
         content: as read by `read` or made by `create`.
 
     Attributes:
-        lock: held while content is changed or written, since generations are published in the background.
+        lock: to hold while content is changed or written, since a background thread publishes generations.
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
@@ -364,7 +362,7 @@ class Manifest:
 
     @classmethod
     def create(cls, folder: Path, spec: LineageSpec, data: Mapping[str, Any]) -> Manifest:
-        """The manifest of a lineage of which nothing is trained; `save` writes it."""
+        """The manifest of a new lineage; `save` writes it."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -389,7 +387,7 @@ class Manifest:
 
     @property
     def spec(self) -> LineageSpec:
-        """What was asked."""
+        """The specification of the lineage."""
         return LineageSpec.from_dict(self.content["spec"])
 
     @property

@@ -1,4 +1,4 @@
-"""Which generations an ensemble is made of: chosen by the user or named by ensemble.json, found, and compared."""
+"""The members of an ensemble: selected by the user or read from ensemble.json, located, verified and compared."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Member:
     """One network of an ensemble.
 
     Args:
-        generation: its index; it is the folder gen{index} of the lineage.
+        generation: its index; its folder is gen{index} of the lineage.
         weights_sha256: of its model.safetensors, hexadecimal.
-        repo: on the Hub, where it is read from there and not from the folder.
+        repo: Hub repository that it is read from; None reads it from its folder.
         commit: of that repository.
 
     Raises:
@@ -47,22 +47,22 @@ class Member:
     commit: str | None = None
 
     def __post_init__(self) -> None:
-        # It becomes the name of a folder, which must never be a way to another one.
+        # It becomes part of a path, which must not lead to another folder.
         if type(self.generation) is not int or not 0 <= self.generation <= _LARGEST:
             raise ValueError(f"generation: got {self.generation!r}, expected a whole number from 0 to {_LARGEST}.")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a member.
+class MemberInfo:
+    """Properties of a member that must match those of the others.
 
     Args:
         generation: its index.
-        kind: in words.
-        classes: names of the labels by index, or how many words.
-        tokenizer: where its tokenizer.json would be.
-        state_parts: how many tensors its state has, 0 without.
-        preprocessing: of the images it was trained on, None where it says nothing.
+        kind: for error messages.
+        classes: names of the labels by index, or the size of the vocabulary.
+        tokenizer: path of its tokenizer.json, which may be missing.
+        state_parts: number of tensors of its recurrent state, 0 without one.
+        preprocessing: of the images it was trained on, None where it is not known.
     """
 
     generation: int
@@ -73,23 +73,23 @@ class Facts:
     preprocessing: Preprocessing | None = None
 
     @classmethod
-    def of(cls, network: nn.Module, folder: Path, generation: int) -> Facts:
-        """Looks at a network that `load_generation` gave; one that carries a state is asked for one word."""
+    def of(cls, network: nn.Module, folder: Path, generation: int) -> MemberInfo:
+        """Inspects a network that `load_generation` returned; one that carries a state predicts one token for it."""
         tokenizer = folder / "tokenizer.json"
         if network.main_input_name == "pixel_values":
             labels = dict(network.config.id2label)
             own = preprocessing_of_network(network)
             return cls(generation, "an image classifier", labels, tokenizer, 0, own)
-        words = network.config.get_text_config().vocab_size
+        vocabulary_size = network.config.get_text_config().vocab_size
         if not carries_state(network):
-            return cls(generation, "a language model without a state", words, tokenizer, 0)
+            return cls(generation, "a language model without a state", vocabulary_size, tokenizer, 0)
         with torch.no_grad():
             after = network(torch.zeros(1, 1, dtype=torch.int64)).state
-        return cls(generation, "a language model that carries a state", words, tokenizer, len(after))
+        return cls(generation, "a language model that carries a state", vocabulary_size, tokenizer, len(after))
 
 
-def own_pixels(first: Facts, other: Facts) -> Renormalization | None:
-    """What makes the pixel values of one member those of another; None where they are the same, or not known.
+def renormalization_between(first: MemberInfo, other: MemberInfo) -> Renormalization | None:
+    """The conversion of pixel values from one member's mean and std to another's; None where none is needed or known.
 
     Raises:
         LineageError: images with another number of channels.
@@ -105,11 +105,11 @@ def own_pixels(first: Facts, other: Facts) -> Renormalization | None:
         ) from error
 
 
-def check_alike(first: Facts, other: Facts) -> None:
-    """Refuses two members whose predictions cannot be averaged.
+def check_compatible(first: MemberInfo, other: MemberInfo) -> None:
+    """Checks that the predictions of two members can be averaged.
 
     Raises:
-        LineageError: of different kinds, labels or words, or a tokenizer.json that cannot be read.
+        LineageError: of different kinds, labels or vocabularies, or a tokenizer.json that cannot be read.
     """
     us, them = f"generation {first.generation}", f"generation {other.generation}"
     if first.kind != other.kind:
@@ -117,14 +117,14 @@ def check_alike(first: Facts, other: Facts) -> None:
     if isinstance(first.classes, int):
         if first.classes != other.classes:
             raise LineageError(
-                f"members: {us} has {first.classes} words, {them} {other.classes}; expected the same, since their "
-                "predictions are averaged word by word; choose members with one vocabulary."
+                f"members: {us} has a vocabulary of {first.classes} tokens, {them} of {other.classes}; expected the "
+                "same, since their predictions are averaged token by token; choose members with one vocabulary."
             )
         if first.tokenizer.is_file() and other.tokenizer.is_file():
             try:
-                check_same_tokens(_words(other.tokenizer), _words(first.tokenizer))
+                check_same_tokens(_read_tokenizer(other.tokenizer), _read_tokenizer(first.tokenizer))
             except ValueError as error:
-                raise LineageError(f"members: {us} and {them} do not mean the same words: {error}") from error
+                raise LineageError(f"members: {us} and {them} do not have the same vocabulary: {error}") from error
         return
     for index in sorted({*first.classes, *other.classes}):
         if first.classes.get(index) != other.classes.get(index):
@@ -134,15 +134,15 @@ def check_alike(first: Facts, other: Facts) -> None:
             )
 
 
-def _words(path: Path) -> Tokenizer:
+def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise LineageError(f"{path}: is no tokenizer ({error}); restore it from a copy, or remove it.") from error
 
 
-def checked_folder(output_dir: Path | None, member: Member) -> Path:
-    """The folder of a member, after checking that it is here and holds the member's weights.
+def verified_folder(output_dir: Path | None, member: Member) -> Path:
+    """The folder of a member, after its weights were verified.
 
     Args:
         output_dir: of the lineage; None for a member on the Hub, which is downloaded at its commit.
@@ -163,7 +163,7 @@ def checked_folder(output_dir: Path | None, member: Member) -> Path:
     for own in (folder, *folder.glob("*")):
         _refuse_link(own)
     if not path.is_file():
-        raise LineageError(f"{path}: is missing, expected the weights of a member; put the file back.")
+        raise LineageError(f"{path}: is missing, expected the weights of a member; restore the file.")
     _check_hash(path, member)
     return folder
 
@@ -171,23 +171,23 @@ def checked_folder(output_dir: Path | None, member: Member) -> Path:
 def _check_hash(path: Path, member: Member) -> None:
     if file_sha256(path) != member.weights_sha256:
         raise LineageError(
-            f"{path}: does not hash to what is written of generation {member.generation} "
-            f"({member.weights_sha256[:12]}...), so it is another network; put the file back, or make the ensemble "
+            f"{path}: does not match the recorded hash of generation {member.generation} "
+            f"({member.weights_sha256[:12]}...), so it is another network; restore the file, or make the ensemble "
             "of other members."
         )
 
 
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
-        raise LineageError(f"{path}: is a link, expected nothing that leads elsewhere; put a copy in its place.")
+        raise LineageError(f"{path}: is a link, expected a file or folder; put a copy in its place.")
 
 
-def chosen_generations(members: str | Sequence[int], manifest: Manifest) -> list[int]:
-    """The indices of the generations that `LineageEnsemble.from_lineage` is asked for, all of them finished.
+def select_generations(members: str | Sequence[int], manifest: Manifest) -> list[int]:
+    """The indices of the finished generations that the `members` argument of `from_lineage` selects.
 
     Raises:
         ValueError: members that cannot be understood.
-        LineageError: members that are not there, or not finished.
+        LineageError: members that do not exist or are not finished.
     """
     finished = [record["index"] for record in manifest.generations if record["status"] == "finished"]
     if isinstance(members, str):
@@ -233,7 +233,7 @@ def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str
         from_hub: whether the members are to be read from their repositories.
 
     Returns:
-        Members, and what is averaged.
+        Members, and the average: "probabilities" or "logits".
 
     Raises:
         FileNotFoundError: there is none.
@@ -246,7 +246,7 @@ def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str
                 f"{path}: the field {field!r} is {got!r:.99}, expected {expected}; restore the file from a copy."
             )
 
-    if not from_hub:  # its cache is made of links
+    if not from_hub:  # the cache of the Hub consists of links
         _refuse_link(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str
             f"folder: {path.parent} has no {path.name}, expected what LineageEnsemble.save_pretrained wrote; for the "
             "folder of a lineage take from_lineage."
         ) from error
-    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers or nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too large numbers or too deep nesting
         raise LineageError(f"{path}: is not JSON ({error}); restore it from a copy.") from error
     expect(isinstance(content, dict), "", content, "an object")
     expect(content.get("format") == FORMAT, "format", content.get("format"), repr(FORMAT))
@@ -273,7 +273,7 @@ def read_ensemble(path: Path, from_hub: bool = False) -> tuple[list[Member], str
         whole = type(generation) is int and 0 <= generation <= _LARGEST
         new = generation not in [member.generation for member in members]
         expect(whole and new, f"{field}.generation", generation, "a whole number from 0 on, each once")
-        # Nothing else is ever opened: a path in a file that someone else may have written leads nowhere.
+        # No other path is ever opened: the file may come from someone else.
         expect(folder == f"../gen{generation}", f"{field}.folder", folder, f"'../gen{generation}'")
         is_hash = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
         expect(is_hash, f"{field}.weights_sha256", sha256, "a SHA-256")

@@ -1,4 +1,4 @@
-"""Measures a generation or an ensemble again, as its lineage was measured, and compares with the record."""
+"""Evaluates a generation or an ensemble again, and compares the metrics with its record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from born_again.data.images import ImageSplit, load_images
 from born_again.data.streams import TokenStreams
 from born_again.data.text import TextData, load_text
 from born_again.lineage.ensemble import LineageEnsemble
-from born_again.lineage.evaluation import evaluate_classifier, evaluate_language_model, finite, load_generation
+from born_again.lineage.evaluation import evaluate_classifier, evaluate_language_model, finite_or_none, load_generation
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.members import ENSEMBLE_NAME, read_ensemble
 from born_again.teacher import carries_state
@@ -34,39 +34,39 @@ _IMAGE_BATCH = 256
 _IMAGE_SIZE = 32
 _STREAMS = 8
 _WINDOW = 256
-# The arguments of the data, as the spec and the command line call them.
-_OF_IMAGES = {"image_column": str, "label_column": str, "image_size": int, "test_samples": int}
-_OF_TEXT = {"text_column": str}
-_OF_BOTH = {"dataset_revision": str, "max_train_samples": int, "max_eval_samples": int}
-_KINDS = {**_OF_IMAGES, **_OF_TEXT, **_OF_BOTH, "window": int}
+# The data arguments, by their names in the spec and on the command line.
+_IMAGE_ARGS = {"image_column": str, "label_column": str, "image_size": int, "test_samples": int}
+_TEXT_ARGS = {"text_column": str}
+_COMMON_ARGS = {"dataset_revision": str, "max_train_samples": int, "max_eval_samples": int}
+_ARG_TYPES = {**_IMAGE_ARGS, **_TEXT_ARGS, **_COMMON_ARGS, "window": int}
 
 
-def images_to_measure(split: ImageSplit, mean: Sequence[float], std: Sequence[float]) -> ImageDataset:
-    """A split as image classifiers are measured on it: every image as it is.
+def evaluation_images(split: ImageSplit, mean: Sequence[float], std: Sequence[float]) -> ImageDataset:
+    """The dataset on which image classifiers are evaluated: every image without augmentation.
 
     Args:
         split: usually the test split.
-        mean: of each channel, on the scale where 255 is 1, as the network was trained with.
+        mean: of each channel, on the scale where 255 is 1, that the network was trained with.
         std: likewise.
     """
     return ImageDataset(split, tuple(mean), tuple(std), augment=False, flip=False, seed=0)
 
 
-def texts_to_measure(data: TextData, carries: bool, window: int, streams: int) -> dict[str, TokenStreams]:
-    """The splits as language models are measured on them.
+def evaluation_streams(data: TextData, carries: bool, window: int, streams: int) -> dict[str, TokenStreams]:
+    """The token streams on which language models are evaluated.
 
     Args:
         data: the corpus.
-        carries: whether the network carries a state, see `born_again.teacher.carries_state`. A state makes one stream
-            exact and the window indifferent; without it the window is the context.
+        carries: whether the network carries a state, see `born_again.teacher.carries_state`. With a state one stream
+            is read, and the window does not matter; without one the window is the context.
         window: of the training, in steps.
-        streams: of a network without a state, read side by side.
+        streams: number of streams, for a network without a state.
 
     Returns:
         Streams of the validation and the test split.
 
     Raises:
-        ValueError: a split is too short for so many streams.
+        ValueError: a split is too short for the number of streams.
     """
     count, steps = (1, 10 * window) if carries else (streams, window)
     before = data.tokenizer.eos_token_id
@@ -76,7 +76,7 @@ def texts_to_measure(data: TextData, carries: bool, window: int, streams: int) -
     }
 
 
-def remeasure(
+def reevaluate(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,
@@ -86,72 +86,72 @@ def remeasure(
     device: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
-    """Measures what is in a folder or on the Hub, and compares with its record where there is one.
+    """Evaluates a generation or an ensemble of a folder or the Hub, and compares with its record if there is one.
 
-    A number agrees when it is within `tolerance` of the record, absolutely or relative to the larger of the two; on
-    the same machine it is the same to the last digits, and 1e-4 is one image in ten thousand.
+    A number agrees if it is within `tolerance` of the record, absolutely or relative to the larger of the two. On the
+    same machine it is equal to the last digits; 1e-4 is one image in ten thousand.
 
     Args:
         path: of a generation, such as OUTPUT_DIR/gen2, or of an ensemble, such as OUTPUT_DIR/ensemble; or a Hub
             repository of a generation.
         revision: of the Hub repository.
-        dataset: what to measure on; None takes the lineage's. Its other arguments hold for it, but for the revision.
-        data_args: dataset_revision, image_column, label_column, image_size, text_column, max_eval_samples, over the
-            lineage's; None stands for the lineage's. Where there is no lineage, image_size is that of config.json.
-        batch_size: images at once (256), which changes nothing; or the streams of a language model without a state
-            (those of the lineage), which changes what its first words see.
-        device: where it is computed; None takes the accelerator where there is one.
+        dataset: to evaluate on; None takes the lineage's. The lineage's data arguments apply to it, except the
+            revision.
+        data_args: dataset_revision, image_column, label_column, image_size, text_column, max_eval_samples; None or
+            missing takes the lineage's. Without a lineage, image_size is that of config.json.
+        batch_size: images at once (256), which does not affect the result; or the number of streams of a language
+            model without a state (the lineage's), which affects the context of their first tokens.
+        device: to evaluate on; None takes the accelerator if there is one.
         tolerance: 0 or more.
 
     Returns:
         JSON values:
             path: as given. kind: "generation" or "ensemble". generations: the indices; [] where they are not known.
             lineage: its name, None where there is no lineage.json. average: of an ensemble, else None.
-            dataset, data_args: what was measured on. device: where.
-            items: how many images or tokens, by split. test_split: what the dataset calls the split that is measured
-                as "test".
+            dataset, data_args: of the evaluation. device: of the evaluation.
+            items: number of images or tokens, by split. test_split: the dataset's name for the split "test".
             weights: a list of file, sha256 (None where it is missing), recorded (None without a record), agrees.
             splits: {split: {metric: {measured, recorded, difference, agrees}}}; the last three are None where there is
-                nothing to compare with, a number that is not finite is None.
-            compared: whether numbers were compared. note: why not, or what is wrong with the weights; None if nothing.
+                no record, and a number that is not finite is None.
+            compared: whether metrics were compared. note: why not, or what is wrong with the weights; else None.
             tolerance: as given.
-            agrees: False where a number or a file of weights differs from the record, True where all agree, None where
-                numbers could not be compared.
+            agrees: False if a metric or a file of weights differs from the record, True if all agree, None if metrics
+                could not be compared.
 
     Raises:
         FileNotFoundError: a folder that is missing or lacks a file.
         LineageError: a lineage.json or ensemble.json that is wrong.
-        ValueError: an argument that is wrong or missing, or data that the network was not made for: other labels or
-            other words.
+        ValueError: an argument that is wrong or missing, or data of other labels or another vocabulary than the
+            network's.
         OSError: the Hub is needed and cannot be reached, or has no such repository or dataset.
     """
     _check_numbers(batch_size, tolerance)
-    subject = _find(path, revision)
-    name, arguments = _data(subject, dataset, data_args or {})
+    target = _resolve_target(path, revision)
+    name, arguments = _data(target, dataset, data_args or {})
     place = _device(device)
     result = {
         "path": os.fspath(path),
-        "kind": "generation" if subject.average is None else "ensemble",
-        "generations": subject.generations,
-        "average": subject.average,
-        "lineage": subject.manifest and subject.manifest.content["name"],
+        "kind": "generation" if target.average is None else "ensemble",
+        "generations": target.generations,
+        "average": target.average,
+        "lineage": target.manifest and target.manifest.content["name"],
         "dataset": name,
         "data_args": arguments,
         "device": str(place),
         "items": {},
         "test_split": "test",
-        "weights": subject.weights,
+        "weights": target.weights,
         "splits": {},
         "compared": False,
-        "note": subject.note,
+        "note": target.note,
         "tolerance": tolerance,
         "agrees": None,
     }
-    is_changed = any(entry["agrees"] is False for entry in subject.weights)
+    is_changed = any(entry["agrees"] is False for entry in target.weights)
     if is_changed:
-        result |= {"note": "the weights do not hash to the record", "agrees": False}
+        result |= {"note": "the weights do not match the recorded hash", "agrees": False}
     try:
-        model = _load(subject)
+        model = _load(target)
     except (ValueError, OSError, LineageError) as error:
         if not is_changed:
             raise
@@ -159,16 +159,16 @@ def remeasure(
         return result
     read = partial(_read, is_recorded=dataset is None)
     if getattr(model.config, "model_type", None) == "timm_wrapper":
-        if subject.manifest is None:
-            arguments, doubt = _preprocessing(model.config.pretrained_cfg or {}, arguments)
-            result |= {"data_args": arguments, "note": f"{result['note']}{doubt}"}
+        if target.manifest is None:
+            arguments, difference = _preprocessing(model.config.pretrained_cfg or {}, arguments)
+            result |= {"data_args": arguments, "note": f"{result['note']}{difference}"}
         measured, items, fingerprint = _measure_images(model, read, name, arguments, batch_size or _IMAGE_BATCH, place)
     else:
-        measured, items, fingerprint = _measure_text(model, read, subject, name, arguments, batch_size, place)
+        measured, items, fingerprint = _measure_text(model, read, target, name, arguments, batch_size, place)
     result |= {"items": items, "test_split": fingerprint.get("test_split", "test")}
     recorded = None
-    if subject.recorded is not None and not is_changed:
-        recorded = subject.recorded if _is_same(subject.manifest.content["data"], fingerprint) else None
+    if target.recorded is not None and not is_changed:
+        recorded = target.recorded if _is_same(target.manifest.content["data"], fingerprint) else None
         if recorded is None:
             result["note"] = "the record is of other data"
     result["splits"] = _compared(measured, recorded or {}, tolerance)
@@ -181,18 +181,18 @@ def remeasure(
 
 
 @dataclass
-class _Subject:
-    """What is measured, and what is written of it.
+class _Target:
+    """What is evaluated, and its record.
 
     Args:
         source: folder or Hub repository.
         revision: of the repository.
-        tokenizer: where a language model's is.
+        tokenizer: folder or repository of a language model's tokenizer.
         manifest: of the lineage, None where there is none.
-        generations: indices, as far as they are known.
+        generations: indices, if known.
         average: of an ensemble, else None.
         recorded: metrics by split, None without a record.
-        note: why there is no record.
+        note: why there is no record, else None.
         weights: of each file: file, sha256, recorded, agrees.
     """
 
@@ -207,7 +207,7 @@ class _Subject:
     weights: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _find(path: str | os.PathLike[str], revision: str | None) -> _Subject:
+def _resolve_target(path: str | os.PathLike[str], revision: str | None) -> _Target:
     source = os.fspath(path)
     if not os.path.isdir(source):
         beside = Path(source).parent
@@ -216,7 +216,7 @@ def _find(path: str | os.PathLike[str], revision: str | None) -> _Subject:
                 f"path: got {source!r}, which is no folder, expected that of a generation such as OUTPUT_DIR/gen2, or "
                 "a Hub repository; check the spelling."
             )
-        return _Subject(source, revision, source)
+        return _Target(source, revision, source)
     if revision is not None:
         raise ValueError(f"revision: got {revision!r} for the folder {source!r}, expected it for the Hub; drop it.")
     folder = Path(source).resolve()
@@ -228,95 +228,95 @@ def _find(path: str | os.PathLike[str], revision: str | None) -> _Subject:
     manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST_NAME).is_file() else None
     if (folder / ENSEMBLE_NAME).is_file():
         return _ensemble(folder, manifest)
-    subject = _Subject(source, None, source, manifest)
+    target = _Target(source, None, source, manifest)
     match = _GENERATION.fullmatch(folder.name)
     if match is None or manifest is None:
-        return subject
+        return target
     index = int(match[1])
     record = manifest.record(index)
-    subject.generations = [index]
+    target.generations = [index]
     if record is None or record["status"] != "finished":
-        subject.note = f"generation {index} is not finished in {MANIFEST_NAME}: there is no record to compare with"
-        return subject
-    subject.recorded, subject.note = record["metrics"], None
-    subject.weights = [_hashed(folder, record["weights_sha256"])]
-    return subject
+        target.note = f"generation {index} is not finished in {MANIFEST_NAME}: there is no record to compare with"
+        return target
+    target.recorded, target.note = record["metrics"], None
+    target.weights = [_weights_entry(folder, record["weights_sha256"])]
+    return target
 
 
-def _ensemble(folder: Path, manifest: Manifest | None) -> _Subject:
+def _ensemble(folder: Path, manifest: Manifest | None) -> _Target:
     members, average = read_ensemble(folder / ENSEMBLE_NAME)
     indices = [member.generation for member in members]
-    subject = _Subject(folder, None, folder.parent / f"gen{indices[0]}", manifest, indices, average)
-    subject.weights = [_hashed(folder.parent / f"gen{each.generation}", each.weights_sha256) for each in members]
+    target = _Target(folder, None, folder.parent / f"gen{indices[0]}", manifest, indices, average)
+    target.weights = [_weights_entry(folder.parent / f"gen{each.generation}", each.weights_sha256) for each in members]
     for record in [] if manifest is None else manifest.content.get("ensembles", []):
         written = dict(zip(record["members"], record["weights_sha256"], strict=True))
-        # A mean does not ask for the order of its members; of other weights it is another ensemble.
+        # The order of the members does not matter; with other weights it is another ensemble.
         if written == {each.generation: each.weights_sha256 for each in members} and record["average"] == average:
-            subject.recorded, subject.note = record["metrics"], None
-    return subject
+            target.recorded, target.note = record["metrics"], None
+    return target
 
 
-def _hashed(folder: Path, recorded: str) -> dict[str, Any]:
+def _weights_entry(folder: Path, recorded: str) -> dict[str, Any]:
     path = folder / _WEIGHTS_NAME
     sha256 = file_sha256(path) if path.is_file() else None
     name = f"{folder.name}/{_WEIGHTS_NAME}"
     return {"file": name, "sha256": sha256, "recorded": recorded, "agrees": sha256 == recorded}
 
 
-def _load(subject: _Subject) -> nn.Module:
-    if subject.average is not None:
-        return LineageEnsemble.from_pretrained(subject.source)
+def _load(target: _Target) -> nn.Module:
+    if target.average is not None:
+        return LineageEnsemble.from_pretrained(target.source)
     try:
-        return load_generation(subject.source, revision=subject.revision)
+        return load_generation(target.source, revision=target.revision)
     except OSError as error:
-        if os.path.isdir(subject.source):
+        if os.path.isdir(target.source):
             raise
         raise OSError(
-            f"path: got {subject.source!r}, which is no folder here and cannot be read from the Hub, expected either; "
+            f"path: got {target.source!r}, which is no folder here and cannot be read from the Hub, expected either; "
             f"check the spelling, the revision and the network ({error})"
         ) from error
 
 
-def _data(subject: _Subject, dataset: str | None, asked: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The dataset, and its arguments that are not None."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    if subject.manifest is None:
+def _data(target: _Target, dataset: str | None, requested: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the dataset, and the data arguments that are not None."""
+    given = {name: value for name, value in requested.items() if value is not None}
+    if target.manifest is None:
         if dataset is None:
             raise ValueError(
-                f"dataset: got none, and there is no {MANIFEST_NAME} beside {os.fspath(subject.source)!r} that would "
-                "say what it was measured on, expected a name or folder; give --dataset."
+                f"dataset: got none, and there is no {MANIFEST_NAME} beside {os.fspath(target.source)!r} that would "
+                "say what it was evaluated on, expected a name or folder; give --dataset."
             )
         return dataset, given
-    spec = subject.manifest.spec
+    spec = target.manifest.spec
     known = {name: value for name, value in spec.data_args.items() if value is not None}
     for name, value in known.items():
-        kind = _KINDS.get(name)
+        kind = _ARG_TYPES.get(name)
         if kind is not None and type(value) is not kind:
             raise ValueError(
-                f"{name}: {subject.manifest.path} has {value!r:.80}, expected one of type {kind.__name__}; restore "
+                f"{name}: {target.manifest.path} has {value!r:.80}, expected one of type {kind.__name__}; restore "
                 "the file from a copy."
             )
     if dataset not in (None, spec.dataset):
         known.pop("dataset_revision", None)
-    if dataset is None and _is_gone(spec.dataset):
+    if dataset is None and _is_missing_path(spec.dataset):
         raise ValueError(
-            f"dataset: got none, and the lineage was measured on {spec.dataset!r}, which is not on this machine, "
-            "expected the place where the same data is here; give --dataset. What is compared is its sha256."
+            f"dataset: got none, and the lineage was evaluated on {spec.dataset!r}, which is not on this machine, "
+            "expected the path of the same data here; give --dataset. Its sha256 is compared."
         )
     return dataset or spec.dataset, {**known, **given}
 
 
-def _is_gone(dataset: str) -> bool:
-    """Whether a data set is certainly a path, and not there; "owner/name" may be of the Hub."""
+def _is_missing_path(dataset: str) -> bool:
+    """Whether a dataset is certainly a path, and does not exist; "owner/name" may be on the Hub."""
     is_path = dataset.startswith((".", "~")) or os.path.isabs(dataset) or dataset.count("/") > 1
     return is_path and not os.path.exists(os.path.expanduser(dataset))
 
 
 def _read(load: Callable[..., Any], dataset: str, *, is_recorded: bool, **options: Any) -> Any:
-    """Reads the data; of "folder/name" in a record nobody knows whether it was a folder where the lineage was trained.
+    """Reads the data. A recorded "folder/name" may have been a folder where the lineage was trained, or a Hub id.
 
     Raises:
-        ValueError: what `load` raises; where it is for want of a folder, says from where that was looked for.
+        ValueError: what `load` raises; if a folder may be missing, names the folder that relative paths start from.
     """
     try:
         return load(dataset, **options)
@@ -324,20 +324,20 @@ def _read(load: Callable[..., Any], dataset: str, *, is_recorded: bool, **option
         if not is_recorded or dataset.count("/") != 1 or os.path.exists(os.path.expanduser(dataset)):
             raise
         raise ValueError(
-            f"dataset: got none, and the lineage was measured on {dataset!r}, which cannot be read here ({error}). If "
-            f"it is a folder, it is looked for from {os.getcwd()!r}: go where the lineage was trained, or give "
-            "--dataset with the place where the same data is. What is compared is its sha256."
+            f"dataset: got none, and the lineage was evaluated on {dataset!r}, which cannot be read here ({error}). "
+            f"If it is a folder, it is looked for from {os.getcwd()!r}: go where the lineage was trained, or give "
+            "--dataset with the path of the same data. Its sha256 is compared."
         ) from error
 
 
 def _loader_arguments(arguments: Mapping[str, Any], own: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
     for name in others:
         if name in arguments:
-            what = "a language model" if name in _OF_IMAGES else "an image classifier"
+            what = "a language model" if name in _IMAGE_ARGS else "an image classifier"
             raise ValueError(
                 f"{name}: got {arguments[name]!r}, but this is {what}, whose data has none; leave it out."
             )
-    taken = {name: arguments[name] for name in (*own, *_OF_BOTH) if name in arguments}
+    taken = {name: arguments[name] for name in (*own, *_COMMON_ARGS) if name in arguments}
     if "dataset_revision" in taken:
         taken["revision"] = taken.pop("dataset_revision")
     return taken
@@ -347,16 +347,18 @@ _Measured = tuple[dict[str, dict[str, float]], dict[str, int], Mapping[str, Any]
 
 
 def _preprocessing(saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The arguments of the data with the image size of a config.json, and what else that asks for and is not done."""
+    """The data arguments with the image size of a config.json, and how its preprocessing differs from ours."""
     sides = (saved.get("input_size") or [3, _IMAGE_SIZE, _IMAGE_SIZE])[1:]
-    asked = read_otherwise(saved, "bilinear", "nearest")
-    doubt = "" if asked is None else f"; config.json asks for {asked}, and images are squashed by bilinear here"
+    requested = read_otherwise(saved, "bilinear", "nearest")
+    difference = (
+        "" if requested is None else f"; config.json asks for {requested}, and images are squashed by bilinear here"
+    )
     if sides[0] != sides[1]:
-        doubt += f"; config.json has images of {sides[0]} x {sides[1]}, and they are square here"
-    # What was saved before a network's size was that of its training says another.
+        difference += f"; config.json has images of {sides[0]} x {sides[1]}, and they are square here"
+    # Earlier versions saved the size of the architecture, not that of the training.
     is_ours = read_otherwise(saved) is None and sides[0] == sides[1]
     size = {"image_size": sides[0]} if is_ours and sides[0] != _IMAGE_SIZE else {}
-    return {**size, **arguments}, doubt
+    return {**size, **arguments}, difference
 
 
 def _measure_images(
@@ -367,13 +369,13 @@ def _measure_images(
     batch_size: int,
     device: torch.device,
 ) -> _Measured:
-    options = _loader_arguments(arguments, _OF_IMAGES, _OF_TEXT)
+    options = _loader_arguments(arguments, _IMAGE_ARGS, _TEXT_ARGS)
     saved = model.config.pretrained_cfg or {}
     mean, std = saved.get("mean"), saved.get("std")
     if not mean or not std:
         raise ValueError(
             "path: its config.json has no mean and std of the images it was trained on, expected both in "
-            "pretrained_cfg; save it by save_image_classifier."
+            "pretrained_cfg; save it with save_image_classifier."
         )
     data = read(load_images, dataset, **options)
     names = dict(model.config.id2label)
@@ -384,7 +386,7 @@ def _measure_images(
                 f"dataset: class {index} of {dataset!r} is {theirs!r}, that of the network {names.get(index)!r}; "
                 "expected the same labels in the same order: give the data it was trained on."
             )
-    test = images_to_measure(data.test, mean, std)
+    test = evaluation_images(data.test, mean, std)
     metrics = evaluate_classifier(model, test, collate_batch, batch_size, device)
     return {"test": metrics}, {"test": len(test)}, data.fingerprint
 
@@ -392,34 +394,34 @@ def _measure_images(
 def _measure_text(
     model: nn.Module,
     read: Callable[..., Any],
-    subject: _Subject,
+    target: _Target,
     dataset: str,
     arguments: Mapping[str, Any],
     batch_size: int | None,
     device: torch.device,
 ) -> _Measured:
-    options = _loader_arguments(arguments, _OF_TEXT, _OF_IMAGES)
-    tokenizer = AutoTokenizer.from_pretrained(subject.tokenizer, revision=subject.revision, trust_remote_code=False)
+    options = _loader_arguments(arguments, _TEXT_ARGS, _IMAGE_ARGS)
+    tokenizer = AutoTokenizer.from_pretrained(target.tokenizer, revision=target.revision, trust_remote_code=False)
     data = read(load_text, dataset, **options)
     try:
         check_same_tokens(tokenizer, data.tokenizer)
     except ValueError as error:
         raise ValueError(
-            f"dataset: the words of {dataset!r} are not those that the network was trained on, expected the same in "
-            f"the same order; give the data it was trained on, and all of its training split ({error})"
+            f"dataset: the vocabulary of {dataset!r} is not that of the network, expected the same tokens in the same "
+            f"order; give the data it was trained on, with its whole training split ({error})"
         ) from error
     carries = carries_state(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    recipe = {} if subject.manifest is None else subject.manifest.spec.training
+    recipe = {} if target.manifest is None else target.manifest.spec.training
     window = arguments.get("window", min(_WINDOW, positions or _WINDOW))
     streams = batch_size or recipe.get("per_device_eval_batch_size", _STREAMS)
-    splits = texts_to_measure(data, carries, window, streams)
+    splits = evaluation_streams(data, carries, window, streams)
     metrics = {split: evaluate_language_model(model, text, device) for split, text in splits.items()}
     return metrics, {split: text.token_count for split, text in splits.items()}, data.fingerprint
 
 
 def _is_same(recorded: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same data; images may be read from another place than they were."""
+    """Whether two fingerprints are of the same data, which may have been read from different places."""
     if "sha256" in recorded and "sha256" in measured:
         return recorded["sha256"] == measured["sha256"]
     return recorded == measured
@@ -431,7 +433,7 @@ def _compared(
     return {
         split: {
             name: _pair(value, recorded.get(split, {}).get(name), name in recorded.get(split, {}), tolerance)
-            for name, value in finite(metrics).items()
+            for name, value in finite_or_none(metrics).items()
         }
         for split, metrics in measured.items()
     }
@@ -440,10 +442,10 @@ def _compared(
 def _pair(measured: float | None, recorded: float | None, is_known: bool, tolerance: float) -> dict[str, Any]:
     difference, agrees = None, None
     if measured is not None and recorded is not None:
-        # Room for the last digit of a difference that is the tolerance itself.
-        room = tolerance * (1 + 1e-9)
-        difference, agrees = measured - recorded, math.isclose(measured, recorded, rel_tol=room, abs_tol=room)
-    elif is_known:  # a record has null for what is not finite
+        # Allows rounding where the difference equals the tolerance.
+        allowed = tolerance * (1 + 1e-9)
+        difference, agrees = measured - recorded, math.isclose(measured, recorded, rel_tol=allowed, abs_tol=allowed)
+    elif is_known:  # null in a record: not finite
         agrees = measured is recorded
     return {"measured": measured, "recorded": recorded, "difference": difference, "agrees": agrees}
 

@@ -1,4 +1,4 @@
-"""The loop over generations: trains what is missing, in order, and writes down what happened."""
+"""The loop over generations: trains the missing ones in order, and records them in the manifest."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from transformers import set_seed
 
 from born_again.lineage.callbacks import (
     Interrupted,
-    Interruption,
-    KeepRecord,
+    RecordProgress,
     SaveAfterEvaluation,
     StopAndSave,
+    StopSignals,
     checkpoint_names,
 )
 from born_again.lineage.disk import disk_message, disk_problem
-from born_again.lineage.ensemble import measure_ensemble, missing_ensembles
-from born_again.lineage.evaluation import by_split, finite
+from born_again.lineage.ensemble import evaluate_ensemble, missing_ensembles
+from born_again.lineage.evaluation import by_split, finite_or_none
 from born_again.lineage.folders import (
     CHECKPOINTS_NAME,
     CURVE_NAME,
     WEIGHTS_NAME,
     check_restart,
     check_weights,
-    clear_checkpoints_after,
+    clean_up,
     is_leftover,
     last_checkpoint,
     put_in_place,
     remove_leftovers,
-    remove_what_served,
-    start_again,
-    tidy,
+    remove_training_files,
+    restart_from,
+    set_aside_later_checkpoints,
 )
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
@@ -68,14 +68,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """What the factories of a runner are told about the generation they build for.
+    """The generation that the factories of a runner build for.
 
     Args:
         index: 0 for the teacher, k for the k-th student.
         seed: of its initial weights, data order and augmentation.
-        objective: "label" or, for a network trained elsewhere, "external" for generation 0, the spec's for students.
+        objective: of generation 0 "label", or "external" if it was trained elsewhere; of students the spec's.
         parent: index of its teacher, None for generation 0.
-        checkpoint_dir: where its trainer must keep its checkpoints (`output_dir` of the training arguments).
+        checkpoint_dir: folder for its checkpoints (`output_dir` of the training arguments).
     """
 
     index: int
@@ -88,22 +88,22 @@ class Generation:
 class LineageRunner:
     """Trains a teacher and its students, each taught by the one before, into one folder.
 
-    Every process of a distributed launch runs the same loop; the first one writes. Processes on CPUs must know that
-    they are several when the runner is made: make the training arguments, with use_cpu=True, before it. A generation
-    that is finished and whose weights still hash to the manifest is skipped, an interrupted one goes on from its last
-    whole checkpoint. Initial weights depend on the generation's seed alone: set_seed, then `build_student`. A
-    generation is loaded from its folder to teach and to be measured, so that what is measured is what a user loads.
+    Every process of a distributed launch runs the same loop; the first one writes. On CPUs make the training
+    arguments, with use_cpu=True, before the runner, so that the process group exists. A finished generation whose
+    weights match the hash of the manifest is skipped; an interrupted one resumes from its last complete checkpoint.
+    Initial weights depend on the generation's seed only: set_seed, then `build_student`. A generation is loaded from
+    its folder to teach and to be evaluated, so the evaluated weights are those that a user loads.
 
-    One run at a time holds the folder. SIGTERM and SIGINT let it finish the step, write a checkpoint and leave; the
-    same command then gives the weights of a run that nothing interrupted.
+    One run at a time holds the folder. After SIGTERM or SIGINT it finishes the step, writes a checkpoint and exits;
+    the same command then reaches the weights of an uninterrupted run.
 
     Args:
-        spec: what is asked.
+        spec: of the lineage.
         output_dir: the lineage's folder; new, empty, or of the same spec.
         build_student: makes the untrained network of a generation.
         build_trainer: from (student, teacher or None, generation) to a `BornAgainTrainer` whose output_dir is the
             generation's `checkpoint_dir` and whose seed is the generation's. Generation 0 is trained with
-            loss_normalization "step" whatever its arguments say, so that its loss counts as its students' does.
+            loss_normalization "step" whatever its arguments say, as its students are.
         load_teacher: from the folder of a generation to its network.
         evaluate: from a loaded network to metrics by split, {"test": {"accuracy": ...}}; None calls the trainer's
             evaluate(), whose eval_dataset may be a dict by split.
@@ -114,24 +114,24 @@ class LineageRunner:
         draw_curve: from (log history of a trainer, path of a PNG) to whether it drew the training curve; None draws
             none.
         write_ensemble_card: from (manifest content, record of the ensemble) to the text of its README.md.
-        data: fingerprint of the data, compared when the lineage goes on but for "coverage", which follows from it.
+        data: fingerprint of the data, compared when the lineage is resumed, except "coverage".
         keep_checkpoints: keeps the checkpoints of finished generations.
-        take_teacher: gives the network trained elsewhere that the spec names as teacher; it is saved and measured as
+        take_teacher: loads the network trained elsewhere that the spec names as teacher; it is saved and evaluated as
             generation 0, and not trained.
-        from_generation: starts again from this generation, see `born_again.lineage.folders`; the same command after
-            a crash goes on with what it has started.
-        ensembles: how many of the newest students answer together, as their mean probability, once all are trained:
-            each is measured by `evaluate`, without which there are none, and the last is saved in OUTPUT_DIR/ensemble.
-        publisher: sends finished generations to the Hub while the next one trains; None publishes nothing.
+        from_generation: trains this generation and those after it again, see
+            `born_again.lineage.folders.restart_from`; the same command after a crash continues the restart.
+        ensembles: for each number, an ensemble of that many of the newest students, evaluated by `evaluate` once all
+            are trained; the last is saved in OUTPUT_DIR/ensemble. Without `evaluate` there are none.
+        publisher: uploads finished generations to the Hub while the next one trains; None publishes nothing.
 
     Attributes:
-        manifest: what is known of the lineage.
-        unpublished: after run(), what the publisher could not publish, from its name to why.
+        manifest: of the lineage.
+        unpublished: after run(), what could not be published, from its name to the reason.
 
     Raises:
         LineageError: the folder holds something else, another experiment, other data, or changed weights.
-        ValueError: a from_generation that is none; a teacher in the spec without take_teacher, or the reverse; from
-            run(), a teacher that would be measured by the trainer on images prepared otherwise than its own.
+        ValueError: an invalid from_generation; a teacher in the spec without take_teacher, or the reverse; from run(),
+            a teacher that the trainer would evaluate on images with another preprocessing than its own.
     """
 
     def __init__(
@@ -177,39 +177,39 @@ class LineageRunner:
                 "of the two; the spec says what take_teacher loads."
             )
         self._processes = PartialState()
-        self._interruption = Interruption()
+        self._stop_signals = StopSignals()
         self.manifest = self._open()
         if from_generation is not None:
             check_restart(self.manifest, from_generation)
 
     def run(self) -> Manifest:
-        """Trains every generation that is not finished, then measures the ensembles.
+        """Trains every generation that is not finished, then evaluates the ensembles.
 
         Returns:
-            The manifest, also on disk.
+            The manifest, which is also on disk.
 
         Raises:
-            LineageError: weights of a finished generation are not those that were written, another run uses the
-                folder, or it cannot be written: the disk is full, or it is read-only.
-            FloatingPointError: a loss was not finite; names generation and step, checkpoints are kept.
-            Interrupted: a signal asked to stop, and what was trained is saved; ends a program that does not catch it.
+            LineageError: weights of a finished generation are missing or changed, another run uses the folder, or it
+                cannot be written: the disk is full, or it is read-only.
+            FloatingPointError: a loss was not finite; names generation and step. Checkpoints are kept.
+            Interrupted: stopped by a signal, after a checkpoint was saved; uncaught, it ends the program.
         """
-        if self.is_finished():  # nothing is written, so that a folder may be read-only
+        if self.is_finished():  # writes nothing, so the folder may be read-only
             self._run()
             if self._processes.is_main_process:
-                tidy(self.manifest)
+                clean_up(self.manifest)
             return self.manifest
-        with self._lock(), self._interruption:
-            self.manifest = self._open()  # another run may have gone on in between
+        with self._lock(), self._stop_signals:
+            self.manifest = self._open()  # another run may have changed it meanwhile
             self._processes.wait_for_everyone()
             on_first_process(lambda: remove_leftovers(self.manifest))
             try:
-                self._start_again()
+                self._restart()
                 if self.publisher is not None:
                     on_first_process(lambda: self.publisher.start(self.manifest))
                 self._run()
                 if self.publisher is not None and self._processes.is_main_process:
-                    self.unpublished = self.publisher.finish(stop=lambda: self._interruption.signum)
+                    self.unpublished = self.publisher.finish(stop=lambda: self._stop_signals.signum)
             except Interrupted as interrupted:
                 if self._processes.is_main_process:
                     logger.warning("%s", interrupted)
@@ -221,13 +221,13 @@ class LineageRunner:
                 raise LineageError(disk_message(problem, self.manifest)) from error
             finally:
                 if self.publisher is not None:
-                    self.publisher.leave()  # while the folder is still this run's
+                    self.publisher.detach()  # before the folder is unlocked
         return self.manifest
 
-    def _start_again(self) -> None:
+    def _restart(self) -> None:
         if self.from_generation is None:
             return
-        on_first_process(lambda: start_again(self.manifest, self.from_generation))
+        on_first_process(lambda: restart_from(self.manifest, self.from_generation))
         self.manifest, self.from_generation = self._open(), None
 
     def _run(self) -> None:
@@ -237,12 +237,12 @@ class LineageRunner:
                 check_weights(self.folder(index), record)
                 logger.info("Generation %d of %s is finished.", index, self.spec.name)
                 continue
-            signum = self._interruption.agreed()
+            signum = self._stop_signals.on_any_process()
             if signum is not None:
-                raise Interrupted(signum, f"before generation {index}: {self._how_to_go_on()}")
+                raise Interrupted(signum, f"before generation {index}: {self._resume_hint()}")
             self._train(index)
         for members in missing_ensembles(self.manifest, self.ensembles):
-            measure_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
+            evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
             self._save_manifest()
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)
@@ -251,20 +251,20 @@ class LineageRunner:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Holds the folder."""
+        """Holds the lock of the folder."""
         with contextlib.ExitStack() as held:
             on_first_process(lambda: held.enter_context(FolderLock(self.output_dir)))
             yield
 
-    def _how_to_go_on(self) -> str:
-        return f"what is trained is saved in {self.output_dir}; the same command goes on from there."
+    def _resume_hint(self) -> str:
+        return f"everything is saved in {self.output_dir}; the same command resumes from there."
 
     def folder(self, index: int) -> Path:
-        """Where a finished generation is."""
+        """The folder of a finished generation."""
         return self.output_dir / f"gen{index}"
 
     def is_finished(self) -> bool:
-        """Whether every generation that is asked for is trained, and nothing is left to do."""
+        """Whether every generation of the spec is trained, evaluated and published, so that nothing is left to do."""
         return (
             self.from_generation is None
             and "restart" not in self.manifest.content
@@ -278,11 +278,11 @@ class LineageRunner:
         folder, data = self.output_dir, self.data
         if (folder / MANIFEST_NAME).exists():
             manifest = Manifest.read(folder)
-            differences = self.spec.differences(manifest.spec, self._of_no_matter(manifest))
+            differences = self.spec.differences(manifest.spec, self._ignored_fields(manifest))
             if differences:
                 raise LineageError(
                     f"output_dir: {folder} holds a lineage of another experiment ({'; '.join(differences)}); give the "
-                    "same arguments to go on with it, or another output_dir."
+                    "same arguments to continue it, or another output_dir."
                 )
             if changed := data_differences(data, manifest.content["data"]):
                 raise LineageError(
@@ -291,17 +291,17 @@ class LineageRunner:
                 )
             manifest.content["spec"]["generations"] = max(self.spec.generations, manifest.spec.generations)
             return manifest
-        if folder.exists() and not (folder.is_dir() and all(map(_may_stay, folder.iterdir()))):
+        if folder.exists() and not (folder.is_dir() and all(map(_is_ignorable, folder.iterdir()))):
             raise LineageError(
                 f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new "
                 "or empty folder; nothing in it was touched."
             )
         manifest = Manifest.create(folder, self.spec, data)
-        self._processes.wait_for_everyone()  # before the first process makes the folder that the others still look at
+        self._processes.wait_for_everyone()  # the others still check that the folder is free
         return manifest
 
-    def _of_no_matter(self, manifest: Manifest) -> set[str]:
-        """Fields of the spec that may differ where the same data, or the same teacher, is found in another place."""
+    def _ignored_fields(self, manifest: Manifest) -> set[str]:
+        """Fields of the spec that may differ: paths of the same data, or of a teacher with the same weights."""
         ignored: set[str] = set()
         known = manifest.content["data"].get("sha256")
         if known is not None and known == self.data.get("sha256"):
@@ -331,7 +331,7 @@ class LineageRunner:
             if self.evaluate is None:
                 check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
             self._begin(generation, {})
-            trainer.use_loss_normalization("step")  # its evaluation then counts as those of its students
+            trainer.use_loss_normalization("step")  # evaluated as its students are
             self._finish(generation, trainer, has_own_peak)
             return
         student = self.build_student(generation)
@@ -342,14 +342,16 @@ class LineageRunner:
         record = self.manifest.record(index)
         if generation.parent is None:
             self._normalize_loss(trainer, record)
-        keeper = KeepRecord(generation.checkpoint_dir, record["seconds"], lambda **fields: self._keep(index, **fields))
+        keeper = RecordProgress(
+            generation.checkpoint_dir, record["seconds"], lambda **fields: self._update_record(index, **fields)
+        )
         trainer.add_callback(SaveAfterEvaluation())
         trainer.add_callback(keeper)
-        trainer.add_callback(StopAndSave(self._interruption, self._how_to_go_on()))
+        trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint()))
         checkpoint = last_checkpoint(generation.checkpoint_dir)
         self._processes.wait_for_everyone()
         on_first_process(
-            lambda: clear_checkpoints_after(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
+            lambda: set_aside_later_checkpoints(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
         )
         logger.info(
             "Generation %d of %s: %s with seed %d%s.",
@@ -357,7 +359,7 @@ class LineageRunner:
             self.spec.name,
             "on labels" if generation.parent is None else f"{generation.objective}, taught by gen{generation.parent},",
             generation.seed,
-            f", going on from {checkpoint.name}" if checkpoint else "",
+            f", resumed from {checkpoint.name}" if checkpoint else "",
         )
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -365,7 +367,7 @@ class LineageRunner:
             raise FloatingPointError(f"generation {index} of {self.spec.name}: {error}") from error
         self.manifest.update(index, seconds=keeper.seconds)
         self._finish(generation, trainer, has_own_peak)
-        # The next generation must not find this one's optimizer and activations in memory.
+        # Free optimizer and activations before the next generation.
         release_memory(trainer)
         del trainer, student, teacher, keeper
         collect_memory()
@@ -376,7 +378,7 @@ class LineageRunner:
         return trainer
 
     def _normalize_loss(self, trainer: BornAgainTrainer, record: Mapping[str, Any]) -> None:
-        """Has generation 0 compute its loss as its students do, unless an earlier version has begun it otherwise."""
+        """Normalises the loss of generation 0 as its students', unless an earlier version began it differently."""
         how = record.get("loss_normalization", "trainer")
         trainer.use_loss_normalization(how)
         if how == "trainer":
@@ -393,7 +395,7 @@ class LineageRunner:
             )
 
     def _check_trainer(self, index: int, trainer: BornAgainTrainer) -> None:
-        """Before a generation begins or goes on: what would lose its work, or compute it otherwise than before."""
+        """Validates arguments and computation before a generation begins or is resumed."""
         check_arguments(trainer.args)
         here, begun = computation_of(trainer), self.manifest.record(index)
         if begun is not None:
@@ -401,7 +403,7 @@ class LineageRunner:
         differing = computation_warning(here, self.manifest.generations[: index + 1])
         if differing is not None and self._processes.is_main_process:
             logger.warning(
-                "Generation %d of %s is computed otherwise than what came before it: %s.",
+                "Generation %d of %s is computed differently than the lineage before it: %s.",
                 index,
                 self.spec.name,
                 differing,
@@ -432,7 +434,7 @@ class LineageRunner:
         self._save_manifest()
 
     def _finish(self, generation: Generation, trainer: BornAgainTrainer, has_own_peak: bool) -> None:
-        """Weights first, then their measurement, then the record: a crash in between repeats only what came after."""
+        """Saves the weights, evaluates them, then records both: a crash in between repeats only what follows."""
         partial = self.output_dir / f".gen{generation.index}.partial"
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
@@ -451,14 +453,14 @@ class LineageRunner:
         facts = {
             "status": "finished",
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
-            "metrics": {split: finite(values) for split, values in metrics.items()},
-            "teacher_fit": trainer.teacher_train_metrics and finite(trainer.teacher_train_metrics),
+            "metrics": {split: finite_or_none(values) for split, values in metrics.items()},
+            "teacher_fit": trainer.teacher_train_metrics and finite_or_none(trainer.teacher_train_metrics),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],
             "peak_memory_mib": peak_memory_mib() if has_own_peak else None,
         }
-        self._processes.wait_for_everyone()  # every process has read the weights where they are
+        self._processes.wait_for_everyone()  # every process has loaded the weights from this path
 
         def finish() -> None:
             if self.write_card is not None:
@@ -471,13 +473,13 @@ class LineageRunner:
             put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
 
         on_first_process(finish)
-        self.manifest.update(generation.index, **facts)  # only now: a record that says so has its folder
+        self.manifest.update(generation.index, **facts)  # only now: a finished record must have its folder
         self._save_manifest()
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
-        on_first_process(lambda: remove_what_served(self.output_dir, generation.index, self.keep_checkpoints))
+        on_first_process(lambda: remove_training_files(self.output_dir, generation.index, self.keep_checkpoints))
 
-    def _keep(self, index: int, **fields: Any) -> None:
+    def _update_record(self, index: int, **fields: Any) -> None:
         self.manifest.update(index, **fields)
         self._save_manifest()
 
@@ -485,8 +487,8 @@ class LineageRunner:
         on_first_process(self.manifest.save)
 
 
-def _may_stay(path: Path) -> bool:
-    """What a run leaves in a new folder that is killed or refused before its first manifest is written."""
+def _is_ignorable(path: Path) -> bool:
+    """Whether a run that ended before it wrote its first manifest can have left this path in a new folder."""
     if path.name == CHECKPOINTS_NAME and path.is_dir() and not path.is_symlink():
-        return all(inner.is_dir() and not inner.is_symlink() for inner in path.rglob("*"))  # made with the trainer
+        return all(inner.is_dir() and not inner.is_symlink() for inner in path.rglob("*"))  # empty
     return path.name == LOCK_NAME or is_leftover(path)

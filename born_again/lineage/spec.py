@@ -1,4 +1,4 @@
-"""What a lineage is asked to be, frozen and hashable."""
+"""The specification of a lineage, frozen and hashable."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# May change without making another lineage: more generations go on from those there are.
-_GROWS = ("generations",)
-OBJECTIVE_OF_THE_TEACHER = "label"
-# Where data is found and how it is read: of no matter where the same data came of it. The first of a spec, the second
-# of a fingerprint.
+# May change without making another lineage: more generations continue the existing ones.
+_MAY_CHANGE = ("generations",)
+TEACHER_OBJECTIVE = "label"
+# Where data is found and how it is read; ignored where the data itself is the same. Fields of a spec, then fields of a
+# fingerprint.
 DATA_SOURCE = frozenset(
     {"dataset"}
     | {
@@ -26,11 +26,11 @@ DATA_SOURCE = frozenset(
     }
 )
 _FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_column", "text_column", "test_split"})
-# Recorded for people, and was not always there.
-_TOLD = frozenset({"coverage"})
-# Of a teacher that was trained elsewhere: how is not known.
+# Recorded for information only; earlier versions did not.
+_INFORMATIVE = frozenset({"coverage"})
+# The objective of a teacher that was trained elsewhere, which is not known.
 EXTERNAL = "external"
-# Folders and repositories are called after a lineage, so that a name is never a path.
+# Folders and repositories are named after a lineage, so a name must not be a path.
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,89}")
 
 
@@ -44,17 +44,17 @@ class LineageSpec:
         model: of the architecture, the same for every generation.
         dataset: what it is trained on, as the user wrote it.
         generations: students after the teacher, 0 or more.
-        objective: what students are taught by.
+        objective: the loss that students are trained with.
         seed: of generation 0; generation k has seed + k.
         model_args: of the architecture, JSON-able.
         data_args: of the dataset (columns, limits), JSON-able.
-        training: arguments of the training that decide the weights, JSON-able.
+        training: training arguments that affect the weights, JSON-able.
         teacher: folder or Hub repository of a network trained elsewhere, which generation 0 is a copy of; None trains
             generation 0 on labels.
         teacher_revision: branch, tag or commit of that repository.
 
     Raises:
-        ValueError: generations below 0, a text that is empty, a name that is no plain name, or values that are not
+        ValueError: generations below 0, an empty text, a name with other characters, or values that are not
             JSON-able.
     """
 
@@ -85,7 +85,7 @@ class LineageSpec:
         if not _PLAIN_NAME.fullmatch(self.name):
             raise ValueError(
                 f"name: got {self.name!r}, expected at most 90 letters, digits, '.', '_' and '-', since repositories "
-                "are called after it; give a plain name, without a path."
+                "are named after it; give a plain name, without a path."
             )
         for name in ("generations", "seed"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
@@ -107,9 +107,9 @@ class LineageSpec:
         return self.seed + generation
 
     def objective_of(self, generation: int) -> str:
-        """What one generation is trained by: the labels, something unknown elsewhere, or the students' objective."""
+        """The objective of one generation: "label", "external" (trained elsewhere), or the students' objective."""
         if generation == 0:
-            return OBJECTIVE_OF_THE_TEACHER if self.teacher is None else EXTERNAL
+            return TEACHER_OBJECTIVE if self.teacher is None else EXTERNAL
         return self.objective
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,41 +136,41 @@ class LineageSpec:
         return cls(**values)
 
     def sha256(self) -> str:
-        """Of everything that decides the weights; the number of generations is left out."""
+        """SHA-256 of everything that affects the weights; the number of generations is left out."""
         return spec_sha256(self.to_dict())
 
     def differences(self, other: LineageSpec, ignored: Collection[str] = ()) -> list[str]:
-        """Where two specs are not the same experiment, one readable line a field: "seed: 43 here, 42 there".
+        """The fields in which two specs differ, a line each: "seed: 43 here, 42 there".
 
         Args:
             other: spec "there".
             ignored: fields that may differ, such as those of `DATA_SOURCE` where the data is known to be the same.
         """
-        here, there = (_current_names(dict(_flat(spec.to_dict()))) for spec in (self, other))
+        here, there = (_current_names(dict(_flatten(spec.to_dict()))) for spec in (self, other))
         return [
             f"{name}: {here.get(name, 'default')!r} here, {there.get(name, 'default')!r} there"
             for name in sorted({*here, *there})
-            if name not in (*_GROWS, *ignored) and here.get(name, _flat) != there.get(name, _flat)
+            if name not in (*_MAY_CHANGE, *ignored) and here.get(name, _flatten) != there.get(name, _flatten)
         ]
 
 
 def spec_sha256(values: Mapping[str, Any]) -> str:
     """The hash of a spec from its JSON values, as `LineageSpec.to_dict` gives them."""
-    kept = {name: value for name, value in values.items() if name not in _GROWS}
+    kept = {name: value for name, value in values.items() if name not in _MAY_CHANGE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def data_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """In what two fingerprints of data are not of the same data: names of their fields.
+    """The names of the fields in which two fingerprints show different data.
 
-    Where both have a "sha256" and it is the same, so is the data, from wherever it was read; of what else they say,
-    that is compared which both know. "coverage" is never compared.
+    If both have the same "sha256", only fields that both have are compared, and those that say where the data was read
+    are ignored. "coverage" is never compared.
 
     Args:
         here: JSON-able, as `load_images` and `load_text` give it, or a user's own.
         there: likewise.
     """
-    names = {*here, *there} - _TOLD
+    names = {*here, *there} - _INFORMATIVE
     if here.get("sha256") is not None and here.get("sha256") == there.get("sha256"):
         names = names & {*here} & {*there} - _FINGERPRINT_SOURCE
     return sorted(name for name in names if here.get(name) != there.get(name))
@@ -190,9 +190,9 @@ def _current_names(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in renamed.items() if name != "training.loss_form"}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -1,4 +1,7 @@
-"""What a lineage's folder says of itself: how far it is, what runs, what is next. Reads only, and loads no network."""
+"""The state of a lineage, read from its folder alone: results, progress, the running process and the next action.
+
+Nothing is written and no network is loaded; torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, f
 from born_again.lineage.spec import EXTERNAL, LineageSpec
 
 Metrics = Mapping[str, Mapping[str, float | None]]
-
-# Column -> split, metric, factor and format of what it shows of a record's metrics; empty where it was not measured.
+# Column -> split, metric, factor and format; empty where a record does not have the metric.
 _IMAGES = {
     "accuracy": ("test", "accuracy", 100, ".2f"),
     "error": ("test", "error", 100, ".2f"),
@@ -30,107 +32,29 @@ _TEXT = {
     "test NLL": ("test", "nll", 1, ".4f"),
 }
 _UNBOUNDED = ("nll", "perplexity")
-
-
-def results_table(manifest: Mapping[str, Any]) -> str:
-    """A Markdown table, a line for each finished generation.
-
-    Images: accuracy, error and calibration error are in percent, NLL in nats per item, and the gain is in percentage
-    points of accuracy over the generation's own teacher. Text: perplexities are per word, NLL in nats per word, and
-    the gain is by how much the test perplexity fell below the teacher's. Seconds are of training. Measured ensembles
-    follow, their gain being over the newest of their members. What was not measured is an empty cell.
-
-    Args:
-        manifest: the content of lineage.json.
-    """
-    finished = [record for record in manifest["generations"] if record["status"] == "finished"]
-    is_text = any("perplexity" in values for record in finished for values in record["metrics"].values())
-    columns = _TEXT if is_text else _IMAGES
-    rows = [("generation", "objective", "seed", *columns, "seconds", "gain")]
-    scores: dict[int | None, float | None] = {}
-    for record in finished:
-        score = scores[record["index"]] = _score(record["metrics"])
-        rows.append(
-            (
-                f"{record['index']} (teacher)" if record["parent"] is None else str(record["index"]),
-                record["objective"],
-                "" if record["seed"] is None else str(record["seed"]),
-                *_cells(record["metrics"], columns),
-                "" if record["objective"] == EXTERNAL else f"{record['seconds']:.0f}",
-                _gain(score, scores.get(record["parent"])),
-            )
-        )
-    for ensemble in manifest.get("ensembles", []):
-        if not ensemble["metrics"]:
-            continue
-        rows.append(
-            (
-                f"mean of {', '.join(map(str, ensemble['members']))}",
-                "ensemble",
-                "",
-                *_cells(ensemble["metrics"], columns),
-                "",
-                _gain(_score(ensemble["metrics"]), scores.get(ensemble["members"][-1])),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_line(row, widths) for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def _cells(metrics: Metrics, columns: Mapping[str, tuple[str, str, int, str]]) -> list[str]:
-    values = [(_number(metrics, split, name), factor, form) for split, name, factor, form in columns.values()]
-    return ["" if value is None else f"{factor * value:{form}}" for value, factor, form in values]
-
-
-def _number(metrics: Metrics, split: str, name: str) -> float | None:
-    """None where it was not measured; JSON has no infinity: a manifest holds null for it."""
-    values = metrics.get(split, {})
-    value = values.get(name)
-    return math.inf if value is None and name in values and name in _UNBOUNDED else value
-
-
-def _score(metrics: Metrics) -> float | None:
-    """What is higher for the better of two generations."""
-    perplexity, accuracy = _number(metrics, "test", "perplexity"), _number(metrics, "test", "accuracy")
-    if perplexity is not None:
-        return -perplexity
-    return None if accuracy is None else 100 * accuracy
-
-
-def _gain(score: float | None, teacher: float | None) -> str:
-    if score is None or teacher is None or math.isnan(score - teacher):  # nan: neither is finite
-        return ""
-    return f"{score - teacher:+.2f}"
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-
-# As the runner has them; it is not imported, since it brings torch.
+# As in born_again.lineage.folders, which is not imported since the command line should start fast.
 WEIGHTS_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 _SET_ASIDE = re.compile(r".+\.replaced-[0-9]+(\.json)?")
-_LOOKS = 3
+_ATTEMPTS = 3
 
 
 def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, Any]:
-    """The state of a lineage, as JSON values; true for a moment where a run is going on.
+    """The state of a lineage, as JSON values; a snapshot where a run is going on.
 
-    Nothing is written, and no lock is taken from anybody, so that it may be asked while a run is going.
+    Nothing is written and no run is disturbed, so it can be called while a run is going on.
 
     Args:
-        output_dir: the lineage's folder; one that a run has only just made is a lineage of nothing yet.
+        output_dir: the lineage's folder; one that a run has just made is a lineage without generations.
         verify: also hashes the weights of the finished generations, which takes as long as reading them.
 
     Returns:
         output_dir: as given.
         name, model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
-        students: how many are asked for, without the teacher; None likewise.
-        running: None, or who holds the folder: pid, host, since (ISO 8601, UTC), command, each None where it is not
-            known, and certain (False where the system knows no locks, so that the run may be gone).
-        generations: a list, one for each that is asked for:
+        students: their number in the spec, without the teacher; None likewise.
+        running: None, or the process that holds the folder: pid, host, since (ISO 8601, UTC), command, each None where
+            it is not known, and certain (False where the system has no locks, so the run may have ended).
+        generations: a list of all that the spec asks for:
             index, parent, objective, seed: the last is None where it is not known.
             status: "finished"; "training", while the folder is held; "interrupted"; or "waiting".
             metrics: by split, {} until it is finished; a number that was not finite is None.
@@ -138,15 +62,15 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
                 lower; None where there is no such pair of numbers.
             seconds: of training so far. steps: of the optimiser, None until it is finished.
             weights: "present", "missing", "changed" (only seen with `verify`), None until it is finished.
-            hub: the record's, an object or None. published: whether that says so.
-            checkpoint: of an unfinished generation the last whole one: name, step, max_steps (None where it is not
-                known); else None.
+            hub: the record's, an object or None. published: whether the generation is on the Hub.
+            checkpoint: the last complete one of an unfinished generation: name, step, max_steps (None where it is
+                not known); else None.
         ensembles: a list of members, average, metrics, weights_sha256, published.
         unpublished: indices of finished generations that are not on the Hub.
         missing_weights, changed_weights: indices of finished generations.
-        set_aside: what was in the way of a generation or is replaced by it, as names in the folder.
-        next: what the same command would do once nobody holds the folder: action ("nothing", "train", "resume",
-            "refuse"), generation, checkpoint (each None where there is none), and text, the same in words.
+        set_aside: names of files and folders that a restart replaced or that were moved out of the way.
+        next: what the same command would do once no run holds the folder: action ("nothing", "train", "resume",
+            "refuse"), generation, checkpoint (each None where there is none), and text, the same as a sentence.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -155,12 +79,12 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
     folder = Path(output_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"output_dir: {folder} is no folder, expected that of a lineage; check the spelling.")
-    # The lock first: what a run writes before it lets go is then seen.
+    # The lock before the manifest: a run writes the manifest before it releases the lock.
     running = lock_holder(folder)
     try:
         manifest = Manifest.read(folder)
     except FileNotFoundError:
-        _check_that_nothing_else_is_in(folder)
+        _check_new_folder(folder)
         manifest = None
     spec = None if manifest is None else manifest.spec
     generations = [] if manifest is None else _generations(manifest, folder, running is not None, verify)
@@ -182,12 +106,12 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         "missing_weights": [facts["index"] for facts in finished if facts["weights"] == "missing"],
         "changed_weights": [facts["index"] for facts in finished if facts["weights"] == "changed"],
         "set_aside": _set_aside(folder),
-        "next": _next(generations, spec),
+        "next": _next_action(generations, spec),
     }
 
 
-def _check_that_nothing_else_is_in(folder: Path) -> None:
-    # A run that begins writes its lock, then the manifest under another name first.
+def _check_new_folder(folder: Path) -> None:
+    # A new run writes its lock first, then the manifest under a temporary name.
     others = [path for path in folder.iterdir() if path.name not in (LOCK_NAME, MANIFEST_NAME)]
     if any(not path.name.startswith(f".{MANIFEST_NAME}.") for path in others):
         raise LineageError(
@@ -244,7 +168,7 @@ def _gain_over(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) 
     if record["parent"] is None:
         return None
     ours, theirs = (own["metrics"].get("test", {}) for own in (record, earlier[record["parent"]]))
-    # In the order in which results_table takes them.
+    # In the order of results_table.
     for name, points in (("perplexity", -1), ("accuracy", 100)):
         if ours.get(name) is not None and theirs.get(name) is not None:
             return points * (ours[name] - theirs[name])
@@ -252,10 +176,10 @@ def _gain_over(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) 
 
 
 def _checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last whole checkpoint; a run that goes on meanwhile deletes the older ones."""
+    """The last complete checkpoint; a running training may delete it meanwhile, hence several attempts."""
     if not folder.is_dir():
         return None
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         checkpoint = last_checkpoint(folder)
         if checkpoint is None:
             return None
@@ -279,7 +203,7 @@ def _ensemble(entry: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     return {**{name: entry.get(name) for name in known}, "published": published}
 
 
-def _next(generations: Sequence[Mapping[str, Any]], spec: LineageSpec | None) -> dict[str, Any]:
+def _next_action(generations: Sequence[Mapping[str, Any]], spec: LineageSpec | None) -> dict[str, Any]:
     action, index, checkpoint = "nothing", None, None
     if spec is None:
         action, index = "train", 0
@@ -297,10 +221,89 @@ def _next(generations: Sequence[Mapping[str, Any]], spec: LineageSpec | None) ->
             action, text = "refuse", f"refuse: {place} {wrong}; put the file back"
         elif facts["checkpoint"] is not None:
             action, checkpoint = "resume", facts["checkpoint"]["name"]
-            text = f"go on with generation {index} from {checkpoint}"
+            text = f"resume generation {index} from {checkpoint}"
         elif index == 0 and spec is not None and spec.teacher is not None:
             action, text = "train", f"take {spec.teacher} as generation 0"
         else:
             action, text = "train", f"train generation {index} from its start"
         break
     return {"action": action, "generation": index, "checkpoint": checkpoint, "text": text}
+
+
+# ---- The table of results ----
+
+
+def results_table(manifest: Mapping[str, Any]) -> str:
+    """A Markdown table, a line for each finished generation.
+
+    Images: accuracy, error and calibration error are in percent, NLL in nats per item, and the gain is in percentage
+    points of accuracy over the generation's own teacher. Text: perplexities are per word, NLL in nats per word, and
+    the gain is by how much the test perplexity fell below the teacher's. Seconds are of training. Evaluated
+    ensembles follow; their gain is over their newest member. The cell of a metric that was not measured is empty.
+
+    Args:
+        manifest: the content of lineage.json.
+    """
+    finished = [record for record in manifest["generations"] if record["status"] == "finished"]
+    is_text = any("perplexity" in values for record in finished for values in record["metrics"].values())
+    columns = _TEXT if is_text else _IMAGES
+    rows = [("generation", "objective", "seed", *columns, "seconds", "gain")]
+    scores: dict[int | None, float | None] = {}
+    for record in finished:
+        score = scores[record["index"]] = _score(record["metrics"])
+        rows.append(
+            (
+                f"{record['index']} (teacher)" if record["parent"] is None else str(record["index"]),
+                record["objective"],
+                "" if record["seed"] is None else str(record["seed"]),
+                *_cells(record["metrics"], columns),
+                "" if record["objective"] == EXTERNAL else f"{record['seconds']:.0f}",
+                _gain(score, scores.get(record["parent"])),
+            )
+        )
+    for ensemble in manifest.get("ensembles", []):
+        if not ensemble["metrics"]:
+            continue
+        rows.append(
+            (
+                f"mean of {', '.join(map(str, ensemble['members']))}",
+                "ensemble",
+                "",
+                *_cells(ensemble["metrics"], columns),
+                "",
+                _gain(_score(ensemble["metrics"]), scores.get(ensemble["members"][-1])),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_line(row, widths) for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cells(metrics: Metrics, columns: Mapping[str, tuple[str, str, int, str]]) -> list[str]:
+    values = [(_number(metrics, split, name), factor, form) for split, name, factor, form in columns.values()]
+    return ["" if value is None else f"{factor * value:{form}}" for value, factor, form in values]
+
+
+def _number(metrics: Metrics, split: str, name: str) -> float | None:
+    """None where it was not measured; a null of the manifest is infinity, which JSON does not have."""
+    values = metrics.get(split, {})
+    value = values.get(name)
+    return math.inf if value is None and name in values and name in _UNBOUNDED else value
+
+
+def _score(metrics: Metrics) -> float | None:
+    """A number that is higher for a better generation."""
+    perplexity, accuracy = _number(metrics, "test", "perplexity"), _number(metrics, "test", "accuracy")
+    if perplexity is not None:
+        return -perplexity
+    return None if accuracy is None else 100 * accuracy
+
+
+def _gain(score: float | None, teacher: float | None) -> str:
+    if score is None or teacher is None or math.isnan(score - teacher):  # nan: neither is finite
+        return ""
+    return f"{score - teacher:+.2f}"
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

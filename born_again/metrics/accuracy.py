@@ -29,7 +29,7 @@ Returns:
 class Accuracy(SummingMetric):
     """{"accuracy", "error", "top5_accuracy"} of logits; top-5 only from 6 classes on.
 
-    Ties are broken towards the lower class, as argmax does, so a model that answers the same for all classes does not
+    Ties are broken towards the lower class, as argmax does, so a model with equal logits for all classes does not
     score.
     """
 

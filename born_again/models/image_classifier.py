@@ -31,11 +31,11 @@ from born_again.models.saved import check_index, check_settings, check_size, loa
 
 __all__ = ["create_image_classifier", "load_image_classifier", "save_image_classifier"]
 
-# What timm's transforms, and through them transformers' processors, know.
+# Supported by timm's transforms, which transformers' processors use.
 _CROP_MODES = ("squash", "center", "border")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
-# What the labels and the statistics decide, what would bring in other weights, and what is no property of the network.
+# Set by the labels and statistics, or would load other weights, or no property of the network.
 _RESERVED = (
     "num_classes",
     "pretrained",
@@ -151,7 +151,7 @@ def create_image_classifier(
 
 
 def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
-    """Whether an architecture reads square colour images of a size, found out before any are read.
+    """Checks that an architecture accepts square colour images of a size, before any data is read.
 
     Args:
         name: A timm architecture.
@@ -159,21 +159,21 @@ def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
         **model_args: Of the network, as `create_image_classifier` takes them.
 
     Raises:
-        ValueError: If it is unknown, or cannot be built for such images or cannot read one.
+        ValueError: If it is unknown, or cannot be built for such images or fails on one.
     """
     check_architecture(name)
     model_args = _with_image_size(name, image_size, model_args)
 
     def read_one() -> None:
         network = timm.create_model(name, num_classes=2, **model_args).eval()
-        # Where the size is fixed, such a network leaves out what is beyond its last whole patch, without a word.
+        # Some networks silently ignore the pixels beyond the last whole patch.
         patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
         if isinstance(patch, tuple) and any(image_size % side for side in patch):
             raise ValueError(f"it reads patches of {patch[0]} x {patch[1]}, so give a multiple")
         network(torch.zeros(1, 3, image_size, image_size))
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        # Without memory and arithmetic, hence at once; but not every network can.
+        # The meta device is fast, but does not work with every network.
         with contextlib.suppress(Exception), torch.device("meta"):
             read_one()
             return
@@ -182,9 +182,9 @@ def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
         except TypeError as error:
             raise ValueError(
                 f"model_args={model_args}: {name} does not take all of these ({error}); leave out what it does not "
-                "know (proj_drop_rate is --dropout, img_size is --image_size)."
+                "have (proj_drop_rate is --dropout, img_size is --image_size)."
             ) from error
-        # What does not fit shows wherever it does not fit.
+        # A wrong size can raise anything, anywhere.
         except Exception as error:
             own = get_pretrained_cfg(name).input_size[-1]
             raise ValueError(
@@ -198,7 +198,7 @@ def _input_config(network: nn.Module, model_args: dict[str, Any]) -> dict[str, A
     """input_size (channels, height, width) and fixed_input_size of a network as it was built with its arguments."""
     if hasattr(timm.models, "get_model_input_config"):
         return timm.models.get_model_input_config(network)
-    # In a timm that has no such function, pretrained_cfg is that of the architecture whatever it was built with.
+    # Older timm: pretrained_cfg is that of the architecture, whatever its arguments.
     own = network.pretrained_cfg
     channels, *sides = own["input_size"]
     size = model_args.get("img_size") or sides
@@ -209,7 +209,7 @@ def _input_config(network: nn.Module, model_args: dict[str, Any]) -> dict[str, A
 
 
 def _with_image_size(name: str, image_size: int | None, model_args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a network for images of a size: with img_size where its input is of one size only."""
+    """The arguments of a network for an image size: with img_size if its input size is fixed."""
     if image_size is None:
         return model_args
     if type(image_size) is not int or image_size < 1:
@@ -217,13 +217,13 @@ def _with_image_size(name: str, image_size: int | None, model_args: dict[str, An
             f"image_size={image_size!r} is the side of the images in pixels; give a whole number above 0."
         )
     own = get_pretrained_cfg(name)
-    asked = model_args.get("img_size")
-    if asked not in (None, image_size, [image_size] * 2, (image_size, image_size)):
+    requested = model_args.get("img_size")
+    if requested not in (None, image_size, [image_size] * 2, (image_size, image_size)):
         raise ValueError(
-            f"model_args={{'img_size': {asked!r}}} and image_size={image_size} differ; give the size of the images as "
-            "image_size alone."
+            f"model_args={{'img_size': {requested!r}}} and image_size={image_size} differ; give the size of the "
+            "images as image_size alone."
         )
-    if asked is None and own.fixed_input_size and tuple(own.input_size[1:]) != (image_size, image_size):
+    if requested is None and own.fixed_input_size and tuple(own.input_size[1:]) != (image_size, image_size):
         return {**model_args, "img_size": image_size}
     return model_args
 
@@ -257,14 +257,14 @@ def load_image_classifier(
         )
     with loading(source):
         model, settings, report = _load(source, revision)
-    # transformers would fill in what is missing at random, with a warning.
+    # transformers would initialise missing weights at random, with a warning only.
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
         raise ValueError(
             f"path_or_repo={source!r}: the weights do not fit {settings['architecture']!r}; missing: {missing[:5]}, "
             f"unexpected: {unexpected[:5]} (the first 5 of {len(missing)} and {len(unexpected)}). Save it again."
         )
-    # Of the code beside published weights, which is not beside those that this model is saved to.
+    # auto_map names code in the repository, which will not be in the folder that this model is saved to.
     vars(model.config).pop("auto_map", None)
     return model.eval()
 
@@ -274,7 +274,7 @@ def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassif
     settings = (
         read_settings(Path(source)) if is_folder else PreTrainedConfig.get_config_dict(source, revision=revision)[0]
     )
-    is_timms = _take_from_timm(settings)
+    is_timms = _convert_timm_config(settings)
     if settings.get("model_type") != "timm_wrapper" or settings.get("num_classes") == 0:
         raise ValueError(
             f"path_or_repo={source!r} holds a model of type {settings.get('model_type')!r} with "
@@ -305,10 +305,10 @@ def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassif
     return model, settings, report
 
 
-def _take_from_timm(settings: dict[str, Any]) -> bool:
-    """Brings what timm's own save_for_hf writes, in place, to what transformers reads; whether it is that.
+def _convert_timm_config(settings: dict[str, Any]) -> bool:
+    """Converts the config of timm's save_for_hf, in place, to that of transformers; returns whether it was one.
 
-    It names no model_type, and has the number of classes in model_args too, which the wrapper passes by itself.
+    It has no model_type, and model_args contain the number of classes, which the wrapper passes itself.
     """
     if "model_type" in settings or "architecture" not in settings or not isinstance(settings.get("num_classes"), int):
         return False
@@ -349,7 +349,7 @@ def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> N
     config.dtype = str(inner.dtype).removeprefix("torch.")
 
     folder = Path(folder)
-    # The configuration last: a folder that has one is complete.
+    # The configuration last: a folder with a config.json is complete.
     with replaced_atomically(folder / "model.safetensors") as path:
         save_file(weights, path, metadata={"format": "pt"})
     with replaced_atomically(folder / "config.json") as path:
@@ -357,7 +357,7 @@ def save_image_classifier(model: nn.Module, folder: str | os.PathLike[str]) -> N
 
 
 def _check_files(folder: Path) -> None:
-    # Large models are split; the index then stands in for the one file.
+    # Sharded models have an index instead of the single file.
     for choices in (("config.json",), ("model.safetensors", "model.safetensors.index.json")):
         if not any((folder / name).is_file() for name in choices):
             raise FileNotFoundError(

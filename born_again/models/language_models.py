@@ -1,4 +1,4 @@
-"""Language models by name, with a word vocabulary, and back from a folder."""
+"""Language models: created by name for a word-level vocabulary, and loaded from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gpt2-small": {},
     "test-lstm": {"hidden_size": 32, "dropout": 0.1},
 }
-_KINDS: dict[str, type[PretrainedConfig]] = {"char-cnn-lstm": CharCnnLstmConfig, "gpt2-small": GPT2Config}
+_CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {"char-cnn-lstm": CharCnnLstmConfig, "gpt2-small": GPT2Config}
 
-_OF_THE_WORDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-_OF_THE_SPELLING = ("character_vocab_size", "max_word_length", "alphabet")
-# Of the weights that a config.json stands beside, which are not taken: a student in half precision would not train.
-_OF_THE_WEIGHTS = (
+_VOCABULARY_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+_CHARACTER_FIELDS = ("character_vocab_size", "max_word_length", "alphabet")
+# Fields of a checkpoint, whose weights are not loaded; a student in its half precision would not train.
+_CHECKPOINT_FIELDS = (
     "_name_or_path",
     "auto_map",
     "architectures",
@@ -41,26 +41,26 @@ _OF_THE_WEIGHTS = (
 
 
 def create_language_model(name: str, words: Sequence[str], end: str = "<eos>", **model_args: Any) -> PreTrainedModel:
-    """An untrained causal language model for a vocabulary of whole words.
+    """Creates an untrained causal language model for a word-level vocabulary.
 
     Args:
         name: one of `CONFIGURATIONS`, or a Hub repository or folder of any causal language model of transformers, of
-            which the configuration is taken and the weights are not.
-        words: by token id.
-        end: the word that ends a sentence; no id is special where it is not one of the words.
+            which only the configuration is used.
+        words: of the vocabulary, by token id.
+        end: the token that ends a sentence; if it is not in the vocabulary, the model has no special ids.
         **model_args: of the configuration, such as dropout.
 
     Returns:
-        The model, its weights drawn from torch's generator: call set_seed first.
+        The model; its weights are drawn from torch's generator, so call set_seed first.
 
     Raises:
-        ValueError: a name that is none of these, or an argument that the configuration does not have or refuses.
+        ValueError: an unknown name, or an argument that the configuration does not have or refuses.
     """
     words = list(words)
     kind, values = _configuration(name)
     place = words.index(end) if end in words else None
     values = {**values, **_checked(kind, model_args), "bos_token_id": place, "eos_token_id": place}
-    # transformers' embeddings give the padding no gradient, and here that would be the end of a sentence.
+    # transformers' embeddings give the padding token no gradient, and here it is the end of a sentence.
     values["pad_token_id"] = place if issubclass(kind, LstmLMConfig | CharCnnLstmConfig) else None
     try:
         if kind is CharCnnLstmConfig:
@@ -108,8 +108,8 @@ def load_language_model(path_or_repo: str | os.PathLike[str], revision: str | No
                 revision=revision,
                 dtype="float32",
                 use_safetensors=True,
-                trust_remote_code=False,  # else it asks, and waits for an answer
-                ignore_mismatched_sizes=True,  # so that they come with the report
+                trust_remote_code=False,  # else it prompts the user
+                ignore_mismatched_sizes=True,  # so that they are in the report
                 output_loading_info=True,
             )
         except SafetensorError as error:
@@ -123,7 +123,7 @@ def load_language_model(path_or_repo: str | os.PathLike[str], revision: str | No
             f"missing: {missing[:5]}, unexpected: {unexpected[:5]}, of another shape: {mismatched[:5]} (the first 5 "
             f"of {len(missing)}, {len(unexpected)} and {len(mismatched)}). Save it again."
         )
-    # Of the code beside published weights, which is not beside those that this model is saved to.
+    # auto_map names code in the repository, which will not be in the folder that this model is saved to.
     vars(model.config).pop("auto_map", None)
     return model.eval()
 
@@ -143,26 +143,25 @@ def _unreadable(source: str, error: SafetensorError) -> ValueError:
 
 
 def check_language_model(name: str, window: int = 1) -> None:
-    """Refuses what `create_language_model` or the model would not know what to do with, before any data is read.
+    """Validates the name of a model and its window before any data is read.
 
     Args:
         name: of the model.
-        window: steps that it is to read at once.
+        window: tokens of a window.
 
     Raises:
-        ValueError: a name that is none, with what is near; a window that is longer than the model's positions.
+        ValueError: an unknown name; a window that is longer than the model's positions.
     """
     kind, values = _configuration(name)
     positions = getattr(kind.from_dict(dict(values)), "max_position_embeddings", None)
     if positions is not None and window > positions:
         raise ValueError(
-            f"window: got {window}, expected at most the {positions} positions that {name!r} knows; take a shorter "
-            "one."
+            f"window: got {window}, expected at most the {positions} positions of {name!r}; use a shorter one."
         )
 
 
 def is_recurrent(name: str) -> bool:
-    """Whether a model that `create_language_model` knows by name, or from a folder or the Hub, is one of our LSTMs.
+    """Whether the model of a name, folder or Hub repository is one of this package's LSTMs.
 
     Raises:
         ValueError: as `create_language_model`.
@@ -171,11 +170,11 @@ def is_recurrent(name: str) -> bool:
 
 
 def _configuration(name: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
-    """The kind of configuration and its values, as far as they are not those of the words."""
+    """The class of the configuration, and its values except those of the vocabulary."""
     if name in CONFIGURATIONS:
-        return _KINDS.get(name, LstmLMConfig), CONFIGURATIONS[name]
+        return _CONFIG_CLASSES.get(name, LstmLMConfig), CONFIGURATIONS[name]
     try:
-        # Some models that read more than text have their language model inside.
+        # Multimodal models contain a language model.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, StrictDataclassError) as error:
         near = difflib.get_close_matches(name, CONFIGURATIONS, n=1)
@@ -189,19 +188,19 @@ def _configuration(name: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
             f"model: {name!r} is a {config.model_type!r}, expected a causal language model, which "
             "AutoModelForCausalLM would load."
         )
-    left_out = (*_OF_THE_WORDS, *_OF_THE_SPELLING, *_OF_THE_WEIGHTS, "model_type")
+    left_out = (*_VOCABULARY_FIELDS, *_CHARACTER_FIELDS, *_CHECKPOINT_FIELDS, "model_type")
     values = {key: value for key, value in config.to_dict().items() if key not in left_out}
     if "is_decoder" in values:
-        values["is_decoder"] = True  # else BERT and its kin see the words that they are to predict
+        values["is_decoder"] = True  # else encoders such as BERT see the tokens that they predict
     return type(config), values
 
 
 def _checked(kind: type[PretrainedConfig], model_args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments under the configuration's own names for them."""
+    """Validates arguments, and maps them to the configuration's own names."""
     names = [field.name for field in dataclasses.fields(kind)] + list(kind.attribute_map)
     for name in model_args:
-        if name in _OF_THE_WORDS:
-            raise ValueError(f"model_args: got {name!r}, which follows from the words; leave it out.")
+        if name in _VOCABULARY_FIELDS:
+            raise ValueError(f"model_args: got {name!r}, which follows from the vocabulary; leave it out.")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise ValueError(

@@ -20,7 +20,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
 from born_again.models.language_configs import IN_PACKAGE, CharCnnLstmConfig, LstmLMConfig
-from born_again.models.lstm_precision import asked_dtype, computes_lstm, lstm
+from born_again.models.lstm_precision import computes_lstm, lstm, requested_dtype
 
 State = tuple[Tensor, ...]
 
@@ -92,7 +92,7 @@ class LstmLayer(nn.LSTM):
         """
         state = tuple(part.unsqueeze(0) for part in state)  # (1, batch, units)
         dropconnect = self.training and self.dropconnect > 0
-        in_float32 = not computes_lstm(x.device, asked_dtype(x), torch.is_grad_enabled())
+        in_float32 = not computes_lstm(x.device, requested_dtype(x), torch.is_grad_enabled())
         if dropconnect or in_float32:
             # nn.LSTM keeps its own list of weights, so other ones cannot be put in their place.
             recurrent = F.dropout(self.weight_hh_l0, self.dropconnect) if dropconnect else self.weight_hh_l0

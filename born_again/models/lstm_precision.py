@@ -1,8 +1,8 @@
-"""Where a machine cannot compute an LSTM in the dtype that is asked for, and how it is computed there.
+"""LSTMs in a dtype that the machine does not support, such as bfloat16: computed in float32, then rounded.
 
-oneDNN has no LSTM in bfloat16 for a CPU without AVX-512, and none in float16 for most CPUs: under autocast torch
-raises at the first call, and for weights of that dtype it takes a slow kernel that rounds after every step. Such an
-LSTM is computed in float32, and its results are rounded to the dtype that was asked for.
+oneDNN has no LSTM in bfloat16 for CPUs without AVX-512, and none in float16 for most CPUs: under autocast torch raises
+at the first call, and for weights of that dtype it uses a slow kernel that rounds after every step. Such an LSTM is
+computed in float32, and its results are rounded to the requested dtype.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 _WIDE = (torch.float32, torch.float64)
 
 
-def asked_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of what a layer makes of x: autocast's where it is on, else that of x, which the weights have too."""
+def requested_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a layer's output for x: that of autocast if it is on, else that of x and the weights."""
     kind = x.device.type
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -26,12 +26,12 @@ def asked_dtype(x: Tensor) -> torch.dtype:
 
 
 def computes_lstm(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
-    """Whether this machine has an LSTM in a dtype; tried once in a process.
+    """Whether this machine supports an LSTM in a dtype; tried once per process.
 
     Args:
         device: of inputs and weights.
-        dtype: that is asked for, by autocast or by the weights.
-        grad: whether there is a backward too.
+        dtype: of autocast or of the weights.
+        grad: whether a backward pass is needed too.
     """
     return dtype in _WIDE or device.type == "meta" or _tried(device, dtype, grad)
 
@@ -62,7 +62,7 @@ def _try(device: torch.device, dtype: torch.dtype, grad: bool) -> bool:
             return False
         return True
 
-    # In a thread of its own: the modes of the caller's (autocast, fake tensors, a default device) stay outside.
+    # In its own thread, without the caller's modes (autocast, fake tensors, a default device).
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(compute).result()
 
@@ -79,16 +79,16 @@ def lstm(
         state: hidden and cell state, each (1, batch, units), of the dtype of x.
         weights: weight_ih, weight_hh, bias_ih, bias_hh.
         training: as torch.lstm's `train`.
-        in_float32: whether to compute so whatever is asked for, and to round the results to what is.
+        in_float32: whether to compute in float32 and round the results to the requested dtype.
 
     Returns:
         (batch, time, units), and hidden and cell state after the last step, each (1, batch, units).
     """
     if not in_float32:
         return torch.lstm(x, tuple(state), list(weights), True, 1, 0.0, training, False, True)
-    asked = asked_dtype(x)
+    dtype = requested_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         wide = [part.float() for part in weights]
         state = tuple(part.float() for part in state)
         results = torch.lstm(x.float(), state, wide, True, 1, 0.0, training, False, True)
-    return tuple(part.to(asked) for part in results)
+    return tuple(part.to(dtype) for part in results)

@@ -61,14 +61,14 @@ register_checkpoint_conversion_mapping(
 
 
 def remote_code(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a generation is published with so that transformers loads it without this package.
+    """The code to publish with a generation, so that transformers can load it without this package.
 
     Args:
         settings: the content of its config.json.
 
     Returns:
         The content of the config.json to publish, a copy with `auto_map` in it; and the code beside it, by file name.
-        A network that is not of this package needs none: a copy without changes, and no files.
+        A network that is not of this package needs none: the settings are unchanged, and there are no files.
 
     Raises:
         ValueError: a file of this package imports another part of it than the files beside it.
@@ -93,7 +93,7 @@ def remote_code(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _files(name: str) -> dict[str, str]:
-    """A module's source and that of the modules that it needs, by file name."""
+    """The source of a module and of the modules that it imports, by file name."""
     files: dict[str, str] = {}
     pending = [name]
     while pending:

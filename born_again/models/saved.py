@@ -1,4 +1,4 @@
-"""What a folder of someone else's is asked before a library builds and loads what it describes."""
+"""Checks of a saved model's folder, which may come from someone else, before a library builds and loads the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 
 INDEX_NAME = "model.safetensors.index.json"
-# A network is built in a loop over these, and labels are named in one: a wrong number would keep it busy for hours.
+# Networks are built, and labels named, in loops over these: a wrong number would take hours.
 _MOST = {"layer": 1000, "depth": 1000, "block": 1000, "expert": 10_000, "label": 1_000_000, "classes": 1_000_000}
-# Below this many elements a network that is too large does no harm, and its loader tells better what does not fit.
+# Up to this many elements a network that is too large does no harm, and its loader has the better error.
 _HARMLESS = 1_000_000
 _MAX_DEPTH = 32
 _MAX_BYTES = 64 << 20
@@ -24,19 +24,19 @@ _MAX_BYTES = 64 << 20
 
 @contextlib.contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Turns whatever a library makes of a wrong config.json into one kind of error.
+    """A context manager that turns any error of a library about an invalid model folder into a ValueError.
 
     Args:
-        source: folder or Hub repository that is loaded in the block.
+        source: folder or Hub repository to load in the block.
 
     Raises:
-        ValueError: for anything but an OSError; says what the library said.
+        ValueError: for any exception but an OSError; quotes it.
     """
     try:
         yield
     except OSError:
         raise
-    # Libraries build what config.json says and fail wherever that leads, with any exception there is.
+    # For an invalid config.json libraries can raise any exception.
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("path_or_repo"):
             raise
@@ -70,11 +70,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any], source: str) -> None:
-    """Refuses what no network needs and what a library would spend hours or run foreign code on.
+    """Refuses settings that would take hours or run code of another repository.
 
     Args:
         settings: the content of config.json.
-        source: where it is from, for messages.
+        source: folder or repository, for error messages.
 
     Raises:
         ValueError: names the field.
@@ -104,10 +104,10 @@ def check_settings(settings: Mapping[str, Any], source: str) -> None:
 
 
 def check_index(folder: Path) -> None:
-    """Checks that an index of weights in several files names safetensors files of its own folder, which are there.
+    """Checks that an index of sharded weights names existing safetensors files of its own folder.
 
     Raises:
-        ValueError: it is no index, or names another kind of file or another folder.
+        ValueError: the index is invalid, or names other files.
         FileNotFoundError: a file is missing.
     """
     path = folder / INDEX_NAME
@@ -130,14 +130,14 @@ def check_index(folder: Path) -> None:
 
 
 def check_size(build: Callable[[], nn.Module], folder: Path) -> None:
-    """Refuses a config.json that describes a network far larger than the weights beside it, before memory is taken.
+    """Refuses a config.json of a network far larger than the weights beside it, before memory is allocated.
 
     Args:
-        build: makes the network that config.json describes; called for the meta device, which has no memory.
+        build: makes the network that config.json describes; called on the meta device.
         folder: with its weights.
 
     Raises:
-        ValueError: more than twice as many parameters (tied ones may be stored once) as are stored.
+        ValueError: more than twice as many parameters as are stored (tied ones may be stored once).
     """
     files = [folder / "model.safetensors"]
     if not files[0].is_file():
@@ -150,7 +150,10 @@ def check_size(build: Callable[[], nn.Module], folder: Path) -> None:
     try:
         with torch.device("meta"):
             network = build()
-    except (RuntimeError, NotImplementedError):  # some networks compute while they are built, which needs memory
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # some networks compute while they are built
         return
     described = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
     if described > 2 * stored + _HARMLESS:

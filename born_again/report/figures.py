@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Points = list[tuple[int, float]]
 
-# Told apart also where red and green are not (after Okabe and Ito), each with a contrast of 3 and more to white and
-# to the dark background of GitHub; the ink has 4 to both. The picture itself has no background.
+# Distinguishable with red-green colour blindness (after Okabe and Ito), each with a contrast of at least 3 to white
+# and to the dark background of GitHub; the ink has 4 to both. The background of the picture is transparent.
 _COLORS = ("#0a7ec2", "#d55e00", "#009e73", "#c26a9d", "#a37800")
 _INK = "#767c83"
 STYLE = {
@@ -30,7 +30,7 @@ STYLE = {
     "savefig.transparent": True,
     "font.size": 11,
     "text.color": _INK,
-    "text.parse_math": False,  # names of splits are no formulas
+    "text.parse_math": False,  # names of splits may contain $
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
     "axes.linewidth": 1,
@@ -48,16 +48,16 @@ STYLE = {
     "legend.frameon": False,
     "agg.path.chunksize": 20_000,
 }
-_LARGEST = 1e30  # beyond it a drawing would be of one value alone
+_LARGEST = 1e30  # larger values would hide all others
 _LOG_FROM = 50  # ratio of largest to smallest loss
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Draws the training loss and the evaluation losses over the steps of a training.
 
-    An evaluation that has a perplexity and no loss is drawn by the perplexity's logarithm, which is its loss in nats.
-    Values that are not finite leave a gap; of a step that was logged twice the last value counts. The same history
-    gives the same bytes with the same version of matplotlib, whatever style the process has set.
+    An evaluation with a perplexity but no loss is drawn as the logarithm of the perplexity, its loss in nats. Values
+    that are not finite leave a gap; if a step was logged twice the last value counts. The same history gives the same
+    bytes with the same version of matplotlib, whatever its style settings.
 
     Args:
         history: `trainer.state.log_history`: entries with "step" and "loss", "eval_loss", "eval_SPLIT_loss", and the
@@ -65,7 +65,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         path: of the PNG; written atomically, its folder made if needed.
 
     Returns:
-        Whether there was anything to draw; if not, nothing is written.
+        Whether there was anything to draw; otherwise nothing is written.
 
     Raises:
         OSError: the file cannot be written; an older one is intact.
@@ -78,7 +78,7 @@ def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _series(history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """Values by step of the training loss and of each evaluation, in order of steps; nan where one was not finite."""
+    """Values by step of the training loss and of each evaluation, in order of steps; nan if not finite."""
     found: dict[str, dict[int, float]] = {}
     for entry in history:
         step = entry.get("step")
@@ -118,9 +118,9 @@ def _png(series: Mapping[str, Points]) -> bytes:
     from matplotlib.figure import Figure
 
     content = BytesIO()
-    # From matplotlib's defaults on, whatever a user's own style is, which is in force again afterwards.
+    # Starts from matplotlib's defaults; the user's style is restored afterwards.
     with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the font does not have
+        warnings.simplefilter("ignore")  # missing glyphs
         figure = Figure()
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -128,14 +128,14 @@ def _png(series: Mapping[str, Points]) -> bytes:
             _line(axes, name, points, color)
         _scales(axes, [value for points in series.values() for _, value in points if math.isfinite(value)])
         figure.legend(loc="outside upper left", ncols=3 if len(series) < 4 else 2)
-        # Without the version of matplotlib, which is written by default.
+        # Without the version of matplotlib.
         figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     return content.getvalue()
 
 
 def _line(axes: Axes, name: str, points: Points, color: str) -> None:
     finite = [False, *map(_is_finite, points), False]
-    # A point with gaps on both sides has no line.
+    # A point between two gaps has no line, so it gets a marker.
     alone = [
         here and not (before or after) for before, here, after in zip(finite, finite[1:], finite[2:], strict=False)
     ]

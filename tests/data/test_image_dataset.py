@@ -158,7 +158,7 @@ def test_collate_stacks_samples_and_passes_batches():
     assert torch.equal(stacked["labels"], batch["labels"])
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         collate_batch(["pixel_values", "labels"])
-    with pytest.raises(ValueError, match="expected a ready batch or a list of samples"):
+    with pytest.raises(ValueError, match="expected a whole batch or a list of samples"):
         collate_batch([])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from born_again.data.images import doubt_of_mirroring, may_mirror
+from born_again.data.images import allows_flip, flip_warning
 
 WRITTEN = """digits mnist ylecun/mnist ./data/MNIST /home/me/mnist_png/ ufldl-stanford/svhn Svhn-cropped
     tanganke/emnist_letters Royc30ne/emnist-byclass
@@ -14,20 +14,18 @@ OTHERS = """cifar10 cifar100 uoft-cs/cifar100 zalando-datasets/fashion_mnist Fas
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_digits_and_letters_are_not_mirrored(name):
-    assert may_mirror(name) is False
+    assert allows_flip(name) is False
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are(name):
-    assert may_mirror(name) is True
+    assert allows_flip(name) is True
 
 
 def test_doubts_of_class_names():
-    assert doubt_of_mirroring("0123456789") == "classes called '0', '1', '2' ... may be digits or letters"
-    assert doubt_of_mirroring(["b", "d"]) == "classes called 'b', 'd' may be digits or letters"
-    assert doubt_of_mirroring(["Left", "none", "Right"]) == (
-        "classes 'Left' and 'Right' may be mirror images of each other"
-    )
-    assert "'turn_left' and 'turn_right'" in doubt_of_mirroring(["straight", "turn_left", "turn_right"])
+    assert flip_warning("0123456789") == "classes called '0', '1', '2' ... may be digits or letters"
+    assert flip_warning(["b", "d"]) == "classes called 'b', 'd' may be digits or letters"
+    assert flip_warning(["Left", "none", "Right"]) == ("classes 'Left' and 'Right' may be mirror images of each other")
+    assert "'turn_left' and 'turn_right'" in flip_warning(["straight", "turn_left", "turn_right"])
     for names in (["cat", "dog"], ["left", "none"], ["cleft", "cright"], ["10", "11"], ["a", "an"]):
-        assert doubt_of_mirroring(names) is None
+        assert flip_warning(names) is None

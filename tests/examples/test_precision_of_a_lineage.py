@@ -1,6 +1,5 @@
 """Which precision a lineage is trained in, on this machine and another, by flags and by accelerate's launcher."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, load_example
 from PIL import Image
 
 from born_again import create_image_classifier
@@ -17,7 +17,6 @@ from born_again.lineage.manifest import LineageError, Manifest, file_sha256
 from born_again.lineage.spec import spec_sha256
 from born_again.models.image_classifier import save_image_classifier
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BEGUN = Path(__file__).parents[1] / "lineage" / "begun_at_0_1_0"
 IMAGES = "--smoke --num_train_epochs 1 --threads 1 --disable_tqdm True --max_train_samples 64 --max_eval_samples 32"
 TEXT = (
@@ -26,20 +25,12 @@ TEXT = (
 )
 
 
-def load_script(name="run_cifar"):
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """run_cifar on a machine that has, or has not, fast bf16; called with its further flags."""
 
     def start(folder, *words, fast_bf16, generations=0):
-        script = load_script()
+        script = load_example("run_cifar")
         monkeypatch.setattr(script, "has_fast_bf16", lambda: fast_bf16)
         return script.start([*IMAGES.split(), "--generations", str(generations), "--output_dir", str(folder), *words])
 
@@ -54,12 +45,12 @@ def computed_in(folder):
 def test_a_lineage_goes_on_in_the_precision_it_was_begun_in(machine, tmp_path, capsys, begun_with):
     words = {True: "bf16 autocast", False: "fp32"}
     assert machine(tmp_path / "out", fast_bf16=begun_with) == 0
-    assert "Goes on in" not in capsys.readouterr().out
+    assert "Resumes in" not in capsys.readouterr().out
     assert machine(tmp_path / "out", fast_bf16=not begun_with, generations=1) == 0
     printed = capsys.readouterr().out
-    assert printed.count("Goes on in") == 1
-    assert f"Goes on in {words[begun_with]}, as the lineage in {tmp_path / 'out'} was begun; by itself" in printed
-    assert f"would compute in {words[not begun_with]}." in printed and f"Computed in {words[begun_with]}," in printed
+    assert printed.count("Resumes in") == 1
+    assert f"Resumes in {words[begun_with]}, as the lineage in {tmp_path / 'out'} was begun; the default" in printed
+    assert f"this machine is {words[not begun_with]}." in printed and f"Computed in {words[begun_with]}," in printed
     assert computed_in(tmp_path / "out") == ["bf16" if begun_with else "no"] * 2
 
 
@@ -129,7 +120,7 @@ def test_a_lineage_of_an_earlier_version_goes_on(machine, tmp_path, capsys, fini
     before = dict(record)
     (tmp_path / "out" / "lineage.json").write_text(json.dumps(content))
     assert machine(tmp_path / "out", fast_bf16=False, generations=1) == 0
-    assert "Goes on in bf16 autocast" in capsys.readouterr().out
+    assert "Resumes in bf16 autocast" in capsys.readouterr().out
     first, second = Manifest.read(tmp_path / "out").generations
     assert second["status"] == "finished" and second["computation"]["mixed_precision"] == "bf16"
     if finished:
@@ -144,7 +135,7 @@ def test_a_lineage_of_text_of_an_earlier_version_goes_on(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "lineage.json").write_text(json.dumps(content))
     words = [*TEXT.split(), "--generations", "0", "--output_dir", str(tmp_path / "out")]
-    assert load_script("run_ptb").start(words) == 0
+    assert load_example("run_ptb").start(words) == 0
     assert Manifest.read(tmp_path / "out").record(0)["status"] == "finished"
 
 
@@ -178,7 +169,7 @@ def test_accelerate_launch_says_what_it_computes(tmp_path, flags, precision):
     assert (warned in done.stderr) == (precision == "no")
     alone = tmp_path / "alone"
     assert (
-        load_script().start(
+        load_example("run_cifar").start(
             [*IMAGES.split(), "--generations", "0", "--output_dir", str(alone), "--bf16", str(precision == "bf16")]
         )
         == 0

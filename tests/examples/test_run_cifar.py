@@ -1,24 +1,23 @@
 """The main job as a user runs it: from the command line, in new processes, without a network."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, load_example
 from torch.utils.data import DataLoader
 
 from born_again import LineageEnsemble, load_generation
 from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import load_images
-from born_again.lineage.machine import has_fast_bf16, how_it_computes
+from born_again.lineage.machine import describe_computation, has_fast_bf16
 from born_again.lineage.manifest import LineageError
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
+SCRIPT = EXAMPLES / "run_cifar.py"
 TINY = [
     "--smoke",
     "--dataset",
@@ -84,7 +83,9 @@ def test_the_ensemble_is_measured_as_the_mean_probability_of_the_last_two(lineag
 
 def test_a_network_trained_elsewhere_is_the_teacher(lineage, tmp_path, capsys):
     folder, out = lineage[0], tmp_path / "out"
-    load_script().start([*TINY, "--generations", "1", "--output_dir", str(out), "--teacher", str(folder / "gen2")])
+    load_example("run_cifar").start(
+        [*TINY, "--generations", "1", "--output_dir", str(out), "--teacher", str(folder / "gen2")]
+    )
     content = json.loads((out / "lineage.json").read_text())
     original = json.loads((folder / "lineage.json").read_text())["generations"][2]
     taught, student = content["generations"]
@@ -99,7 +100,7 @@ def test_a_network_trained_elsewhere_is_the_teacher(lineage, tmp_path, capsys):
 
 def test_the_same_command_says_that_all_is_done(lineage, capsys):
     folder, first = lineage
-    assert load_script().start([*TINY, "--generations", "2", "--output_dir", str(folder)]) == 0
+    assert load_example("run_cifar").start([*TINY, "--generations", "2", "--output_dir", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "Every generation is trained already" in printed
     assert printed.splitlines()[-6:] == first.stdout.splitlines()[-6:]
@@ -109,7 +110,7 @@ def test_another_command_on_the_folder_is_refused(lineage):
     words = [*TINY, "--generations", "2", "--output_dir", str(lineage[0]), "--objective", "ban+l"]
     message = "objective: 'ban.l' here, 'ban' there; training.learning_rate: 0.05 here, 0.1 there"
     with pytest.raises(LineageError, match=message):
-        load_script().start([*words, "--learning_rate", "0.05"])
+        load_example("run_cifar").start([*words, "--learning_rate", "0.05"])
 
 
 @pytest.mark.slow
@@ -144,14 +145,6 @@ assert answer[0]["label"] in "0123456789"
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def load_script():
-    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_cifar"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -166,7 +159,7 @@ def load_script():
     ],
 )
 def test_bad_input_is_answered_before_anything_is_made(tmp_path, words, message):
-    script = load_script()
+    script = load_example("run_cifar")
     with pytest.raises(ValueError, match=message):
         script.start(["--smoke", "--output_dir", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
@@ -188,19 +181,19 @@ def test_what_computes_is_chosen_printed_and_recorded(lineage):
 
 
 def test_one_argument_turns_each_off(tmp_path):
-    script = load_script()
+    script = load_example("run_cifar")
     arguments = script.LineageArguments, script.BornAgainTrainingArguments
     words = ["--dataset", "digits", "--bf16", "False", "--channels_last", "False", "--teacher_precision", "autocast"]
     lineage, training = script.parse_arguments(arguments, script.recipe, words)
     assert not {"bf16", "channels_last", "teacher_precision"} & training.weight_affecting().keys()
-    line = how_it_computes(training)
+    line = describe_computation(training)
     assert line.startswith("fp32, contiguous, teacher_precision autocast, not compiled; device cpu, 1 process: CPU")
     training.torch_compile, training.torch_compile_backend = True, "inductor"
-    assert "compiled by inductor (default)" in how_it_computes(training)
+    assert "compiled by inductor (default)" in describe_computation(training)
 
 
 def test_recipes():
-    script = load_script()
+    script = load_example("run_cifar")
 
     def parsed(*words):
         arguments = (script.LineageArguments, script.BornAgainTrainingArguments)
@@ -270,7 +263,7 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
     assert json.loads((cut / "lineage.json").read_text())["generations"][1]["status"] == "training"
     done = run(*words, "--output_dir", cut)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "going on from checkpoint-" in done.stderr
+    assert "resumed from checkpoint-" in done.stderr
     assert hashes(cut) == hashes(whole)
     assert not (cut / "teacher_cache").exists()
 
@@ -296,7 +289,7 @@ def test_sigterm_and_the_same_command_give_the_same_weights(tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors[-4000:]
-    assert "SIGTERM after step" in errors and "the same command goes on from there" in errors
+    assert "SIGTERM after step" in errors and "the same command resumes from there" in errors
     assert "Traceback" not in errors
     done = run(*words, "--output_dir", cut)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,6 +1,5 @@
 """The main job with --push_to_hub, as a user runs it, against a Hub on the loopback interface."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from example_scripts import EXAMPLES, load_example
 from hub_fixtures import put_cifar100
 from hub_store import Account
 from huggingface_hub import ModelCard
@@ -18,7 +18,7 @@ from born_again.cli import main as command_line
 from born_again.hub.publishing import publish_lineage
 from born_again.lineage.manifest import Manifest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
+SCRIPT = EXAMPLES / "run_cifar.py"
 # cifar100 of the Hub, as there is no --dataset.
 TINY = ["--model", "test_wide_resnet_cifar", "--num_train_epochs", "1", "--threads", "1", "--disable_tqdm", "True"]
 DIGITS = [*TINY, "--dataset", "digits", "--max_train_samples", "64", "--max_eval_samples", "32"]
@@ -41,10 +41,7 @@ def run(hub, folder, *words, launcher=(), **environment):
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """The script in this process, for what needs no new one; `trained` is what it has trained."""
-    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_cifar"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
+    module = load_example("run_cifar")
     module.trained = []
 
     class Watched(module.BornAgainTrainer):
@@ -163,9 +160,7 @@ def test_a_hub_that_is_down_is_published_to_later(logged_in_hub, tmp_path, capsy
     assert "Traceback" not in done.stderr
     told = done.stderr.splitlines()
     where = folder.relative_to(tmp_path)
-    assert told[-1] == (
-        f"Everything is trained and safe in {where}; to publish what is missing: born-again publish {where}"
-    )
+    assert told[-1] == (f"Everything is trained and saved in {where}; to publish the rest: born-again publish {where}")
     assert [line.split(": ")[1] for line in told[-4:-1]] == ["gen0", "gen1", "collection"]
     assert len(hashes(folder)) == 2
 

@@ -1,9 +1,7 @@
 """Which images a run is of: their size, whether they are mirrored, and what a generation says of them."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,14 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from example_scripts import load_example
 from PIL import Image
 from transformers import pipeline
 
 from born_again.data.image_dataset import ImageDataset
-from born_again.lineage.reevaluation import remeasure
+from born_again.lineage.reevaluation import reevaluate
 from born_again.lineage.spec import DATA_SOURCE
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +25,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_cifar"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return load_example("run_cifar")
 
 
 def parsed(script, *words):
@@ -145,16 +138,16 @@ def test_a_deployed_generation_is_as_accurate_as_its_record(script, tmp_path, ca
         return [{"label": network.pretrained_cfg["label_names"][label]}]
 
     assert accuracy_of(classify, data) == recorded
-    measured = remeasure(out / "gen0", device="cpu")
+    measured = reevaluate(out / "gen0", device="cpu")
     assert measured["agrees"] and measured["data_args"] == {"image_size": 40}
     shutil.copytree(out / "gen0", tmp_path / "alone")
-    alone = remeasure(tmp_path / "alone", dataset=data, device="cpu")
+    alone = reevaluate(tmp_path / "alone", dataset=data, device="cpu")
     assert alone["data_args"] == {"image_size": 40} and alone["note"] == "there is no record to compare with"
     assert alone["splits"]["test"]["accuracy"]["measured"] == recorded
     config = json.loads((tmp_path / "alone" / "config.json").read_text())
     config["pretrained_cfg"] |= {"crop_mode": "center", "crop_pct": 0.875}
     (tmp_path / "alone" / "config.json").write_text(json.dumps(config))
-    other = remeasure(tmp_path / "alone", dataset=data, device="cpu", data_args={"image_size": 40})
+    other = reevaluate(tmp_path / "alone", dataset=data, device="cpu", data_args={"image_size": 40})
     assert "config.json asks for crop_mode center, crop_pct 0.875 and bilinear interpolation, and" in other["note"]
 
 
@@ -164,7 +157,7 @@ def test_a_vision_transformer_of_the_images_size(script, tmp_path):
     assert script.start([*words, "--disable_tqdm", "True", "--learning_rate", "0.001"]) == 0
     config = json.loads((tmp_path / "out" / "gen1" / "config.json").read_text())
     assert config["model_args"] == {"img_size": 32} and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    assert remeasure(tmp_path / "out" / "gen1", device="cpu")["agrees"]
+    assert reevaluate(tmp_path / "out" / "gen1", device="cpu")["agrees"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The command for language models: one subprocess as a user starts it, the rest in this process, without a network."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,11 +8,11 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from example_scripts import EXAMPLES, load_example
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -21,11 +20,11 @@ from born_again.data.grammar import grammar_corpus, grammar_entropy, sample_gram
 from born_again.data.text import load_text
 from born_again.lineage.machine import has_fast_bf16
 from born_again.lineage.manifest import LineageError
-from born_again.lineage.reevaluation import remeasure
+from born_again.lineage.reevaluation import reevaluate
 from born_again.lineage.runner import Generation
 from born_again.models.language_configs import LstmLMConfig
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_ptb.py"
+SCRIPT = EXAMPLES / "run_ptb.py"
 EVALUATED = 600
 # 4 streams of 1,000 words, so 100 windows an epoch. One thread, since two wait for each other beside other work.
 TINY = [
@@ -66,11 +65,7 @@ def one_thread(two_threads):
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("run_ptb", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_ptb"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return load_example("run_ptb")
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +353,7 @@ def test_a_teacher_whose_vocabulary_is_padded_teaches_without_its_padding(elsewh
     teacher, student = records(tmp_path / "out")
     assert teacher["status"] == student["status"] == "finished"
     # It is measured as it teaches, on windows of 10 words, though its students read the whole text.
-    assert remeasure(tmp_path / "out" / "gen0", tolerance=1e-6)["agrees"]
+    assert reevaluate(tmp_path / "out" / "gen0", tolerance=1e-6)["agrees"]
 
 
 # ---- Recipes ----
@@ -492,7 +487,7 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
     assert records(cut)[1]["status"] == "training"
     done = run(*words, "--output_dir", cut)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "going on from checkpoint-" in done.stderr
+    assert "resumed from checkpoint-" in done.stderr
     assert hashes(cut) == hashes(whole)
     assert [record["metrics"] for record in records(cut)] == [record["metrics"] for record in records(whole)]
 

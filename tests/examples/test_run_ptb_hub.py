@@ -1,6 +1,5 @@
 """The command for language models with --push_to_hub, against a Hub on the loopback interface."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, load_example
 
 from born_again import load_generation
 from born_again.lineage.manifest import Manifest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_ptb.py"
+SCRIPT = EXAMPLES / "run_ptb.py"
 NAME = "test-lstm-grammar"
 TINY = ["--smoke", "--max_train_samples", "2000", "--max_eval_samples", "400", "--num_train_epochs", "1"]
 TINY += ["--per_device_train_batch_size", "4", "--window", "10", "--threads", "1", "--disable_tqdm", "True"]
@@ -65,10 +65,7 @@ def test_language_models_go_to_the_hub_and_on_from_there(logged_in_hub, tmp_path
 
     weights = hashes(folder)
     shutil.rmtree(folder)
-    specification = importlib.util.spec_from_file_location("run_ptb", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    sys.modules["run_ptb"] = script  # dataclasses look their module up
-    specification.loader.exec_module(script)
+    script = load_example("run_ptb")
     trained = []
 
     class Watched(script.BornAgainLMTrainer):

@@ -1,32 +1,26 @@
 """--teacher_cache of both scripts: the same weights, nothing left behind, and a folder that the user gave stays."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from example_scripts import load_example
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-ASKED = {
+FLAGS = {
     "run_cifar": "--max_train_samples 128 --max_eval_samples 64 --num_train_epochs 3 --generations 2",
     "run_ptb": "--max_train_samples 2000 --max_eval_samples 600 --num_train_epochs 2 --window 10 --generations 1",
 }
 
 
 def hashes(name, folder, *words):
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    script = sys.modules[name] = importlib.util.module_from_spec(specification)  # dataclasses look their module up
-    specification.loader.exec_module(script)
-    asked = ["--smoke", "--threads", "1", "--disable_tqdm", "True", *ASKED[name].split()]
-    assert script.start([*asked, "--output_dir", str(folder), *words]) == 0
+    flags = ["--smoke", "--threads", "1", "--disable_tqdm", "True", *FLAGS[name].split()]
+    assert load_example(name).start([*flags, "--output_dir", str(folder), *words]) == 0
     assert not (folder / "teacher_cache").exists()
     records = json.loads((folder / "lineage.json").read_text())["generations"]
     return [record["weights_sha256"] for record in records]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", FLAGS)
 def test_the_flag_changes_no_weight_and_leaves_nothing_behind(tmp_path, name):
     expected = hashes(name, tmp_path / "off")
     assert hashes(name, tmp_path / "memory", "--teacher_cache", "memory") == expected

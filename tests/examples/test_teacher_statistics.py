@@ -1,13 +1,11 @@
 """A lineage of a teacher that was trained elsewhere, with another mean and std than the data's."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from example_scripts import load_example
 from helpers import arguments
 from transformers import set_seed
 
@@ -15,20 +13,15 @@ from born_again import BornAgainTrainer, LineageEnsemble, create_image_classifie
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import load_images
 from born_again.lineage.evaluation import evaluate_classifier
-from born_again.lineage.reevaluation import images_to_measure, remeasure
+from born_again.lineage.reevaluation import evaluation_images, reevaluate
 from born_again.models.image_classifier import load_image_classifier, save_image_classifier
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
 THEIRS = (0.5, 0.5, 0.5), (0.12, 0.6, 0.1)  # of the digits: 0.31 and 0.34
 TINY = ["--smoke", "--dataset", "digits", "--disable_tqdm", "True"]
 
 
 def start(*words):
-    spec = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["run_cifar"] = script  # dataclasses look their annotations up there
-    spec.loader.exec_module(script)
-    return script.start([*TINY, *map(str, words)])
+    return load_example("run_cifar").start([*TINY, *map(str, words)])
 
 
 def teacher(folder, epochs, rows=None):
@@ -59,7 +52,7 @@ def teacher(folder, epochs, rows=None):
 def own_metrics(folder, rows):
     """As its user would measure it."""
     data = load_images("digits", max_eval_samples=rows)
-    return evaluate_classifier(load_image_classifier(folder), images_to_measure(data.test, *THEIRS), collate_batch)
+    return evaluate_classifier(load_image_classifier(folder), evaluation_images(data.test, *THEIRS), collate_batch)
 
 
 def test_it_is_recorded_and_teaches_as_it_is(tmp_path, caplog):
@@ -77,8 +70,8 @@ def test_it_is_recorded_and_teaches_as_it_is(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records if "renormalised" in record.getMessage()]
     assert len(said) == 1 and "mean (0.5, 0.5, 0.5), std (0.12, 0.6, 0.1)" in said[0]
     for generation, record in (("gen0", first), ("gen1", student)):
-        assert remeasure(out / generation)["agrees"] is True
-        assert remeasure(out / generation)["splits"]["test"]["nll"]["recorded"] == record["metrics"]["test"]["nll"]
+        assert reevaluate(out / generation)["agrees"] is True
+        assert reevaluate(out / generation)["splits"]["test"]["nll"]["recorded"] == record["metrics"]["test"]["nll"]
 
 
 @pytest.mark.parametrize("what", ["size", "channels"])
@@ -103,7 +96,7 @@ def test_a_teacher_of_other_images_is_refused_before_anything_is_kept(tmp_path, 
     [
         ("ensemble/ensemble.json", "is the folder of an ensemble, expected a single network; give the folder of one"),
         ("lineage/lineage.json", "is the folder of a lineage, expected a single network; give the folder of one"),
-        ("nowhere", "cannot be loaded .* expected the folder of a generation or .* is looked for from '/"),
+        ("nowhere", "cannot be loaded .* expected the folder of a generation or .* relative paths start at '/"),
     ],
 )
 def test_a_teacher_that_is_no_single_network_is_refused_by_its_flag(tmp_path, what, message):
@@ -140,7 +133,7 @@ def test_its_students_learn_and_answer_beside_it(tmp_path):
     assert student["teacher_fit"]["accuracy"] > 0.95 and student["metrics"]["test"]["accuracy"] > 0.9
     together = LineageEnsemble.from_lineage(out, "all")
     test, mean, std = (getattr(load_images("digits"), name) for name in ("test", "mean", "std"))
-    accuracy = evaluate_classifier(together, images_to_measure(test, mean, std), collate_batch)["accuracy"]
+    accuracy = evaluate_classifier(together, evaluation_images(test, mean, std), collate_batch)["accuracy"]
     together.save_pretrained(out / "everyone")
-    measured = remeasure(out / "everyone")["splits"]["test"]["accuracy"]["measured"]
+    measured = reevaluate(out / "everyone")["splits"]["test"]["accuracy"]["measured"]
     assert measured == pytest.approx(accuracy, abs=0.004) and accuracy > 0.95

@@ -116,7 +116,7 @@ def test_any_text_of_users_stays_text(text):
 def test_a_template_cannot_show_what_is_not_there_nor_leave_a_value_as_it_is():
     template = _environment().from_string("{{ 'a' if held else held }}{{ held }}{% if not lost.deeper %}!{% endif %}")
     assert template.render(held="|") == r"a\|!"
-    with pytest.raises(UndefinedError, match="shows what its manifest does not hold: held"):
+    with pytest.raises(UndefinedError, match="uses a value that its manifest lacks: held"):
         template.render()
 
 

@@ -1,20 +1,19 @@
 """From the Hub alone: lineages that come back, go on, and answer as they did."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example_scripts import load_example
 from hub_store import Blob
 from lineage_folders import WORDS, inputs, lineage, network
 
 from born_again import LineageEnsemble, load_generation
 from born_again.hub.client import Hub, HubError
 from born_again.hub.files import HubSettings
-from born_again.hub.launch import go_on, publishing
+from born_again.hub.launch import create_publisher, resume_lineage
 from born_again.hub.publishing import publish_lineage
 from born_again.hub.restoring import restore_lineage
 from born_again.lineage.lock import FolderLock
@@ -22,7 +21,6 @@ from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.spec import spec_sha256
 
 SETTINGS = HubSettings("born-again")
-SCRIPT = Path(__file__).parents[2] / "examples/run_cifar.py"
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +150,7 @@ def config_of_someone(hub):
         (no_json, LineageError, "lineage.json: is not JSON"),
         (of_another_name, LineageError, "is of generation 2 of 'other', expected generation 2 of 'tiny'; give the"),
         (of_another_generation, LineageError, "is of generation 1 of 'tiny', expected generation 2 of 'tiny'"),
-        (config_of_someone, HubError, "'tiny' cannot be brought back: .*config.json holds a list"),
+        (config_of_someone, HubError, "'tiny' cannot be restored: .*config.json holds a list"),
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
@@ -214,7 +212,7 @@ def test_from_another_place(logged_in_hub, made, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("defer", [True, False])
 def test_a_hub_that_cannot_be_asked(logged_in_hub, tmp_path, caplog, defer):
-    script = load_script()
+    script = load_example("run_cifar")
     logged_in_hub.stop()
     words = [*words_of(tmp_path / "out"), "--push_to_hub", "True", "--hub_namespace", "born-again"]
     lineage_flags, training = script.parse_arguments(
@@ -223,24 +221,16 @@ def test_a_hub_that_cannot_be_asked(logged_in_hub, tmp_path, caplog, defer):
         [*words, "--hub_defer", str(defer)],
     )
     if defer:
-        go_on(lineage_flags, training)
-        assert publishing(lineage_flags, training).defer
-        assert "cannot be reached" in caplog.text and "It begins anew." in caplog.text
+        resume_lineage(lineage_flags, training)
+        assert create_publisher(lineage_flags, training).defer
+        assert "cannot be reached" in caplog.text and "A new lineage is begun." in caplog.text
     else:
-        with pytest.raises(HubError, match="cannot be brought back: http://.* cannot be reached .*Try again later"):
-            go_on(lineage_flags, training)
+        with pytest.raises(HubError, match="cannot be restored: http://.* cannot be reached .*Try again later"):
+            resume_lineage(lineage_flags, training)
     assert not (tmp_path / "out").exists()
 
 
 # ---- Going on ----
-
-
-def load_script():
-    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_cifar"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 def words_of(folder: Path, generations: int = 1) -> list[str]:
@@ -250,7 +240,7 @@ def words_of(folder: Path, generations: int = 1) -> list[str]:
 
 @pytest.mark.slow
 def test_a_lineage_goes_on_from_the_hub_alone(logged_in_hub, tmp_path, capsys):
-    start = load_script().start
+    start = load_example("run_cifar").start
     push = ["--push_to_hub", "True", "--hub_namespace", "born-again"]
     assert start(words_of(tmp_path / "never_interrupted")) == 0
     assert start([*words_of(tmp_path / "first", 0), *push]) == 0
@@ -305,7 +295,7 @@ def edited(hub, **changes):
         ({"repo": "a..b/c"}, r"'members\[0\].repo' is"),
         ({"commit": "main"}, r"'members\[0\].commit' is 'main', expected a commit, 40 hexadecimal digits"),
         ({"commit": None}, r"'members\[0\].commit' is None"),
-        ({"weights_sha256": "0" * 64}, "does not hash to what is written of generation 1"),
+        ({"weights_sha256": "0" * 64}, "does not match the recorded hash of generation 1"),
         ({"folder": "../../x"}, r"'members\[0\].folder' is '../../x'"),
     ],
 )
@@ -318,7 +308,7 @@ def test_an_ensemble_that_was_changed_is_refused(logged_in_hub, published, chang
 def test_a_member_that_was_changed_is_refused(logged_in_hub, published):
     commit = Manifest.read(published).generations[1]["hub"]["commit"]
     other_weights(logged_in_hub, commit)
-    with pytest.raises(LineageError, match="does not hash to what is written of generation 1"):
+    with pytest.raises(LineageError, match="does not match the recorded hash of generation 1"):
         LineageEnsemble.from_pretrained("born-again/tiny-ensemble")
 
 

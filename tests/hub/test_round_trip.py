@@ -16,7 +16,7 @@ from lineage_folders import WORDS, inputs, lineage, network
 
 from born_again import LineageEnsemble, load_generation
 from born_again.hub.publishing import publish_lineage
-from born_again.lineage.ensemble import measure_ensemble
+from born_again.lineage.ensemble import evaluate_ensemble
 from born_again.lineage.manifest import Manifest, file_sha256
 from born_again.models.language_models import create_language_model
 
@@ -48,7 +48,7 @@ def measure(folder: Path, ensemble: list[int]) -> None:
     for record in manifest.generations:
         manifest.update(record["index"], metrics=numbers(record["index"]))
     if ensemble:
-        measure_ensemble(manifest, ensemble, lambda model: numbers(9))
+        evaluate_ensemble(manifest, ensemble, lambda model: numbers(9))
     manifest.save()
 
 
@@ -94,7 +94,7 @@ def snippets(hub: HubServer, repo: str, alone: bool = False) -> list[str]:
     return found
 
 
-def ask_in_a_fresh_interpreter(hub: HubServer, what: str, work: Path, expected: dict) -> dict:
+def run_in_a_fresh_interpreter(hub: HubServer, what: str, work: Path, expected: dict) -> dict:
     torch.save(expected, work / "expected.pt")
     run = subprocess.run(
         [sys.executable, str(SCRIPT), what, str(work)],
@@ -122,7 +122,7 @@ def test_image_classifiers_load_in_a_fresh_interpreter(published, tmp_path):
     repos = [f"born-again/{IMAGES}-{index}" for index in ("gen0", "gen1", "gen2", "ensemble")]
     expected = {repo: known(hub, made[IMAGES], repo) for repo in repos}
     assert [len(facts["snippets"]) for facts in expected.values()] == [3, 3, 3, 1]
-    assert ask_in_a_fresh_interpreter(hub, "images", tmp_path, expected) == {
+    assert run_in_a_fresh_interpreter(hub, "images", tmp_path, expected) == {
         "snippet": 10, "timm": 3, "transformers": 3, "load_generation": 3, "pipeline": 3, "ensemble": 1,
     }  # fmt: skip
 
@@ -133,7 +133,7 @@ def test_language_models_load_in_a_fresh_interpreter(published, tmp_path):
     repos.append(f"born-again/{CHARACTERS}-gen0")
     expected = {repo: known(hub, made[repo.split("/")[1].rsplit("-", 1)[0]], repo) for repo in repos}
     assert [len(facts["snippets"]) for facts in expected.values()] == [2, 2, 1, 2]
-    assert ask_in_a_fresh_interpreter(hub, "text", tmp_path, expected) == {
+    assert run_in_a_fresh_interpreter(hub, "text", tmp_path, expected) == {
         "snippet": 7, "transformers": 3, "load_generation": 3, "tokenizer": 3, "ensemble": 1,
     }  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_networks_load_where_the_package_is_not_installed(published, tmp_path):
         for name, index in ((IMAGES, 1), (LSTM, 1), (CHARACTERS, 0))
     }
     assert [len(facts["snippets"]) for facts in expected.values()] == [1, 1, 1]
-    assert ask_in_a_fresh_interpreter(hub, "alone", tmp_path, expected) == {
+    assert run_in_a_fresh_interpreter(hub, "alone", tmp_path, expected) == {
         "snippet": 3, "transformers": 3, "timm": 1, "tokenizer": 2,
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from helpers import arguments, sentences, sequence_classifier
 from transformers import TrainerCallback
 
 from born_again import BornAgainTrainer
-from born_again.lineage.callbacks import KeepRecord, SaveAfterEvaluation, checkpoint_names
+from born_again.lineage.callbacks import RecordProgress, SaveAfterEvaluation, checkpoint_names
 
 STEPS_OF_AN_EPOCH = 3  # 22 rows by 8
 
@@ -96,7 +96,7 @@ def test_a_training_that_is_cut_by_its_last_step_does_not_go_one_step_further(tm
 
 def test_seconds_go_on_counting_and_checkpoints_are_told(tmp_path):
     told = []
-    keeper = KeepRecord(tmp_path, 100.0, lambda **fields: told.append(fields))
+    keeper = RecordProgress(tmp_path, 100.0, lambda **fields: told.append(fields))
     train(tmp_path, keeper, save_steps=4, num_train_epochs=3, save_total_limit=1)
     assert [fields["checkpoints"] for fields in told] == [["checkpoint-4"], ["checkpoint-8"], ["checkpoint-9"]]
     seconds = [fields["seconds"] for fields in told]

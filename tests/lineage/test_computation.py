@@ -16,7 +16,7 @@ from born_again import BornAgainTrainer
 from born_again.lineage.machine import (
     check_arguments,
     computation_of,
-    how_it_computes,
+    describe_computation,
     peak_memory_mib,
     precision_problem,
     reset_peak_memory,
@@ -75,7 +75,7 @@ def test_arguments_say_what_accelerate_does(tmp_path, monkeypatch, environment, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     args = arguments(tmp_path, **changes)
-    assert shown in how_it_computes(args)
+    assert shown in describe_computation(args)
     weight_affecting = args.weight_affecting()
     names = {"bf16", "fp16", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
     assert {
@@ -97,7 +97,7 @@ def test_the_precision_of_float32_is_shown_and_recorded(tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float64)
     try:
         found = computation_of(trainer := trainer_of(tmp_path))
-        line = how_it_computes(trainer.args)
+        line = describe_computation(trainer.args)
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.set_default_dtype(torch.float32)
@@ -179,7 +179,7 @@ def test_a_flag_wins_over_the_launcher_and_is_what_accelerate_does(
             "dataloader_persistent_workers: got True, expected False in a lineage",
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate launch: got FSDP, which shards"),
-        ({}, {"fp16": True}, "fp16: got True, .* on a CPU, where accelerate computes it in float32"),
+        ({}, {"fp16": True}, "fp16: got True, .* on a CPU, where accelerate silently computes in float32"),
     ],
 )
 def test_what_a_lineage_cannot_go_on_from_is_refused_before_anything_is_made(
@@ -229,7 +229,7 @@ def test_an_interrupted_generation_does_not_go_on_in_another_precision(begun, tm
     folder = shutil.copytree(begun, tmp_path / "out")
     before = (folder / "lineage.json").read_text()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    message = "generation 1 would be computed otherwise .*mixed_precision: 'bf16' here, 'no' there.*give the same"
+    message = "generation 1 would be computed differently .*mixed_precision: 'bf16' here, 'no' there.*give the same"
     with pytest.raises(LineageError, match=message):
         runner(folder).run()
     assert (folder / "lineage.json").read_text() == before
@@ -244,7 +244,7 @@ def test_a_next_generation_in_another_computation_is_warned_of(begun, tmp_path, 
     shutil.rmtree(folder / "checkpoints")
     with caplog.at_level(logging.WARNING):
         runner(folder, spec=spec(generations=1), changes={"gradient_accumulation_steps": 2}).run()
-    assert "Generation 1 of tiny-words is computed otherwise than what came before it: " in caplog.text
+    assert "Generation 1 of tiny-words is computed differently than the lineage before it: " in caplog.text
     assert "gradient_accumulation_steps: 2 here, 1 there" in caplog.text
 
 

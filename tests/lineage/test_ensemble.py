@@ -165,10 +165,12 @@ def test_members_of_different_kinds_labels_or_words(tmp_path):
     more = network("image", 1, labels=[*LABELS, "d"])
     refused("classes", [image, more], "class 3 is None for generation 1, 'd' for generation 2")
     refused(
-        "words", [lstm, network("lstm", 1, words=7)], "generation 1 has 6 words, generation 2 7; expected the same"
+        "words",
+        [lstm, network("lstm", 1, words=7)],
+        "generation 1 has a vocabulary of 6 tokens, generation 2 of 7; expected the same",
     )
     tokenizers = [WORDS, WORDS, [WORDS[1], WORDS[0], *WORDS[2:]]]
-    refused("tokens", [lstm, lstm], "generation 1 and generation 2 do not mean the same words: .*'cat' for id 0",
+    refused("tokens", [lstm, lstm], "generation 1 and generation 2 do not have the same vocabulary: .*'cat' for id 0",
             words=tokenizers)  # fmt: skip
     (tmp_path / "tokens/gen2/tokenizer.json").write_text("{")
     with pytest.raises(LineageError, match="gen2.tokenizer.json: is no tokenizer .* restore it from a copy"):

@@ -38,7 +38,7 @@ def refused(checkpoints, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert last_checkpoint(checkpoints) == (used and checkpoints / used)
-        assert "checkpoint-6 cannot be gone on from" in caplog.text and why in caplog.text, caplog.text
+        assert "checkpoint-6 cannot be resumed from" in caplog.text and why in caplog.text, caplog.text
 
     return check
 
@@ -128,7 +128,7 @@ def test_a_hole_in_an_archive_is_seen(checkpoints, refused, name):
         ('{"global_step": 6.0}', "global_step is 6.0, expected 6"),
         ('{"global_step": true}', "global_step is True, expected 6"),
         ("[6]", "global_step is None, expected 6"),
-        ("[" * 100_000, "trainer_state.json: cannot be read to its end"),
+        ("[" * 100_000, "trainer_state.json: cannot be read completely"),
     ],
 )
 def test_the_state_is_of_the_step_in_the_name(checkpoints, refused, state, why):
@@ -157,7 +157,7 @@ def test_what_every_process_carries_must_be_there(checkpoints, refused):
     (newest / "kept").rename(newest / "rng_state_2.pth")
     path = newest / "carried_state_2_of_3.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    refused("carried_state_2_of_3.safetensors: cannot be read to its end")
+    refused("carried_state_2_of_3.safetensors: cannot be read completely")
     path.unlink()
     refused("carried_state_2_of_3.safetensors is missing")
 
@@ -176,7 +176,7 @@ def test_every_shard_that_an_index_names_must_be_there(checkpoints, refused):
     assert last_checkpoint(checkpoints) == newest
     second = newest / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-8])
-    refused("model-00002-of-00002.safetensors: cannot be read to its end")
+    refused("model-00002-of-00002.safetensors: cannot be read completely")
     second.unlink()
     refused("model-00002-of-00002.safetensors is missing")
     for content in ('{"weight_map": {"a": 3}}', '{"weight_map": 3}', "3", '{"weight_map": {"a": "../../x"}}'):
@@ -195,7 +195,7 @@ def test_what_is_no_checkpoint_of_a_trainer_does_no_harm(checkpoints, tmp_path, 
     with caplog.at_level(logging.WARNING):
         assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
     for number in (99, 98, 97, 96):
-        assert f"checkpoint-{number} cannot be gone on from (it is no folder)" in caplog.text
+        assert f"checkpoint-{number} cannot be resumed from (it is no folder)" in caplog.text
     weights = checkpoints / "checkpoint-6" / "model.safetensors"
     weights.unlink()
     weights.symlink_to(outside / "model.safetensors")
@@ -223,7 +223,7 @@ def test_archives_without_checksums_are_taken_by_their_structure(checkpoints, re
         torch.save({"a": torch.zeros(100)}, path := checkpoints / "checkpoint-6" / "optimizer.pt")
         assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
         path.write_bytes(path.read_bytes()[:-1])
-        refused("optimizer.pt: cannot be read to its end")
+        refused("optimizer.pt: cannot be read completely")
     finally:
         torch.serialization.set_crc32_options(before)
 

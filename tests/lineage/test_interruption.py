@@ -11,7 +11,7 @@ from tiny_lineage import STEPS, Crash, hashes, runner, spec
 from transformers import TrainerCallback
 
 from born_again.lineage import callbacks
-from born_again.lineage.callbacks import Interrupted, Interruption
+from born_again.lineage.callbacks import Interrupted, StopSignals
 from born_again.lineage.folders import last_checkpoint
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
@@ -50,7 +50,7 @@ def test_a_signal_saves_the_step_and_the_same_command_gives_the_same_weights(
     whole, tmp_path, caplog, generation, step, signum, code
 ):
     folder, before = tmp_path / "out", handlers()
-    with pytest.raises(Interrupted, match=f"after step {step}: what is trained is saved in .*out; the same") as left:
+    with pytest.raises(Interrupted, match=f"after step {step}: everything is saved in .*out; the same") as left:
         runner(folder, spec=spec(generations=1), crash=Signal(generation, step, signum)).run()
     assert left.value.code == code and handlers() == before
     assert f"{signal.Signals(signum).name} after step {step}" in caplog.text
@@ -78,7 +78,7 @@ def test_the_last_checkpoint_is_kept_where_only_the_best_one_would_be(whole, tmp
 
 def test_a_signal_in_the_last_step_lets_the_generation_finish(whole, tmp_path):
     folder = tmp_path / "out"
-    with pytest.raises(Interrupted, match="before generation 1: what is trained is saved"):
+    with pytest.raises(Interrupted, match="before generation 1: everything is saved"):
         runner(folder, spec=spec(generations=1), crash=Signal(0, STEPS)).run()
     assert [record["status"] for record in Manifest.read(folder).generations] == ["finished"]
     done = runner(folder, spec=spec(generations=1), crash=Signal(1, STEPS)).run()
@@ -91,7 +91,7 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
             super().on_step_begin(args, state, control)
             super().on_step_begin(args, state, control)
 
-    monkeypatch.setattr(callbacks, "ONE_REQUEST_SECONDS", 0.0)
+    monkeypatch.setattr(callbacks, "SIGNAL_REPEAT_SECONDS", 0.0)
     before = handlers()
     with pytest.raises(KeyboardInterrupt):
         runner(tmp_path / "out", spec=spec(generations=0), crash=Twice(0, 1)).run()
@@ -99,14 +99,14 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_a_signal_that_a_launcher_repeats_is_one_request():
-    with Interruption() as noted:
+    with StopSignals() as noted:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert noted.agreed() == signal.SIGINT
+        assert noted.on_any_process() == signal.SIGINT
 
 
 def test_the_first_signal_is_answered_at_once(capfd):
-    with Interruption():
+    with StopSignals():
         signal.raise_signal(signal.SIGTERM)
     assert "SIGTERM: finishing the step and saving; once more to stop at once." in capfd.readouterr().err
 
@@ -115,8 +115,8 @@ def test_another_thread_installs_nothing():
     before, found = handlers(), []
 
     def work():
-        with Interruption() as noted:
-            found.extend([handlers(), noted.agreed()])
+        with StopSignals() as noted:
+            found.extend([handlers(), noted.on_any_process()])
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -144,7 +144,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with FolderLock(tmp_path):
         pass
-    assert "the file system knows no locks" in caplog.text and "one run at a time" in caplog.text
+    assert "the file system has no locks" in caplog.text and "one run at a time" in caplog.text
 
 
 def test_a_system_without_locks_has_the_file(tmp_path, monkeypatch):

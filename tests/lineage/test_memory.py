@@ -116,7 +116,7 @@ def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_pat
 
     asked = []
     monkeypatch.setattr(machine, "ctypes", SimpleNamespace(CDLL=c_library))
-    monkeypatch.setattr(machine, "_SETTINGS_OF_THE_USER", ())
+    monkeypatch.setattr(machine, "_MALLOC_VARIABLES", ())
     if frozen_before:
         gc.freeze()
     try:

@@ -8,7 +8,7 @@ import torch
 from tiny_lineage import Crash, hashes, runner, spec
 
 from born_again import LineageSpec
-from born_again.lineage.folders import check_restart, start_again
+from born_again.lineage.folders import check_restart, restart_from
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256
 
 
@@ -80,7 +80,7 @@ def test_folders_checkpoints_and_ensembles_are_moved_and_numbered(tmp_path):
     manifest = made(tmp_path)
     (tmp_path / "checkpoints" / "gen2" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "gen2.replaced-1").mkdir()
-    start_again(manifest, 2)
+    restart_from(manifest, 2)
     assert names(tmp_path) == [
         "checkpoints",
         "ensemble.replaced-1",
@@ -113,12 +113,14 @@ def test_a_crash_between_any_two_steps_loses_nothing(tmp_path, monkeypatch, mome
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr("born_again.lineage.folders.move_aside", crashing(start_again.__globals__["move_aside"]))
-        patch.setattr("born_again.lineage.folders._keep_copy", crashing(start_again.__globals__["_keep_copy"]))
+        patch.setattr("born_again.lineage.folders.move_aside", crashing(restart_from.__globals__["move_aside"]))
+        patch.setattr(
+            "born_again.lineage.folders._backup_manifest", crashing(restart_from.__globals__["_backup_manifest"])
+        )
         patch.setattr(Manifest, "save", crashing(Manifest.save))
         with pytest.raises(KeyboardInterrupt):
-            start_again(manifest, 1)
-    start_again(Manifest.read(tmp_path), 1)
+            restart_from(manifest, 1)
+    restart_from(Manifest.read(tmp_path), 1)
     assert len(Manifest.read(tmp_path).generations) == 1
     texts = sorted(path.read_text() for path in tmp_path.rglob("model.safetensors"))
     assert texts == ["weights 0", "weights 1", "weights 2"]
@@ -143,7 +145,7 @@ def test_a_generation_after_one_that_is_not_finished_is_refused_before_anything_
 
 def test_the_next_generation_that_is_not_begun_replaces_nothing(tmp_path):
     manifest = made(tmp_path, students=3)
-    start_again(manifest, 3)
+    restart_from(manifest, 3)
     assert names(tmp_path) == ["ensemble", "gen0", "gen1", "gen2", "lineage.json"]
 
 

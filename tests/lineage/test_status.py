@@ -134,7 +134,7 @@ def test_an_interrupted_generation_and_what_goes_on(crashed):
         "action": "resume",
         "generation": 1,
         "checkpoint": "checkpoint-4",
-        "text": "go on with generation 1 from checkpoint-4",
+        "text": "resume generation 1 from checkpoint-4",
     }
 
 
@@ -298,7 +298,7 @@ def test_nothing_is_written(crashed):
 
 def test_the_command_loads_no_library_that_takes_seconds(crashed):
     said, _ = alone(COMMAND, crashed).communicate("")
-    assert "go on with generation 1 from checkpoint-4" in said and "usage: born-again" in said
+    assert "resume generation 1 from checkpoint-4" in said and "usage: born-again" in said
     loaded = set(said.splitlines()[-1].split())
     assert "born_again.lineage.checkpoints" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "timm", "accelerate", "pandas", "matplotlib"}

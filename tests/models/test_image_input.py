@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, pipeline
 from born_again.data.decode import to_rgb
 from born_again.data.image_dataset import ImageDataset
 from born_again.data.images import load_images
-from born_again.lineage.reevaluation import images_to_measure
+from born_again.lineage.reevaluation import evaluation_images
 from born_again.models.image_classifier import (
     check_image_size,
     create_image_classifier,
@@ -80,7 +80,7 @@ def save_network(data, folder, name="test_wide_resnet_cifar", **model_args):
 
 def trained_on(data) -> torch.Tensor:
     """The test images (N, 3, H, W) float32 as they are read in training and measured."""
-    test = images_to_measure(data.test, data.mean, data.std)
+    test = evaluation_images(data.test, data.mean, data.std)
     return test.__getitems__(range(len(test)))["pixel_values"]
 
 

@@ -213,9 +213,9 @@ def test_a_hidden_size_that_is_given_sizes_the_words_too():
     [
         ("test-lstm", {"droput": 0.1}, "got 'droput', which the configuration of 'lstm_lm' does not .*mean 'dropout'"),
         ("gpt2-small", {"xyzzy": 0.1}, "got 'xyzzy', which the configuration of 'gpt2' does not have; see GPT2Config"),
-        ("test-lstm", {"vocab_size": 5}, "got 'vocab_size', which follows from the words; leave it out"),
-        ("gpt2-small", {"eos_token_id": 5}, "got 'eos_token_id', which follows from the words; leave it out"),
-        ("char-cnn-lstm", {"pad_token_id": 5}, "got 'pad_token_id', which follows from the words; leave it out"),
+        ("test-lstm", {"vocab_size": 5}, "got 'vocab_size', which follows from the vocabulary; leave it out"),
+        ("gpt2-small", {"eos_token_id": 5}, "got 'eos_token_id', which follows from the vocabulary; leave it out"),
+        ("char-cnn-lstm", {"pad_token_id": 5}, "got 'pad_token_id', which follows from the vocabulary; leave it out"),
         ("test-lstm", {"dropout": "much"}, "got {'dropout': 'much'}, expected what the configuration of 'lstm_lm'"),
         ("gpt2-small", {"n_layer": "two"}, "got {'n_layer': 'two'}, expected what the configuration of 'gpt2' takes"),
         ("char-cnn-lstm", {"dropout": "much"}, "got {'dropout': 'much'}, expected what .* 'char_cnn_lstm' takes"),

@@ -14,7 +14,7 @@ from born_again import LstmLMConfig, LstmLMForCausalLM
 from born_again.models import lstm_precision
 from born_again.models.char_cnn_lstm import CharCnnLstmForCausalLM
 from born_again.models.lstm_lm import LstmLayer
-from born_again.models.lstm_precision import asked_dtype, computes_lstm
+from born_again.models.lstm_precision import computes_lstm, requested_dtype
 
 TESTS = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -78,11 +78,11 @@ def test_trying_moves_no_generator_and_sees_no_mode_of_the_caller():
 
 def test_asked_dtype():
     x = torch.ones(1)
-    assert asked_dtype(x) == torch.float32 and asked_dtype(x.half()) == torch.float16
+    assert requested_dtype(x) == torch.float32 and requested_dtype(x.half()) == torch.float16
     with torch.autocast("cpu", torch.bfloat16):
-        assert asked_dtype(x) == asked_dtype(x.half()) == torch.bfloat16
-        assert asked_dtype(x.double()) == torch.float64  # autocast leaves it
-        assert asked_dtype(torch.ones(1, device="meta")) == torch.float32
+        assert requested_dtype(x) == requested_dtype(x.half()) == torch.bfloat16
+        assert requested_dtype(x.double()) == torch.float64  # autocast leaves it
+        assert requested_dtype(torch.ones(1, device="meta")) == torch.float32
 
 
 @pytest.mark.parametrize("dropconnect", [0.0, 0.5])
@@ -143,7 +143,7 @@ sys.path[:0] = [sys.argv[2], f"{sys.argv[2]}/support"]
 from helpers import arguments
 from models.test_lstm_precision import CPU, ids, model
 from born_again import BornAgainTrainer
-from born_again.lineage.machine import has_fast_bf16, how_it_computes
+from born_again.lineage.machine import has_fast_bf16, describe_computation
 from born_again.models.lstm_precision import computes_lstm
 
 found, folder = {}, sys.argv[1]
@@ -171,8 +171,8 @@ for name, change in (("with a teacher", {"teacher": Reader()}), ("alone", {})):
 
 found["computes"] = [computes_lstm(CPU, dtype, True) for dtype in (torch.float32, torch.bfloat16)]
 found["fast bf16"] = has_fast_bf16()
-found["line"] = how_it_computes(args, model())
-found["line without"] = how_it_computes(args, nn.Linear(1, 1))
+found["line"] = describe_computation(args, model())
+found["line without"] = describe_computation(args, nn.Linear(1, 1))
 torch.manual_seed(0)
 results = {}
 for name in ("eager", "compiled"):

@@ -170,7 +170,7 @@ class Api:
 
     def changeable(self, request: Request, slug: str) -> Collection:
         collection = self.store.collection(slug, request.account)
-        self.store.check_rights(request.account, collection.owner, "change a collection")
+        self.store.check_permissions(request.account, collection.owner, "change a collection")
         return collection
 
     def place(self, repository: Repository, sha256: str) -> str:
@@ -211,7 +211,7 @@ class Api:
         asked = request.json()
         type = asked.get("type", "model")
         namespace = asked.get("organization") or (request.account.name if request.account else "")
-        author = self.store.check_rights(request.account, namespace, f"create a {type}").name
+        author = self.store.check_permissions(request.account, namespace, f"create a {type}").name
         id = f"{namespace}/{asked['name']}"
         private = asked.get("private") or asked.get("visibility") == "private"
         found = self.store.repositories.get((type, id))
@@ -436,7 +436,7 @@ class Api:
     def create_collection(self, request: Request) -> Answer:
         asked = request.json()
         owner, title = asked["namespace"], asked["title"]
-        self.store.check_rights(request.account, owner, "create a collection")
+        self.store.check_permissions(request.account, owner, "create a collection")
         for found in self.store.collections.values():
             if (found.owner, found.title) == (owner, title):
                 raise HubError(409, "This collection exists already", slug=found.slug)

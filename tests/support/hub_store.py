@@ -331,10 +331,10 @@ class Store:
     def find_for_writing(self, type: str, id: str, account: Account | None) -> Repository:
         """The same, for an account that may write to it: raises HubError 401 or 403 otherwise."""
         repository = self.find(type, id, account)
-        self.check_rights(account, id.split("/")[0], f"write to the {type} {id}")
+        self.check_permissions(account, id.split("/")[0], f"write to the {type} {id}")
         return repository
 
-    def check_rights(self, account: Account | None, namespace: str, what: str) -> Account:
+    def check_permissions(self, account: Account | None, namespace: str, what: str) -> Account:
         if account is None:
             raise HubError(401, "Invalid username or password.")
         if not account.may_write(namespace):

@@ -15,6 +15,7 @@ from born_again.models.lstm_lm import LstmLMForCausalLM
 
 WORDS = ["the", "cat", "<eos>", "sat", "<unk>", "on"]
 LABELS = ["a", "b", "c"]
+ENSEMBLE = {"average": "probabilities", "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}
 
 
 def network(kind: str, seed: int, **changes) -> torch.nn.Module:
@@ -40,12 +41,12 @@ def network(kind: str, seed: int, **changes) -> torch.nn.Module:
 
 
 def lineage(
-    folder: Path, networks: list, words: list[list[str]] | None = None, finished: int | None = None, **asked
+    folder: Path, networks: list, words: list[list[str]] | None = None, finished: int | None = None, **spec
 ) -> Path:
-    """A lineage's folder as a runner leaves it; `asked` is of the spec."""
+    """A lineage's folder as a runner leaves it; `spec` is of its LineageSpec."""
     students = len(networks) - 1
-    asked = {"name": "tiny", "model": "test", "dataset": "made", "objective": "ban+l", **asked}
-    manifest = Manifest.create(folder, LineageSpec(**asked, generations=students), {})
+    spec = {"name": "tiny", "model": "test", "dataset": "made", "objective": "ban+l", **spec}
+    manifest = Manifest.create(folder, LineageSpec(**spec, generations=students), {})
     for index, model in enumerate(networks):
         here = folder / f"gen{index}"
         if hasattr(model, "timm_model"):
@@ -71,6 +72,15 @@ def lineage(
         )
     manifest.save()
     return folder
+
+
+def add_ensemble(folder: Path, members: list[int]) -> None:
+    """Records an ensemble of language models as evaluated."""
+    manifest = Manifest.read(folder)
+    hashes = [manifest.generations[index]["weights_sha256"] for index in members]
+    record = {**ENSEMBLE, "members": members, "weights_sha256": hashes}
+    manifest.content.setdefault("ensembles", []).append(record)
+    manifest.save()
 
 
 def copy(source: Path, target: Path) -> Path:

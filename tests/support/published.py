@@ -5,9 +5,9 @@ from pathlib import Path
 
 from hub_server import HubServer
 from hub_store import Blob, Repository
-from lineage_folders import WORDS, lineage, network
+from lineage_folders import WORDS, add_ensemble, lineage, network
 
-from born_again.hub.files import ensemble_files, generation_card, generation_files, is_published, notes
+from born_again.hub.files import collection_notes, ensemble_files, generation_card, generation_files, is_published
 from born_again.lineage.folders import WEIGHTS_NAME
 from born_again.lineage.manifest import MANIFEST_NAME, Manifest, file_sha256
 
@@ -24,11 +24,7 @@ RENEWED = "The card points to the newest generation"
 def small_lineage(folder: Path) -> Path:
     """Finished and not published: publishing it makes REQUESTS."""
     lineage(folder, [network("gpt2", seed) for seed in range(2)], words=[WORDS] * 2)
-    manifest = Manifest.read(folder)
-    hashes = [record["weights_sha256"] for record in manifest.generations]
-    record = {"members": [0, 1], "average": "probabilities", "weights_sha256": hashes}
-    manifest.content["ensembles"] = [{**record, "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}]
-    manifest.save()
+    add_ensemble(folder, [0, 1])
     return folder
 
 
@@ -109,7 +105,7 @@ def check_published(hub: HubServer, folder: Path, others: int = 0) -> Manifest:
         _check_commit(hub, repo, "main", ensemble_files(manifest, manifest.content["ensembles"][-1]))
     (collection,) = hub.store.collections.values()
     assert collection.slug == held["collection"]["slug"] and collection.owner == held["namespace"]
-    assert [(item["id"], item["note"]) for item in collection.items] == list(notes(manifest).items())
+    assert [(item["id"], item["note"]) for item in collection.items] == list(collection_notes(manifest).items())
     assert [item["id"] for item in collection.items] == [*repos, *ensembles]
     return manifest
 

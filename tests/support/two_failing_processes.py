@@ -59,7 +59,7 @@ def failing_lineage(folder: Path, where: str) -> str:
 
         class Publisher:
             start = staticmethod(fail(ValueError("no token")))
-            leave = staticmethod(lambda: None)
+            detach = staticmethod(lambda: None)
 
         lineage.publisher = Publisher()
     if where == "sync" and PartialState().is_main_process:

@@ -1,17 +1,15 @@
 """What goes wrong on the Hub while a lineage trains: its weights are those of one that knows no Hub."""
 
 import gc
-import importlib.util
 import json
 import logging
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hub_fixtures import redirected
+from example_scripts import EXAMPLES, load_example
 from hub_server import HubServer
 from published import check_published, check_state, hidden, weights
 
@@ -19,27 +17,23 @@ from born_again import BornAgainTrainingArguments
 from born_again.data.images import load_images
 from born_again.hub.client import HubError
 from born_again.hub.files import unpublished
-from born_again.hub.launch import go_on, train
+from born_again.hub.launch import resume_lineage, train
 from born_again.hub.publishing import publish_lineage
 from born_again.lineage.arguments import parse_arguments
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "run_cifar.py"
+SCRIPT = EXAMPLES / "run_cifar.py"
 WORDS = (
     "--smoke --dataset digits --max_train_samples 32 --max_eval_samples 16 --generations 1 --num_train_epochs 1 "
     "--per_device_train_batch_size 16 --disable_tqdm True --bf16 False --threads 1 --name tiny"
 ).split()
 PUSH = ["--push_to_hub", "True", "--hub_namespace", "born-again"]
 DEFER = [*PUSH, "--hub_defer"]
-HOW_TO_FINISH = "Everything is trained and safe in {0}; to publish what is missing: born-again publish {0}"
+HOW_TO_FINISH = "Everything is trained and saved in {0}; to publish the rest: born-again publish {0}"
 
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("run_cifar", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_cifar"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return load_example("run_cifar")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def run(script):
         lineage, training = parse_arguments(
             (script.LineageArguments, BornAgainTrainingArguments), script.recipe, command
         )
-        go_on(lineage, training)
+        resume_lineage(lineage, training)
         runner = script.build_runner(script.lineage_spec(lineage, training), data, training, lineage)
         return runner, train(runner, training, "tiny")
 
@@ -71,17 +65,9 @@ def plain(run, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
 @pytest.fixture
-def fresh(server, monkeypatch, waits):
-    server.reset()
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    return server
+def fresh(logged_in_hub, waits):
+    return logged_in_hub
 
 
 def facts(folder):
@@ -205,7 +191,7 @@ def test_a_hub_that_refuses_connections_without_defer(fresh, run, plain, tmp_pat
     folder = tmp_path / "out"
     fresh.stop()
     try:
-        with pytest.raises(HubError, match="hub_defer|cannot be brought back"):
+        with pytest.raises(HubError, match="hub_defer|cannot be restored"):
             run(folder, *PUSH)
         assert not folder.exists() or not weights(folder) and hidden(folder) == []
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -221,7 +207,7 @@ def test_a_hub_that_refuses_connections_without_defer(fresh, run, plain, tmp_pat
 def test_a_preflight_that_fails_trains_nothing(fresh, run, tmp_path, endpoint, how):
     folder = tmp_path / "out"
     fresh.fail(endpoint, how)
-    with pytest.raises(HubError, match="hub_defer|cannot be brought back") as raised:
+    with pytest.raises(HubError, match="hub_defer|cannot be restored") as raised:
         run(folder, *PUSH)
     assert fresh.token not in str(raised.value) and ("hf auth login" in str(raised.value)) == (how == "401")
     assert not folder.exists() or {path.name for path in folder.iterdir()} <= {"lineage.json"}

@@ -2,17 +2,13 @@
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hub_fixtures import redirected
-from hub_server import HubServer
 from hub_views import card, files, repos, states
 from huggingface_hub import HfApi
-from lineage_folders import WORDS, lineage, network
 
 from born_again.cli import main
 from born_again.hub.client import HubError
@@ -22,47 +18,6 @@ from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 
 IMAGE_FILES = {"README.md", "config.json", "lineage.json", "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One for the module: a client that is made anew reads the certificates of the system for a tenth of a second."""
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
-@pytest.fixture
-def hub(server) -> HubServer:
-    server.reset()
-    return server
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return lineage(tmp_path_factory.mktemp("images") / "out", [network("image", seed) for seed in range(2)])
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    """A teacher, two students, and the ensemble of these."""
-    networks = [network("lstm", seed) for seed in range(3)]
-    folder = lineage(tmp_path_factory.mktemp("texts") / "out", networks, words=[WORDS] * 3)
-    manifest = Manifest.read(folder)
-    hashes = [record["weights_sha256"] for record in manifest.generations[1:]]
-    record = {"members": [1, 2], "average": "probabilities", "weights_sha256": hashes}
-    manifest.content["ensembles"] = [{**record, "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}]
-    manifest.save()
-    return folder
-
-
-@pytest.fixture
-def folder(images, tmp_path) -> Path:
-    return shutil.copytree(images, tmp_path / "out")
-
-
-@pytest.fixture
-def text_folder(texts, tmp_path) -> Path:
-    return shutil.copytree(texts, tmp_path / "out")
 
 
 # ---- Messages ----
@@ -82,7 +37,7 @@ def test_no_token_gets_into_a_message(logged_in_hub, folder, monkeypatch, caplog
     assert "Bearer *** and *** at 'https://storage/x'" in left["gen0"]
     for secret in (logged_in_hub.token, other, key):
         assert secret not in caplog.text and secret not in (folder / "lineage.json").read_text()
-    assert ("TypeError is no error of the Hub; it was raised in" in caplog.text) == (kind is TypeError)
+    assert ("TypeError is not an error of the Hub; it was raised in" in caplog.text) == (kind is TypeError)
     assert publish_lineage(folder) == {} and states(folder)[0]["message"] is None
 
 
@@ -107,7 +62,7 @@ def test_a_message_names_the_remedy(logged_in_hub, folder, caplog, endpoint, how
     left = publish_lineage(folder, "born-again")
     assert left["gen0"].endswith(remedy)
     assert f"Generation 0 of tiny is not published yet: {left['gen0']}" in caplog.text
-    assert "no error of the Hub" not in caplog.text
+    assert "not an error of the Hub" not in caplog.text
     assert publish_lineage(folder) == {}
 
 

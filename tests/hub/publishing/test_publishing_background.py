@@ -10,8 +10,6 @@ import threading
 import time
 
 import pytest
-from hub_fixtures import redirected
-from hub_server import HubServer
 from lineage_folders import lineage, network
 
 from born_again.hub import publishing
@@ -23,19 +21,6 @@ from born_again.report.figures import draw_curve
 
 SETTINGS = HubSettings("born-again")
 PATIENCE = 20.0  # seconds, of what takes one
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
-@pytest.fixture
-def hub(server):
-    server.reset()
-    yield server
-    server.reset()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +42,7 @@ def publisher():
     """Whatever a test leaves running ends with it."""
     publisher = BackgroundPublisher(SETTINGS)
     yield publisher
-    publisher.leave()
+    publisher.detach()
     if publisher._thread is not None:
         publisher._thread.join(PATIENCE)
         assert not publisher._thread.is_alive()
@@ -107,7 +92,9 @@ def test_a_hub_that_is_down_at_first(logged_in_hub, manifest, caplog):
     with caplog.at_level(logging.WARNING, "born_again"):
         publisher.start(manifest)
         until(lambda: "gen0" in saved(manifest) and saved(manifest)["gen0"] != "not tried yet")
-    assert "cannot be reached" in caplog.text and "Training goes on, and publishing is tried after each" in caplog.text
+    assert (
+        "cannot be reached" in caplog.text and "Training continues, and publishing is tried after each" in caplog.text
+    )
     logged_in_hub.clear_faults()
     end_training(manifest, publisher)
     assert publisher.finish() == {} == saved(manifest)
@@ -139,7 +126,7 @@ def test_without_defer_a_hub_that_says_no_is_an_error_before_the_training(logged
     with pytest.raises(HubError, match="got 'nobody', expected 'tester' .* publish later, with --hub_defer"):
         publisher.start(manifest)
     assert manifest.path.read_bytes() == before and logged_in_hub.store.repositories == {}
-    publisher.leave()  # as the runner does
+    publisher.detach()  # as the runner does
 
 
 @pytest.mark.parametrize("name", ["generation_files", "unpublished"])
@@ -158,7 +145,7 @@ def test_a_mistake_of_ours_ends_no_training(logged_in_hub, manifest, publisher, 
     assert publisher._thread.is_alive()
     if name == "generation_files":
         until(lambda: saved(manifest) == {"gen0": "a mistake. Try again later."})
-        until(lambda: "ZeroDivisionError is no error of the Hub; it was raised in" in caplog.text)
+        until(lambda: "ZeroDivisionError is not an error of the Hub; it was raised in" in caplog.text)
     end_training(manifest, publisher)
     assert publisher.finish() == {}
 
@@ -168,7 +155,7 @@ def test_who_has_left_writes_no_more(logged_in_hub, manifest, publisher):
     logged_in_hub.fail("commit", "slow", seconds=0.5)
     publisher.start(manifest)
     until(lambda: "commit" in logged_in_hub.made())
-    publisher.leave()
+    publisher.detach()
     content = manifest.path.read_bytes()
     publisher._thread.join(PATIENCE)
     assert manifest.path.read_bytes() == content and saved(manifest) == {"gen0": "the upload was cut short"}

@@ -7,8 +7,6 @@ import signal
 
 import hub_server
 import pytest
-from hub_fixtures import redirected
-from hub_server import HubServer
 from lineage_folders import lineage, network
 from publish_child import Children
 from published import REQUESTS, check_published, check_state, hidden, small_lineage, weights
@@ -29,24 +27,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
-@pytest.fixture(scope="module")
 def children(server, tmp_path_factory):
     children = Children(server.environment(), tmp_path_factory.mktemp("children") / "log")
     yield children
     children.close()
-
-
-@pytest.fixture
-def fresh(server, monkeypatch):
-    server.reset()
-    shutil.rmtree(server.home / "hub", ignore_errors=True)  # what was downloaded before would not be again
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    return server
 
 
 def kill(children):
@@ -92,34 +76,34 @@ POINTS = [
 
 
 @pytest.mark.parametrize(("index", "carried_out"), POINTS)
-def test_killed_at_a_request(fresh, children, made, tmp_path, index, carried_out):
+def test_killed_at_a_request(logged_in_hub, children, made, tmp_path, index, carried_out):
     folder = shutil.copytree(made, tmp_path / "out")
-    kill_at(fresh, children, lambda request: request.index == index, carried_out)
+    kill_at(logged_in_hub, children, lambda request: request.index == index, carried_out)
     status = children.run(publish=[str(folder), "born-again"])
-    assert status == KILLED and len(fresh.requests) == index + 1
-    check_killed(fresh, folder, weights(made))
-    heal(fresh, folder)
+    assert status == KILLED and len(logged_in_hub.requests) == index + 1
+    check_killed(logged_in_hub, folder, weights(made))
+    heal(logged_in_hub, folder)
 
 
-def test_killed_again_and_again(fresh, children, made, tmp_path):
+def test_killed_again_and_again(logged_in_hub, children, made, tmp_path):
     """At the third request of each start, then the fifth, and so on, until one start gets to the end."""
     folder = shutil.copytree(made, tmp_path / "out")
     starts = 0
     while True:
-        last = len(fresh.requests) + 4 + 2 * starts
-        fresh.clear_faults()
-        kill_at(fresh, children, lambda request, last=last: request.index == last, carried_out=starts % 2 == 0)
+        last = len(logged_in_hub.requests) + 4 + 2 * starts
+        logged_in_hub.clear_faults()
+        kill_at(logged_in_hub, children, lambda request, last=last: request.index == last, carried_out=starts % 2 == 0)
         status = children.run(publish=[str(folder), "born-again"])
-        check_killed(fresh, folder, weights(made))
+        check_killed(logged_in_hub, folder, weights(made))
         if status == 0:
             break
         assert status == KILLED
         starts += 1
     assert starts > 2
-    heal(fresh, folder)
+    heal(logged_in_hub, folder)
 
 
-def test_killed_in_the_middle_of_the_weights(fresh, children, tmp_path, monkeypatch):
+def test_killed_in_the_middle_of_the_weights(logged_in_hub, children, tmp_path, monkeypatch):
     """Of 19 MB, a fourth of one has been read."""
     folder = lineage(tmp_path / "out", [network("gpt2", seed, words=600_000) for seed in range(2)])
     before, read, cut = weights(folder), hub_server.Handler.read, []
@@ -133,10 +117,10 @@ def test_killed_in_the_middle_of_the_weights(fresh, children, tmp_path, monkeypa
 
     monkeypatch.setattr(hub_server.Handler, "read", read_some)
     assert children.run(publish=[str(folder), "born-again"]) == KILLED
-    assert fresh.made()[-1] == "lfs-batch" and cut  # the upload never came to be a request
-    assert fresh.store.repositories["model", "born-again/tiny-gen0"].objects == {}
-    check_killed(fresh, folder, before)
-    heal(fresh, folder)
+    assert logged_in_hub.made()[-1] == "lfs-batch" and cut  # the upload never came to be a request
+    assert logged_in_hub.store.repositories["model", "born-again/tiny-gen0"].objects == {}
+    check_killed(logged_in_hub, folder, before)
+    heal(logged_in_hub, folder)
 
 
 # ---- While training ----
@@ -175,19 +159,19 @@ def at(endpoint, repo):
         pytest.param("add-collection-item", 1, False, marks=pytest.mark.slow),
     ],
 )
-def test_killed_while_training(fresh, children, plain, tmp_path, endpoint, generation, carried_out):
+def test_killed_while_training(logged_in_hub, children, plain, tmp_path, endpoint, generation, carried_out):
     """The same command goes on to the same weights, and publishes what is missing."""
     folder = tmp_path / "out"
     command = [*WORDS, *PUSH, "--output_dir", str(folder)]
-    kill_at(fresh, children, at(endpoint, f"born-again/tiny-gen{generation}"), carried_out)
+    kill_at(logged_in_hub, children, at(endpoint, f"born-again/tiny-gen{generation}"), carried_out)
     assert children.run(train=command) == KILLED
-    fresh.clear_faults()
+    logged_in_hub.clear_faults()
     if (folder / "lineage.json").exists():
-        check_state(fresh, folder)
+        check_state(logged_in_hub, folder)
     assert children.run(train=command) == 0, children.log.read_text()[-4000:]
     check_trained(folder, plain)
     assert hidden(folder) == []
-    check_published(fresh, folder)
+    check_published(logged_in_hub, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -202,18 +186,18 @@ def test_killed_while_training(fresh, children, plain, tmp_path, endpoint, gener
         for generation in (0, 1)
     ],
 )
-def test_killed_while_it_is_brought_back(fresh, children, plain, tmp_path, endpoint, generation):
+def test_killed_while_it_is_brought_back(logged_in_hub, children, plain, tmp_path, endpoint, generation):
     """A lineage that was published, into a new folder: all of it or nothing."""
     published = shutil.copytree(plain, tmp_path / "published")
     assert publish_lineage(published, "born-again") == {}
-    folder, start = tmp_path / "out", len(fresh.requests)
+    folder, start = tmp_path / "out", len(logged_in_hub.requests)
     command = [*WORDS, *PUSH, "--output_dir", str(folder)]
     repo = f"born-again/tiny-gen{generation}"
-    kill_at(fresh, children, lambda request: request.index >= start and at(endpoint, repo)(request), False)
+    kill_at(logged_in_hub, children, lambda request: request.index >= start and at(endpoint, repo)(request), False)
     assert children.run(train=command) == KILLED
     assert not folder.exists() or set(hidden(folder)) == {path.name for path in folder.iterdir()}
-    fresh.clear_faults()
+    logged_in_hub.clear_faults()
     assert children.run(train=command) == 0, children.log.read_text()[-4000:]
     check_trained(folder, plain)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "published"} and hidden(folder) == []
-    check_published(fresh, folder)
+    check_published(logged_in_hub, folder)

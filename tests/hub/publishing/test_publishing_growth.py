@@ -6,28 +6,12 @@ import time
 
 import pytest
 import yaml
-from hub_fixtures import redirected
-from hub_server import HubServer
-from lineage_folders import lineage, network
+from lineage_folders import ENSEMBLE, add_ensemble, lineage, network
 from manifests import content, record, training
 
 from born_again.hub.files import HubSettings, is_published, unpublished
 from born_again.hub.publishing import HubPublisher, publish_lineage
 from born_again.lineage.manifest import Manifest
-
-ENSEMBLE = {"members": [0, 1], "average": "probabilities", "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
-@pytest.fixture
-def hub(server) -> HubServer:
-    server.reset()
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +34,6 @@ def grow(folder, made) -> None:
     manifest = Manifest.read(folder)
     manifest.content["spec"]["generations"] = 2
     manifest.generations.append(Manifest.read(made).generations[2])
-    manifest.save()
-
-
-def add_ensemble(folder, members) -> None:
-    manifest = Manifest.read(folder)
-    hashes = [manifest.generations[index]["weights_sha256"] for index in members]
-    ensembles = manifest.content.setdefault("ensembles", [])
-    ensembles.append({**ENSEMBLE, "members": members, "weights_sha256": hashes})
     manifest.save()
 
 
@@ -241,7 +217,7 @@ def test_a_generation_that_finishes_during_an_upload_waits_for_the_next_round(hu
         if repo.endswith("gen1"):
             manifest.update(2, status="finished")
             weights = [record["weights_sha256"] for record in manifest.generations[:2]]
-            manifest.content["ensembles"] = [{**ENSEMBLE, "weights_sha256": weights}]
+            manifest.content["ensembles"] = [{**ENSEMBLE, "members": [0, 1], "weights_sha256": weights}]
         return commit
 
     publisher._hub.upload = slow

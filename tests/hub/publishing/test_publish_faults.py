@@ -8,8 +8,6 @@ import shutil
 import time
 
 import pytest
-from hub_fixtures import redirected
-from hub_server import HubServer
 from huggingface_hub import get_session
 from published import (
     COLLECTION,
@@ -44,18 +42,9 @@ for index, endpoint in enumerate(REQUESTS):
         CASES.append(pytest.param(index, how, id=f"{index}-{endpoint}-{how}", marks=marks))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One for the module: a client that is made anew reads certificates for a tenth of a second."""
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
 @pytest.fixture
-def fresh(server, monkeypatch, waits):
-    server.reset()
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    return server
+def fresh(logged_in_hub, waits):
+    return logged_in_hub
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +191,7 @@ def test_slow_answers(fresh, folder, made, caplog):
 )
 def test_a_hub_that_goes_silent_is_not_waited_for_for_ever(fresh, folder, made, caplog, monkeypatch, endpoint):
     """What comes too late is carried out all the same, and must not undo or repeat what was done in between."""
-    monkeypatch.setattr("born_again.hub.client._SILENCE", HTTP_LIBRARY.Timeout(0.3))
+    monkeypatch.setattr("born_again.hub.client._TIMEOUT", HTTP_LIBRARY.Timeout(0.3))
     monkeypatch.setattr(get_session(), "timeout", HTTP_LIBRARY.Timeout(None))
     fresh.fail(endpoint, "slow", seconds=1.5)
     began = time.monotonic()

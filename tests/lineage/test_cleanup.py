@@ -7,7 +7,7 @@ import shutil
 import manifests
 import pytest
 
-from born_again.lineage.folders import clear_checkpoints_after, remove_leftovers, remove_what_served, tidy
+from born_again.lineage.folders import clean_up, remove_leftovers, remove_training_files, set_aside_later_checkpoints
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.manifest import Manifest
 
@@ -38,7 +38,7 @@ def test_leftovers_of_a_killed_run_are_deleted_and_nothing_else(tmp_path, caplog
         assert [path.name for path in remove_leftovers(manifest(folder))] == gone
     assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
-    assert ".gen12.partial, which a killed run left, is deleted" in caplog.text
+    assert ".gen12.partial, a leftover of a killed run, is deleted" in caplog.text
     assert remove_leftovers(manifest(folder)) == [] and remove_leftovers(manifest(tmp_path / "nothing")) == []
 
 
@@ -50,7 +50,7 @@ def test_a_leftover_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, 
     (tmp_path / ".lineage.json.abcdefgh").write_text("")
     monkeypatch.setattr(shutil, "rmtree", refuse)
     assert [path.name for path in remove_leftovers(manifest(tmp_path))] == [".lineage.json.abcdefgh"]
-    assert ".gen0.partial, which a killed run left, cannot be deleted (Permission denied)" in caplog.text
+    assert ".gen0.partial, a leftover of a killed run, cannot be deleted (Permission denied)" in caplog.text
 
 
 def test_temporary_files_of_the_ensemble_are_deleted_and_its_own_are_not(tmp_path):
@@ -88,8 +88,8 @@ def test_answers_of_a_teacher_that_teaches_no_more_are_deleted(tmp_path, newest)
 def test_what_served_a_generation_goes_with_it(tmp_path, keep):
     for name in ("teacher_cache/a1", "checkpoints/gen1/checkpoint-2", "checkpoints/gen2/checkpoint-1", "gen1"):
         (tmp_path / name).mkdir(parents=True)
-    remove_what_served(tmp_path, 1, keep_checkpoints=keep)
-    remove_what_served(tmp_path, 1, keep_checkpoints=keep)
+    remove_training_files(tmp_path, 1, keep_checkpoints=keep)
+    remove_training_files(tmp_path, 1, keep_checkpoints=keep)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "gen1"]
     assert (tmp_path / "checkpoints" / "gen1").exists() == keep and (tmp_path / "checkpoints" / "gen2").exists()
 
@@ -99,17 +99,17 @@ def test_an_empty_folder_of_checkpoints_goes_too(tmp_path, left):
     (tmp_path / "checkpoints").mkdir()
     for name in left:
         (tmp_path / "checkpoints" / name).mkdir()
-    tidy(manifest(tmp_path, manifests.record(0, checkpoints=[])))
+    clean_up(manifest(tmp_path, manifests.record(0, checkpoints=[])))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_lineage_is_left_alone_while_another_run_holds_it(tmp_path):
     (tmp_path / ".gen0.partial").mkdir()
     with FolderLock(tmp_path):
-        tidy(manifest(tmp_path))
+        clean_up(manifest(tmp_path))
         assert (tmp_path / ".gen0.partial").exists()
     (tmp_path / LOCK_NAME).write_text("{}")  # of a killed run
-    tidy(manifest(tmp_path))
+    clean_up(manifest(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_what_a_kill_left_half_written_is_deleted(tmp_path, caplog):
     folder = tmp_path / "gen1"
     checkpoint(folder, 2, without=("trainer_state.json",))
     (checkpoint(folder, 4) / "trainer_state.json").write_text('{"global_')
-    clear_checkpoints_after(folder, None, [])
+    set_aside_later_checkpoints(folder, None, [])
     assert list(tmp_path.rglob("*")) == [folder] and caplog.text == ""
 
 
@@ -137,11 +137,11 @@ def test_after_a_whole_checkpoint_only_what_a_kill_left_half_written_is_deleted(
     checkpoint(folder, 10, without=("optimizer.pt",))
     checkpoint(folder, 12, without=("trainer_state.json",))
     (folder / "checkpoint-x").mkdir()
-    clear_checkpoints_after(folder, folder / "checkpoint-4", ["checkpoint-10"])
+    set_aside_later_checkpoints(folder, folder / "checkpoint-4", ["checkpoint-10"])
     assert sorted(path.name for path in folder.iterdir()) == [*names, "checkpoint-x"]
     aside = tmp_path / "gen1.replaced-1"
     assert [path.name for path in aside.iterdir()] == ["checkpoint-10"]
-    assert "checkpoint-10 cannot be gone on from" in caplog.text and "step 0" not in caplog.text
+    assert "checkpoint-10 cannot be resumed from" in caplog.text and "step 0" not in caplog.text
 
 
 def test_checkpoints_in_folders_of_other_names_are_moved_aside(tmp_path, caplog):
@@ -150,11 +150,11 @@ def test_checkpoints_in_folders_of_other_names_are_moved_aside(tmp_path, caplog)
     checkpoint(folder, 5).rename(folder / "ckpt_5")
     checkpoint(folder, 10).rename(folder / "checkpoint-10.good")
     (folder / "runs").mkdir()
-    clear_checkpoints_after(folder, None, ["checkpoint-5", "checkpoint-10"])
+    set_aside_later_checkpoints(folder, None, ["checkpoint-5", "checkpoint-10"])
     assert [path.name for path in folder.iterdir()] == ["runs"]
     aside = tmp_path / "gen1.replaced-1"
     assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-10.good", "ckpt_5"]
-    assert "is called otherwise than Trainer calls a checkpoint" in caplog.text
+    assert "does not have the name of a checkpoint" in caplog.text
     assert "begins again at step 0" in caplog.text
 
 
@@ -171,10 +171,10 @@ def test_what_may_hold_trained_work_is_moved_aside(tmp_path, caplog, wrong, reco
     folder = tmp_path / "gen1"
     before = sorted(path.name for path in checkpoint(folder, 8, **wrong).iterdir())
     (tmp_path / "gen1.replaced-1").mkdir()
-    clear_checkpoints_after(folder, None, ["checkpoint-8"] if recorded else [])
+    set_aside_later_checkpoints(folder, None, ["checkpoint-8"] if recorded else [])
     kept = tmp_path / "gen1.replaced-2" / "checkpoint-8"
     assert sorted(path.name for path in kept.iterdir()) == before and list(folder.iterdir()) == []
-    assert "checkpoint-8 cannot be gone on from (" in caplog.text and "begins again at step 0" in caplog.text
+    assert "checkpoint-8 cannot be resumed from (" in caplog.text and "begins again at step 0" in caplog.text
     assert f"it is kept as {os.path.join('gen1.replaced-2', 'checkpoint-8')}" in caplog.text
 
 
@@ -184,10 +184,10 @@ def test_another_layout_is_moved_aside_after_a_whole_checkpoint_too(tmp_path, ca
     (folder / "checkpoint-8" / "optimizer_0").mkdir(parents=True)  # as a sharded engine writes it
     checkpoint(folder, "0010")
     (folder / "checkpoint-12").symlink_to(whole)
-    clear_checkpoints_after(folder, whole, [])
+    set_aside_later_checkpoints(folder, whole, [])
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-4"]
     assert sorted(path.name for path in (tmp_path / "gen1.replaced-1").iterdir()) == [
         "checkpoint-0010",
         "checkpoint-8",
     ]
-    assert "holds files that are none of a checkpoint's" in caplog.text and "step 0" not in caplog.text
+    assert "holds files that do not belong to a checkpoint" in caplog.text and "step 0" not in caplog.text

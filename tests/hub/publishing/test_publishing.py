@@ -2,14 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-from hub_fixtures import redirected
-from hub_server import HubServer
 from hub_store import Blob
 from hub_views import card, files, repos, states, titles
-from lineage_folders import WORDS, lineage, network
 
 from born_again.hub.client import HubError
 from born_again.hub.files import HubSettings
@@ -26,47 +22,6 @@ IMAGE_FILES = {
     "modeling_wide_resnet_cifar.py",
     "wide_resnet_cifar.py",
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One for the module: a client that is made anew reads the certificates of the system for a tenth of a second."""
-    with HubServer(tmp_path_factory.mktemp("hub_home")) as server, redirected(server):
-        yield server
-
-
-@pytest.fixture
-def hub(server) -> HubServer:
-    server.reset()
-    return server
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return lineage(tmp_path_factory.mktemp("images") / "out", [network("image", seed) for seed in range(2)])
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    """A teacher, two students, and the ensemble of these."""
-    networks = [network("lstm", seed) for seed in range(3)]
-    folder = lineage(tmp_path_factory.mktemp("texts") / "out", networks, words=[WORDS] * 3)
-    manifest = Manifest.read(folder)
-    hashes = [record["weights_sha256"] for record in manifest.generations[1:]]
-    record = {"members": [1, 2], "average": "probabilities", "weights_sha256": hashes}
-    manifest.content["ensembles"] = [{**record, "metrics": {"test": {"nll": 1.0, "perplexity": 8.0}}}]
-    manifest.save()
-    return folder
-
-
-@pytest.fixture
-def folder(images, tmp_path) -> Path:
-    return shutil.copytree(images, tmp_path / "out")
-
-
-@pytest.fixture
-def text_folder(texts, tmp_path) -> Path:
-    return shutil.copytree(texts, tmp_path / "out")
 
 
 # ---- Preflight ----
