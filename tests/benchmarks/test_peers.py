@@ -104,7 +104,7 @@ def test_a_peer_that_fails_stands_in_the_table(peers):
     assert "does not run: ModuleNotFoundError" in lines[4]
     assert lines[3].startswith("| quick | 22 | 15 | 30 | 0.375 | 0.375 | 50 | 1 | eval | exact | exact |")
     assert peers.goals(results, "equal") == (
-        "at equal precision: ours is 2.67 x the fastest peer (quick) "
+        "at equal precision: born_again is 2.67 x the fastest peer (quick) "
         "and takes 2.00 x the memory of the smallest (quick)"
     )
 
