@@ -119,7 +119,18 @@ def test_a_published_generation_teaches_another_lineage(logged_in_hub, script, t
     labels = [str(digit) for digit in range(10)]
     first = lineage(tmp_path / "first", [network("image", seed, labels=labels) for seed in range(2)], name="first")
     assert publish_lineage(first, "born-again") == {}
-    words = [*DIGITS, "--generations", "1", "--name", "second", "--teacher", "born-again/first-gen1", *PUSH]
+    words = [
+        *DIGITS,
+        "--image_size",
+        "32",
+        "--generations",
+        "1",
+        "--name",
+        "second",
+        "--teacher",
+        "born-again/first-gen1",
+        *PUSH,
+    ]
     assert script.start(words) == 0
     assert script.trained == ["gen1"]
     folder = tmp_path / "outputs" / "second"
