@@ -87,8 +87,8 @@ def render_views(
     pixels: torch.Tensor,
     samples: torch.Tensor,
     views: torch.Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     padding: int = PADDING,
 ) -> torch.Tensor:
     """Crop, mirror and normalise the given view of each sample, the whole batch at once.

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -86,11 +86,11 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> datasets.Data
     saved = (folder / "dataset_dict.json").is_file()
     try:
         if saved:
-            return _load(name, lambda: datasets.load_from_disk(str(folder)))
+            return cast(datasets.DatasetDict, _load(name, lambda: datasets.load_from_disk(str(folder))))
         builder = _load(name, lambda: datasets.load_dataset_builder(str(folder)))
         _check_splits_apart(name, builder)
         _load(name, builder.download_and_prepare)
-        return _load(name, builder.as_dataset)
+        return cast(datasets.DatasetDict, _load(name, builder.as_dataset))
     except FileNotFoundError as error:
         raise ValueError(
             f"--dataset {name!r} is a folder in which `datasets` finds no data ({error}); expected parquet files or "
@@ -147,7 +147,7 @@ def resolved_revision(checksums: Mapping[str, object] | None, revision: str | No
     return revision
 
 
-def choose_splits(name: str, splits: Mapping[str, datasets.Dataset]) -> tuple[str, str]:
+def choose_splits(name: str, splits: Mapping[Any, datasets.Dataset]) -> tuple[str, str]:
     """Names of the training and the test split.
 
     Raises:
@@ -352,7 +352,7 @@ def decode_images(
     with tqdm(
         total=len(encoded), desc=f"Reading {split}", unit="img", disable=len(encoded) < _PROGRESS_FROM or None
     ) as progress:
-        for table in encoded.with_format("arrow").iter(batch_size=_DECODE_CHUNK):
+        for table in cast(Any, encoded.with_format("arrow")).iter(batch_size=_DECODE_CHUNK):  # of pyarrow
             for item in table[column].to_pylist():
                 try:
                     pixels[position], is_transparent, found = read_image(item, feature, image_size)
@@ -393,7 +393,7 @@ class ReadImage(NamedTuple):
     wide: tuple[float, float] | None
 
 
-def read_image(item: Mapping[str, bytes | str | None] | None, feature: datasets.Image, size: int) -> ReadImage:
+def read_image(item: dict[str, Any] | None, feature: datasets.Image, size: int) -> ReadImage:
     """Decodes an image, converts it as `to_rgb` does, and resizes it to a square with Pillow's bilinear filter.
 
     Args:
@@ -437,7 +437,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _to_rgb(image)[0]
 
 
-def _open(item: Mapping[str, bytes | str | None]) -> Image.Image:
+def _open(item: dict[str, Any]) -> Image.Image:
     if item["bytes"] is not None:
         return Image.open(io.BytesIO(item["bytes"]))
     if is_local_path(item["path"]):
@@ -456,7 +456,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool, tuple[float, float] 
     elif image.mode != "RGB" or "transparency" in image.info:
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            is_transparent = image.getextrema()[3][0] < 255
+            is_transparent = cast(tuple, image.getextrema())[3][0] < 255
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB"), is_transparent, wide
 
@@ -491,7 +491,7 @@ def _to_8_bits(image: Image.Image) -> tuple[np.ndarray, tuple[float, float]]:
             )
         return values.astype(np.uint8), (largest, 255)
     # Pillow does not scale the 12 bits of a TIFF file.
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if hasattr(image, "tag_v2") else 16
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
     return (values >> (bits - 8)).astype(np.uint8), (largest, 2**bits - 1)
 
 

@@ -114,7 +114,7 @@ class ImageDataset(Dataset):
         """SHA-256, hexadecimal, of everything that the input of a cache key depends on; not of seed and epoch."""
         facts = f"{tuple(self.pixels.shape)} {self.mean} {self.std} {self.flip} {self.padding}"
         digest = hashlib.sha256(facts.encode())
-        digest.update(self.pixels.cpu().contiguous().numpy())
+        digest.update(self.pixels.cpu().contiguous().numpy())  # pyright: ignore[reportArgumentType]
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ class ImageDataset(Dataset):
         chosen = torch.stack([samples, self.views(samples)])  # (2, B)
         there, views = chosen.to(self.pixels.device, non_blocking=True)
         pixel_values = render_views(self.pixels, there, views, self.mean, self.std, self.padding)
-        batch = {"pixel_values": pixel_values, "labels": self.labels.index_select(0, there)}
+        batch: dict[str, Any] = {"pixel_values": pixel_values, "labels": self.labels.index_select(0, there)}
         if self.emit_view_keys:
             batch[VIEW_KEYS] = (chosen[0] * count_views(self.flip, self.padding) + chosen[1]).numpy()
         return batch
@@ -165,7 +165,9 @@ def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]
             f"batch is {batch!r:.80}; expected a whole batch or a list of samples: in a Trainer, set "
             "remove_unused_columns=False in its arguments"
         )
-    stacked = {name: torch.stack([sample[name] for sample in batch]) for name in batch[0] if name != VIEW_KEYS}
+    stacked: dict[str, Any] = {
+        name: torch.stack([sample[name] for sample in batch]) for name in batch[0] if name != VIEW_KEYS
+    }
     if VIEW_KEYS in batch[0]:
         stacked[VIEW_KEYS] = np.stack([sample[VIEW_KEYS] for sample in batch])
     stacked["pixel_values"] = stacked["pixel_values"].contiguous(memory_format=torch.channels_last)

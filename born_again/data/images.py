@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ def _read_digits(
         raise ImportError(
             "--dataset digits is carried by scikit-learn, which is missing: pip install scikit-learn"
         ) from error
-    bunch = load_digits()
+    bunch: Any = load_digits()
     labels = bunch.target.astype(np.int64)
     levels = bunch.images.astype(np.int64)  # (1797, 8, 8), 0 ... 16
     grey = ((levels * 255 + 8) // 16).astype(np.uint8)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class TokenStreams(Dataset):
     def cache_fingerprint(self) -> str:
         """SHA-256, hexadecimal, of everything that the input of a cache key depends on."""
         digest = hashlib.sha256(f"{self.streams} {self.window} {self.length}".encode())
-        digest.update(self._inputs.cpu().numpy())
+        digest.update(self._inputs.cpu().numpy())  # pyright: ignore[reportArgumentType]
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -115,7 +116,10 @@ class TokenStreams(Dataset):
             )
         place = slice(first * self.window, (first + 1) * self.window)
         streams = rows % self.streams
-        batch = {"input_ids": self._inputs[:, place][streams], "labels": self._labels[:, place][streams]}
+        batch: dict[str, Any] = {
+            "input_ids": self._inputs[:, place][streams],
+            "labels": self._labels[:, place][streams],
+        }
         if self.emit_view_keys:
             batch[VIEW_KEYS] = rows.numpy().copy()
         return batch
@@ -140,5 +144,7 @@ def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor
             f"batch is {batch!r:.80}; expected a ready batch or a list of windows of one length: use batches of as "
             "many rows as there are streams, in order, and in a Trainer remove_unused_columns=False in its arguments"
         )
-    stacked = {name: torch.stack([item[name] for item in batch]) for name in batch[0] if name != VIEW_KEYS}
+    stacked: dict[str, Any] = {
+        name: torch.stack([item[name] for item in batch]) for name in batch[0] if name != VIEW_KEYS
+    }
     return {**stacked, VIEW_KEYS: np.stack([item[VIEW_KEYS] for item in batch])} if VIEW_KEYS in batch[0] else stacked

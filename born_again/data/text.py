@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -280,6 +280,7 @@ def _read_tables(name: str, source: str, text_column: str | None, revision: str 
             f"--dataset {name!r} is refused by `datasets` ({error}); expected readable tables and one configuration: "
             f"for a script on the Hub try the revision {_PTB_REVISION!r}, or save train.txt, valid.txt and test.txt"
         ) from error
+    tables = cast(Mapping[str, datasets.Dataset], tables)
     missing = [split for split in SPLITS if split not in tables]
     if missing:
         raise ValueError(
@@ -287,7 +288,9 @@ def _read_tables(name: str, source: str, text_column: str | None, revision: str 
             f"{', '.join(missing)} is missing: rename or make it (Dataset.train_test_split, then save as parquet)"
         )
     features = tables["train"].features
-    columns = [name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")]
+    columns: list[str] = [
+        name for name in features if getattr(features[name], "dtype", "") in ("string", "large_string")
+    ]
     column = text_column or (columns[0] if len(columns) == 1 else None)
     if column not in columns:
         raise ValueError(
@@ -348,7 +351,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The tokens of `tokenizer`, by id."""
-    return tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return list(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
 
 
 # ---- Coverage of the vocabulary ----

@@ -267,15 +267,18 @@ class BackgroundPublisher:
         Returns:
             What is not published, from its name to the reason.
         """
+        thread, publisher = self._thread, self._publisher
+        if thread is None or publisher is None:
+            return {}  # it was not started
         self._ends.set()
         self._wake.set()
-        while self._thread.is_alive() and not stop():
-            self._thread.join(_POLL_SECONDS)
-        if self._thread.is_alive():
+        while thread.is_alive() and not stop():
+            thread.join(_POLL_SECONDS)
+        if thread.is_alive():
             self.detach()
-        elif unpublished(self._publisher.manifest) and not stop():
-            self._publisher.publish()
-        return unpublished(self._publisher.manifest)
+        elif unpublished(publisher.manifest) and not stop():
+            publisher.publish()
+        return unpublished(publisher.manifest)
 
     def detach(self) -> None:
         """Ends without waiting, and stops writing to the manifest; for a training that ends early."""
@@ -371,5 +374,5 @@ def _mark_outdated_cards(settings: HubSettings, held: Mapping[str, Any]) -> dict
     return {name: {**value, **again} if name in ("ensemble", "collection") else value for name, value in held.items()}
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _sha256(content: bytes | Path) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()

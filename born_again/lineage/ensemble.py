@@ -165,7 +165,7 @@ class LineageEnsemble(nn.Module):
             OSError: the Hub has no such repository, or cannot be reached.
         """
         if not Path(path_or_repo).exists() and is_repo_id(str(path_or_repo)):
-            path = Path(cached_file(str(path_or_repo), ENSEMBLE_NAME, revision=revision))
+            path = Path(str(cached_file(str(path_or_repo), ENSEMBLE_NAME, revision=revision)))
             members, average = read_ensemble(path, from_hub=True)
             return cls(None, members, average, sequential)
         path = Path(path_or_repo).resolve() / ENSEMBLE_NAME
@@ -298,7 +298,7 @@ class LineageEnsemble(nn.Module):
         members = ", ".join(member.weights_sha256[:12] for member in self.members)
         return f"average={self.average!r}, members=[{members}], own_pixels={self._renormalizations}"
 
-    def _first_network(self) -> nn.Module:
+    def _first_network(self) -> Any:
         return (self._skeleton or self.networks)[0]
 
     def _predict(

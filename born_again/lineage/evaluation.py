@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from born_again.teacher.preprocessing import (
     preprocessing_of_network,
     renormalized,
 )
+
+if TYPE_CHECKING:
+    from born_again.data.streams import TokenStreams
 
 
 def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
@@ -82,11 +86,12 @@ def evaluate_classifier(
     Returns:
         Fractions (accuracy, error, top5_accuracy from 6 classes on, ece) and nats per item (nll).
     """
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     metrics = classification_metrics()
     given, own = preprocessing_of_dataset(dataset), preprocessing_of_network(model)
-    is_known = given is not None and own is not None and own.is_certain
-    change = Renormalization.between(given, own) if is_known else None
+    change = None
+    if given is not None and own is not None and own.is_certain:
+        change = Renormalization.between(given, own)
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         labels = batch.pop("labels")
         inputs = renormalized({name: value.to(device) for name, value in batch.items()}, change)
@@ -97,7 +102,7 @@ def evaluate_classifier(
 
 @torch.no_grad()
 def evaluate_language_model(
-    model: nn.Module, streams: Dataset, device: torch.device | str = "cpu"
+    model: nn.Module, streams: TokenStreams, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
     """Negative log-likelihood and perplexity of a language model, each token with the same weight.
 

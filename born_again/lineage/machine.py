@@ -11,7 +11,7 @@ import pickle
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +243,7 @@ def check_computation(here: Mapping[str, Any], index: int, record: Mapping[str, 
         )
 
 
-def computation_warning(here: Mapping[str, Any], records: list[Mapping[str, Any]]) -> str | None:
+def computation_warning(here: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
     """How the computation differs from that of the lineage so far, as text; None where it does not.
 
     Args:

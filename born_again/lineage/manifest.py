@@ -49,8 +49,8 @@ def is_repo_id(value: Any) -> bool:
 # ---- The schema; the description of a field is what an error says was expected ----
 
 
-def _object_of(kind: Any) -> Any:
-    """JSON objects with values of one type; stops at the first error, which pydantic does in lists only."""
+def _values_of(kind: Any) -> AfterValidator:
+    """All values of an object are of one type; stops at the first error, which pydantic does in lists only."""
     adapter = TypeAdapter(kind, config=ConfigDict(strict=True))
 
     def check(values: dict[str, Any]) -> dict[str, Any]:
@@ -58,15 +58,16 @@ def _object_of(kind: Any) -> Any:
             adapter.validate_python(value)
         return values
 
-    return Annotated[dict[str, Any], AfterValidator(check)]
+    return AfterValidator(check)
 
 
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
-_Numbers = _object_of(float | None)
-_Metrics = _object_of(_Numbers)
+_Numbers = Annotated[dict[str, Any], _values_of(float | None)]
+_Metrics = Annotated[dict[str, Any], _values_of(_Numbers)]
+_MISSING: Any = None  # the value of a field that may be missing, but not null
 
 _TEXT = "a text that is not empty"
 _COUNT = "a whole number of 0 or more"
@@ -101,8 +102,8 @@ class _HubState(_Fields):
 class _Hub(_Fields):
     namespace: _Text = Field(description=_TEXT)
     pattern: _Text = Field(description=_TEXT)
-    ensemble: _HubState = Field(None, description=_HUB_STATE)
-    collection: _HubState = Field(None, description=_HUB_STATE)
+    ensemble: _HubState = Field(_MISSING, description=_HUB_STATE)
+    collection: _HubState = Field(_MISSING, description=_HUB_STATE)
 
 
 class _Restart(_Fields):
@@ -121,7 +122,7 @@ class _Finished(_Fields):
     seed: int | None = Field(description="a whole number, or null where it is not known")
     objective: _Text = Field(description=_TEXT)
     seconds: Annotated[float, Field(ge=0)] = Field(description="a number of 0 or more")
-    versions: _object_of(str) = Field(description="an object of texts")
+    versions: Annotated[dict[str, Any], _values_of(str)] = Field(description="an object of texts")
     parent: Any = Field(description="the generation that taught it")
     hardware: str = Field("", description="a text")
     hub: _HubState | None = Field(None, description=f"{_HUB_STATE}, or null")
@@ -131,7 +132,7 @@ class _Finished(_Fields):
     steps: _Count = Field(0, description=_COUNT)
     checkpoints: _Texts = Field([], description="a list of texts")
     source: dict[str, Any] = Field({}, description="an object")
-    computation: _Computation = Field(None, description="an object with mixed_precision, a text")
+    computation: _Computation = Field(_MISSING, description="an object with mixed_precision, a text")
     peak_memory_mib: _Count | None = Field(None, description=f"{_COUNT}, or null")
 
 
@@ -159,7 +160,7 @@ class _Manifest(_Fields):
     generations: list[Any] = Field(description="a list")
     ensembles: list[Any] = Field([], description="a list")
     hub: dict[str, Any] = Field({}, description="an object")
-    restart: _Restart = Field(None, description=f"an object with from_generation, {_COUNT}")
+    restart: _Restart = Field(_MISSING, description=f"an object with from_generation, {_COUNT}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -215,9 +216,10 @@ def _check_fields(model: type[_Fields], values: Any, place: str = "") -> None:
     try:
         model.model_validate(values)
     except ValidationError as error:
-        name = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0]
+        name = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
         got = [values[name]] if name in values else []
-        raise _FieldError(f"{place}.{name}" if place else name, model.model_fields[name].description, *got) from None
+        expected = model.model_fields[name].description or ""
+        raise _FieldError(f"{place}.{name}" if place else name, expected, *got) from None
 
 
 def _check_spec(path: Path, content: Mapping[str, Any]) -> None:

@@ -205,8 +205,8 @@ class LineageRunner:
             on_first_process(lambda: remove_leftovers(self.manifest))
             try:
                 self._restart()
-                if self.publisher is not None:
-                    on_first_process(lambda: self.publisher.start(self.manifest))
+                if (publisher := self.publisher) is not None:
+                    on_first_process(lambda: publisher.start(self.manifest))
                 self._run()
                 if self.publisher is not None and self._processes.is_main_process:
                     self.unpublished = self.publisher.finish(stop=lambda: self._stop_signals.signum)
@@ -225,9 +225,10 @@ class LineageRunner:
         return self.manifest
 
     def _restart(self) -> None:
-        if self.from_generation is None:
+        index = self.from_generation
+        if index is None:
             return
-        on_first_process(lambda: restart_from(self.manifest, self.from_generation))
+        on_first_process(lambda: restart_from(self.manifest, index))
         self.manifest, self.from_generation = self._open(), None
 
     def _run(self) -> None:
@@ -241,9 +242,10 @@ class LineageRunner:
             if signum is not None:
                 raise Interrupted(signum, f"before generation {index}: {self._resume_hint()}")
             self._train(index)
-        for members in missing_ensembles(self.manifest, self.ensembles):
-            evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
-            self._save_manifest()
+        if self.evaluate is not None:
+            for members in missing_ensembles(self.manifest, self.ensembles):
+                evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
+                self._save_manifest()
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)
         if restarted is not None:
@@ -323,7 +325,7 @@ class LineageRunner:
         )
         has_own_peak = reset_peak_memory()
         set_seed(generation.seed)
-        if generation.objective == EXTERNAL:
+        if generation.objective == EXTERNAL and self.take_teacher is not None:
             logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
@@ -339,7 +341,7 @@ class LineageRunner:
         trainer = self._trainer(student, teacher, generation)
         self._check_trainer(index, trainer)
         self._begin(generation, {"computation": computation_of(trainer)})
-        record = self.manifest.record(index)
+        record = self.manifest.generations[index]
         if generation.parent is None:
             self._normalize_loss(trainer, record)
         keeper = RecordProgress(

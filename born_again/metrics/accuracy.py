@@ -51,6 +51,6 @@ class Accuracy(SummingMetric):
 
     def _result(self) -> dict[str, float]:
         values = {"accuracy": self.first / self.items, "error": (self.items - self.first) / self.items}
-        if self.num_classes > _TOP:
+        if self.num_classes is not None and self.num_classes > _TOP:
             values["top5_accuracy"] = self.among_top / self.items
         return values

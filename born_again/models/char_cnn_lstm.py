@@ -106,6 +106,7 @@ class CharCnnLstmForCausalLM(RecurrentLM):
     """
 
     config_class = CharCnnLstmConfig
+    characters: Tensor
 
     def __init__(self, config: CharCnnLstmConfig) -> None:
         super().__init__(config)

@@ -17,12 +17,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_arch_name, get_pretrained_cfg
+from timm.models import PretrainedCfg, get_arch_name, get_pretrained_cfg
 from torch import nn
 from transformers import PreTrainedConfig, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -117,7 +117,7 @@ def create_image_classifier(
     network = timm.create_model(name, num_classes=len(labels), **model_args)
     input_config = _input_config(network, model_args)
     channels, *sides = input_config["input_size"]
-    defaults = network.pretrained_cfg
+    defaults = cast(dict[str, Any], network.pretrained_cfg)
     config = TimmWrapperConfig.from_dict(
         {
             "architecture": name,
@@ -186,7 +186,7 @@ def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
             ) from error
         # A wrong size can raise anything, anywhere.
         except Exception as error:
-            own = get_pretrained_cfg(name).input_size[-1]
+            own = cast(PretrainedCfg, get_pretrained_cfg(name)).input_size[-1]
             raise ValueError(
                 f"image_size={image_size}: {name} cannot read images of {image_size} x {image_size} pixels "
                 f"({type(error).__name__}: {str(error)[:300]}); give --image_size {own}, for which it is made, or "
@@ -199,7 +199,7 @@ def _input_config(network: nn.Module, model_args: dict[str, Any]) -> dict[str, A
     if hasattr(timm.models, "get_model_input_config"):
         return timm.models.get_model_input_config(network)
     # Older timm: pretrained_cfg is that of the architecture, whatever its arguments.
-    own = network.pretrained_cfg
+    own = cast(dict[str, Any], network.pretrained_cfg)
     channels, *sides = own["input_size"]
     size = model_args.get("img_size") or sides
     return {
@@ -216,7 +216,7 @@ def _with_image_size(name: str, image_size: int | None, model_args: dict[str, An
         raise ValueError(
             f"image_size={image_size!r} is the side of the images in pixels; give a whole number above 0."
         )
-    own = get_pretrained_cfg(name)
+    own = cast(PretrainedCfg, get_pretrained_cfg(name))
     requested = model_args.get("img_size")
     if requested not in (None, image_size, [image_size] * 2, (image_size, image_size)):
         raise ValueError(
@@ -299,7 +299,7 @@ def _load(source: str, revision: str | None) -> tuple[TimmWrapperForImageClassif
     if is_folder:
         check_size(lambda: TimmWrapperForImageClassification(config), Path(source))
     own = {"config": config} if is_timms else {}  # transformers would read what timm has written as it stands
-    model, report = TimmWrapperForImageClassification.from_pretrained(
+    model, report = cast(Any, TimmWrapperForImageClassification).from_pretrained(  # not annotated as a tuple
         source, revision=revision, use_safetensors=True, output_loading_info=True, **own
     )
     return model, settings, report

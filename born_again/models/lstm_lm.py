@@ -76,6 +76,11 @@ class LstmLayer(nn.LSTM):
         dropconnect: probability at which a recurrent weight is dropped, drawn once for a call.
     """
 
+    weight_ih_l0: Tensor
+    weight_hh_l0: Tensor
+    bias_ih_l0: Tensor
+    bias_hh_l0: Tensor
+
     def __init__(self, inputs: int, units: int, dropconnect: float = 0.0) -> None:
         super().__init__(inputs, units, batch_first=True)
         self.dropconnect = dropconnect
@@ -90,16 +95,16 @@ class LstmLayer(nn.LSTM):
         Returns:
             (batch, time, units), and the state after the last step.
         """
-        state = tuple(part.unsqueeze(0) for part in state)  # (1, batch, units)
+        hidden, cell = (part.unsqueeze(0) for part in state)  # (1, batch, units)
         dropconnect = self.training and self.dropconnect > 0
         in_float32 = not computes_lstm(x.device, requested_dtype(x), torch.is_grad_enabled())
         if dropconnect or in_float32:
             # nn.LSTM keeps its own list of weights, so other ones cannot be put in their place.
             recurrent = F.dropout(self.weight_hh_l0, self.dropconnect) if dropconnect else self.weight_hh_l0
             weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]
-            out, h, c = lstm(x, state, weights, self.training, in_float32)
+            out, h, c = lstm(x, (hidden, cell), weights, self.training, in_float32)
         else:
-            out, (h, c) = super().forward(x, state)
+            out, (h, c) = super().forward(x, (hidden, cell))
         return out, (h.squeeze(0), c.squeeze(0))
 
 
@@ -238,7 +243,7 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, nn.Embedding | nn.Linear):
             init.uniform_(module.weight, -self.config.initializer_range, self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
 
     # ---- generate() ----
@@ -280,7 +285,7 @@ class RecurrentLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids[:, -1:], "state": state}
 
     def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, outputs: RecurrentLMOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         # From version 5.24 on transformers carries nothing that is not called "cache".
         return {
@@ -301,10 +306,11 @@ class LstmLMForCausalLM(RecurrentLM):
 
     def __init__(self, config: LstmLMConfig) -> None:
         super().__init__(config)
-        last = config.embedding_size if config.tie_word_embeddings else config.hidden_size
+        embedding_size = config.embedding_size or config.hidden_size
+        last = embedding_size if config.tie_word_embeddings else config.hidden_size
         sizes = [config.hidden_size] * (config.num_layers - 1) + [last]
-        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.stack = LstmStack(config.embedding_size, sizes, config)
+        self.embeddings = nn.Embedding(config.vocab_size, embedding_size)
+        self.stack = LstmStack(embedding_size, sizes, config)
         self.decoder = nn.Linear(last, config.vocab_size)
         if config.tie_word_embeddings:
             # One matrix is saved once, and Trainer need not warn that a checkpoint lacks the other.

@@ -11,6 +11,8 @@ mean over items that are all ignored is 0, with gradient 0.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -182,7 +184,10 @@ def objective_items_and_metrics(
         Losses and weights, as from `objective_items`, and the metrics, as from `distillation_metrics`.
     """
     loss = item_loss(objective, temperature, label_weight, permutation)
-    return fused_item_losses(loss, student_logits, teacher_logits, labels, generator=generator, with_metrics=True)
+    losses, weights, metrics = fused_item_losses(
+        loss, student_logits, teacher_logits, labels, generator=generator, with_metrics=True
+    )
+    return losses, weights, metrics or {}
 
 
 def item_loss(
@@ -213,7 +218,7 @@ def item_weights(objective: str, teacher_logits: Tensor | None, labels: Tensor |
         (items,) float32 or wider, or None where every item weighs 1.
     """
     if objective == "cwtm":
-        return max_probabilities(teacher_logits.detach()).where(labels != IGNORED, 0)
+        return max_probabilities(cast(Tensor, teacher_logits).detach()).where(labels != IGNORED, 0)
     return None if labels is None else (labels != IGNORED).float()
 
 

@@ -188,7 +188,7 @@ def _chunked_forward(
     metrics = torch.zeros(len(METRICS) if with_metrics else 0, dtype=wide, device=student.hidden.device)
     shapes = student.hidden, student.weight, student.bias
     to_hidden, to_weight, to_bias = gradients = [
-        torch.zeros(part.shape, dtype=wide, device=part.device) if needs else None
+        torch.zeros(part.shape, dtype=wide, device=part.device) if part is not None and needs else None
         for part, needs in zip(shapes, needed, strict=True)
     ]
     count = min(_chunk_rows(head) for head in (student, teacher) if head is not None)
@@ -198,7 +198,7 @@ def _chunked_forward(
         losses, weights, chunk_metrics = fill_items(
             loss,
             logits,
-            None if teacher is None else teacher.logits(rows, teacher_workspace),
+            None if teacher is None or teacher_workspace is None else teacher.logits(rows, teacher_workspace),
             None if labels is None else labels[rows],
             gradient=logits if any(needed) else None,  # in place of the logits
             scale_gradient_by_weight=True,

@@ -381,7 +381,7 @@ def vocabulary_size(module: nn.Module) -> int | None:
 def positions(module: nn.Module) -> int | None:
     """How many tokens of a text a network of transformers was made for, as far as its config says."""
     config = getattr(module, "config", None)
-    if not hasattr(config, "get_text_config"):
+    if config is None or not hasattr(config, "get_text_config"):
         return None
     count = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(count, int) or count < 1:  # XLNet says -1
@@ -484,7 +484,7 @@ def _storage(parameter: nn.Parameter) -> int:
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
-def _check_same_classes(teacher: nn.Module, student: nn.Module, tokens: int | None) -> None:
+def _check_same_classes(teacher: Any, student: Any, tokens: int | None) -> None:
     (what, theirs), (our_kind, ours) = _classes(teacher), _classes(student)
     if theirs is not None and ours is not None and theirs != ours:
         if what == our_kind == "tokens":
@@ -523,11 +523,11 @@ def _check_padded(theirs: int, ours: int, tokens: int | None) -> None:
 
 def _classes(module: nn.Module) -> tuple[str, int | None]:
     """What the last axis of the logits counts, and how far, as far as a network of transformers or timm tells."""
-    config = getattr(module, "config", None)
-    if not hasattr(config, "id2label") or not hasattr(module, "get_output_embeddings"):
+    config, embeddings = getattr(module, "config", None), getattr(module, "get_output_embeddings", None)
+    if config is None or not hasattr(config, "id2label") or embeddings is None:
         count = getattr(module, "num_classes", None) if hasattr(module, "get_classifier") else None  # of timm
         return "classes", count if isinstance(count, int) else None
-    if module.get_output_embeddings() is not None:
+    if embeddings() is not None:
         return "tokens", config.get_text_config().vocab_size
     return "labels", config.num_labels
 

@@ -9,11 +9,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from born_again.objectives import OBJECTIVES, PERMUTATIONS
@@ -174,7 +175,7 @@ class BornAgainTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.lr_plateau_factor is not None:
-            self._take_plateau()
+            self._take_plateau(self.lr_plateau_factor)
         elif self.lr_plateau_gain:
             raise ValueError(
                 f"lr_plateau_gain: got {self.lr_plateau_gain!r} without lr_plateau_factor; give both, such as "
@@ -202,7 +203,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         self._check_that_the_objective_reads("permutation", ("dkpp",))
         self._check_cache()
         if self.lr_milestones is not None:
-            self._check_milestones()
+            self._check_milestones(self.lr_milestones)
 
     def weight_affecting(self) -> dict[str, Any]:
         """The weight-affecting arguments that are not at their defaults, for the record of an experiment.
@@ -248,12 +249,11 @@ class BornAgainTrainingArguments(TrainingArguments):
         Trainer does so when it is made, and leaves 1 in the configuration: the next trainer of the same arguments
         would accumulate nothing.
         """
-        kwargs = self.accelerator_config.gradient_accumulation_kwargs
+        config = cast(AcceleratorConfig, self.accelerator_config)  # which TrainingArguments made of a dict or a file
+        kwargs = config.gradient_accumulation_kwargs
         if kwargs is not None and "num_steps" in kwargs and self.gradient_accumulation_steps == 1:
             left = {name: value for name, value in kwargs.items() if name != "num_steps"}
-            self.accelerator_config = dataclasses.replace(
-                self.accelerator_config, gradient_accumulation_kwargs=left or None
-            )
+            self.accelerator_config = dataclasses.replace(config, gradient_accumulation_kwargs=left or None)
             self.gradient_accumulation_steps = kwargs["num_steps"]
 
     def _take_loss_form(self) -> None:
@@ -291,9 +291,9 @@ class BornAgainTrainingArguments(TrainingArguments):
                 "teacher_cache='disk'."
             )
 
-    def _take_plateau(self) -> None:
+    def _take_plateau(self, factor: float) -> None:
         """Turns the plateau arguments into the scheduler that transformers steps after every evaluation."""
-        if not 0 < self.lr_plateau_factor < 1:
+        if not 0 < factor < 1:
             raise ValueError(
                 f"lr_plateau_factor: got {self.lr_plateau_factor!r}, expected a number between 0 and 1; 0.25 quarters "
                 "the learning rate."
@@ -327,16 +327,17 @@ class BornAgainTrainingArguments(TrainingArguments):
             "threshold_mode": "abs",
         }
 
-    def _check_milestones(self) -> None:
-        milestones = [0.0, *self.lr_milestones, 1.0]
-        if not self.lr_milestones or any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+    def _check_milestones(self, milestones: list[float]) -> None:
+        ends = [0.0, *milestones, 1.0]
+        if not milestones or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
             raise ValueError(
                 f"lr_milestones: got {self.lr_milestones!r}, expected rising fractions of training between 0 and 1, "
                 "such as 0.3 0.6 0.8."
             )
-        if self.lr_scheduler_type not in (SchedulerType.LINEAR, SchedulerType.CONSTANT):
+        kind = SchedulerType(self.lr_scheduler_type)
+        if kind not in (SchedulerType.LINEAR, SchedulerType.CONSTANT):
             raise ValueError(
-                f"lr_milestones: got {self.lr_milestones!r} and lr_scheduler_type {self.lr_scheduler_type.value!r}; "
+                f"lr_milestones: got {self.lr_milestones!r} and lr_scheduler_type {kind.value!r}; "
                 "expected one of the two: milestones are a schedule of their own."
             )
 

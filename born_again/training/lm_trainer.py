@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import EvalLoopOutput
 
 from born_again.objectives import objective_items
-from born_again.teacher import carries_state, logits_of, takes_undeclared_state
+from born_again.teacher import FrozenTeacher, carries_state, logits_of, takes_undeclared_state
 from born_again.training.teacher_accuracy import can_be_indexed, sums_of_rows
 from born_again.training.trainer import BornAgainTrainer
 
@@ -132,9 +133,10 @@ class BornAgainLMTrainer(BornAgainTrainer):
         return outputs
 
     def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
-        states = self._carried.teachers or [None] * len(self.teacher.modules)
+        teacher = cast(FrozenTeacher, self.teacher)
+        states = self._carried.teachers or [None] * len(teacher.modules)
         with self.accelerator.autocast():
-            logits, self._carried.teachers = self.teacher.forward_with_states(inputs, states)
+            logits, self._carried.teachers = teacher.forward_with_states(inputs, states)
         return logits
 
     @contextmanager
@@ -213,7 +215,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
     def _check_streams(self, split: str, dataset: Any, batch: int) -> None:
         if not self._anything_carries():
             return
-        processes, config = self.args.world_size, self.args.accelerator_config
+        processes, config = self.args.world_size, cast(AcceleratorConfig, self.args.accelerator_config)
         if not hasattr(dataset, "streams"):
             raise ValueError(
                 f"{split}_dataset: got {type(dataset).__name__}, which has no `streams`, beside a network that "
@@ -249,10 +251,11 @@ class BornAgainLMTrainer(BornAgainTrainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        nll = output.metrics.get(f"{metric_key_prefix}_loss", math.nan)
+        metrics = output.metrics or {}
+        nll = metrics.get(f"{metric_key_prefix}_loss", math.nan)
         own = {"nll": nll, "perplexity": perplexity(nll), "tokens": self._evaluated_items}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
-        return output
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
+        return output._replace(metrics=metrics)
 
     def prediction_step(
         self,

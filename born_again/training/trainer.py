@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,15 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
     """
 
+    # Narrower than Trainer's annotations. Without a teacher the arguments may be plain TrainingArguments.
+    args: BornAgainTrainingArguments
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     in_lineage = False
     _reads_streams = False  # whose labels are the tokens to predict, position by position
     _labels_where = "with loss_normalization 'step'"  # in refusals, where labels alone train
@@ -208,13 +217,13 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
         validate_arguments(self, student, teachers=frozen.modules)
         frozen.set_precision(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
-        teacher = with_teacher_cache(frozen, self.args, self.train_dataset)
+        taught_by = with_teacher_cache(frozen, self.args, self.train_dataset)
         # Every check is done before the teacher is changed.
         frozen.to(self.args.device, self._memory_format)
         compiler = self.accelerator.state.dynamo_plugin
         if compiler.backend != DynamoBackend.NO:
             frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
-        self.teacher = teacher
+        self.teacher = taught_by
         self._own_the_loss(student)
 
     def _check_tokens(self, frozen: FrozenTeacher, student: nn.Module) -> None:
@@ -227,7 +236,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         for difference in differences:
             self._warn(difference)
         theirs, ours = vocabulary_size(frozen.modules[0]), vocabulary_size(student)
-        if None not in (theirs, ours) and theirs != ours:
+        if theirs is not None and ours is not None and theirs != ours:
             self._columns = frozen.columns = ours
             if theirs < ours and self.args.objective == "dkpp":
                 raise ValueError(
@@ -288,8 +297,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
     def _set_signature_columns_if_needed(self) -> None:
         is_new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if is_new:
-            self._signature_columns += sorted(self._kept_columns - {*self._signature_columns})
+        if is_new and (columns := self._signature_columns) is not None:
+            columns += sorted(self._kept_columns - {*columns})
 
     def prediction_step(
         self,
@@ -356,7 +365,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             return [], None  # resumed in mid-epoch from the checkpoint of the last step: Trainer would do one more
         batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._end_of_texts is not None:
-            self._look_for_ignored_ends(batches)
+            self._look_for_ignored_ends(batches, self._end_of_texts)
         if self._owns_loss and batches and self._chunked is None:
             self._choose_loss_implementation(batches[0])
         if self.teacher is None:
@@ -378,10 +387,10 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             self._permutations = torch.Generator(device).manual_seed(self._permutation_seed())
         return batches, total_weight
 
-    def _look_for_ignored_ends(self, batches: list) -> None:
+    def _look_for_ignored_ends(self, batches: list, end_of_texts: int) -> None:
         """Warns once where padding hides the ends of texts; in the first steps alone, since looking waits."""
         labels = (self.label_names or ["labels"])[0]
-        ends = max((ignored_ends(batch, labels, self._end_of_texts) for batch in batches), default=0)
+        ends = max((ignored_ends(batch, labels, end_of_texts) for batch in batches), default=0)
         self._steps_looked_at += 1
         if ends:
             self._warn(ignored_ends_warning(ends, self.data_collator.tokenizer.pad_token))
@@ -482,7 +491,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         if self._chunked:
             return self._chunked_teacher_weight(inputs, labels)
         logits = self._teacher_forward(inputs)
-        return logits, item_weights("cwtm", *self._teacher_items(logits, labels)).sum()
+        weights = item_weights("cwtm", *self._teacher_items(logits, labels))
+        return logits, cast(Tensor, weights).sum()
 
     def _student_forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**self._inputs_of_student(inputs))
@@ -496,9 +506,9 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
     def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
         with self.accelerator.autocast():
-            return self.teacher(inputs)
+            return cast(FrozenTeacher, self.teacher)(inputs)
 
-    def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor]:
         name = self.label_names[0]
         if inputs.get(name) is None:
             raise ValueError(
