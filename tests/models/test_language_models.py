@@ -385,5 +385,5 @@ def test_the_tied_matrix_is_one_after_loading(tmp_path):
 def test_a_window_longer_than_the_positions_of_a_model_is_refused():
     check_language_model("gpt2-small", 1024)
     check_language_model("lstm-small", 100_000)
-    with pytest.raises(ValueError, match="window: got 1025, expected at most the 1024 positions that 'gpt2-small'"):
+    with pytest.raises(ValueError, match="window: got 1025, expected at most the 1024 positions of 'gpt2-small'"):
         check_language_model("gpt2-small", 1025)
