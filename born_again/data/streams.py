@@ -131,7 +131,7 @@ def _fits(tokens: int, streams: int, window: int) -> bool:
     return length >= window and (streams - 1) * length < tokens
 
 
-def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Pass a ready batch through; stack a list of items of one length.
 
     Raises:

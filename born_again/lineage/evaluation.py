@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -125,7 +125,7 @@ def evaluate_language_model(
         batch = streams.__getitems__(range(window * streams.streams, (window + 1) * streams.streams))
         output = model(batch["input_ids"].to(device), **state)
         state = {"state": output.state} if carries else {}
-        metrics(EvalPrediction(output.logits, batch["labels"].to(device)), compute_result=False)
+        metrics(cast(Any, EvalPrediction)(output.logits, batch["labels"].to(device)), compute_result=False)
     return metrics.compute()
 
 

@@ -102,7 +102,7 @@ class LstmLayer(nn.LSTM):
             # nn.LSTM keeps its own list of weights, so other ones cannot be put in their place.
             recurrent = F.dropout(self.weight_hh_l0, self.dropconnect) if dropconnect else self.weight_hh_l0
             weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]
-            out, h, c = lstm(x, (hidden, cell), weights, self.training, in_float32)
+            out, h, c = lstm(x, (hidden, cell), weights, self.training, in_float32)  # pyright: ignore[reportCallIssue]
         else:
             out, (h, c) = super().forward(x, (hidden, cell))
         return out, (h.squeeze(0), c.squeeze(0))

@@ -153,9 +153,7 @@ def decoder_inputs(network: nn.Module, batch: Mapping[str, Any], labels: Tensor)
     return {"decoder_input_ids": shift(labels, base.config.pad_token_id, start)}
 
 
-def with_labels_for_decoders(
-    networks: Iterable[nn.Module], batch: Mapping[str, Any], labels: Tensor
-) -> Mapping[str, Any]:
+def with_labels_for_decoders(networks: Iterable[nn.Module], batch: dict[str, Any], labels: Tensor) -> dict[str, Any]:
     """A batch of which `with_decoder_inputs` makes, for each of these networks, what its decoder reads."""
     if labels.dim() != 2 or not any(makes_decoder_inputs(network, batch) for network in networks):
         return batch

@@ -253,7 +253,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         kwargs = config.gradient_accumulation_kwargs
         if kwargs is not None and "num_steps" in kwargs and self.gradient_accumulation_steps == 1:
             left = {name: value for name, value in kwargs.items() if name != "num_steps"}
-            self.accelerator_config = dataclasses.replace(config, gradient_accumulation_kwargs=left or None)
+            self.accelerator_config = cast(Any, dataclasses.replace(config, gradient_accumulation_kwargs=left or None))
             self.gradient_accumulation_steps = kwargs["num_steps"]
 
     def _take_loss_form(self) -> None:

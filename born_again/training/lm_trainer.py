@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -189,7 +189,9 @@ class BornAgainLMTrainer(BornAgainTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(dataset) if hasattr(dataset, "streams") else super()._get_train_sampler(dataset)
+        if hasattr(dataset, "streams"):
+            return SequentialSampler(cast(Sized, dataset))
+        return super()._get_train_sampler(dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, after checking that every row of a batch goes on with its own stream."""

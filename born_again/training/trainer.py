@@ -297,7 +297,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
     def _set_signature_columns_if_needed(self) -> None:
         is_new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if is_new and (columns := self._signature_columns) is not None:
+        columns = cast(list[str] | None, self._signature_columns)  # None before, as far as a type checker sees
+        if is_new and columns is not None:
             columns += sorted(self._kept_columns - {*columns})
 
     def prediction_step(
@@ -508,7 +509,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         with self.accelerator.autocast():
             return cast(FrozenTeacher, self.teacher)(inputs)
 
-    def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Tensor]:
+    def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         name = self.label_names[0]
         if inputs.get(name) is None:
             raise ValueError(
