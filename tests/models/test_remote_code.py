@@ -32,8 +32,8 @@ IMAGE = ["test_densenet_cifar", "test_wide_resnet_cifar"]
 LANGUAGE = ["test-lstm", "char-cnn-lstm"]
 SPELLED = {"test-lstm": "lstm_lm", "char-cnn-lstm": "char_cnn_lstm"}
 FILES = {
-    "test_densenet_cifar": {"densenet_cifar.py", "modeling_densenet_cifar.py"},
-    "test_wide_resnet_cifar": {"wide_resnet_cifar.py", "modeling_wide_resnet_cifar.py"},
+    "test_densenet_cifar": {"cifar_network.py", "densenet_cifar.py", "modeling_densenet_cifar.py"},
+    "test_wide_resnet_cifar": {"cifar_network.py", "wide_resnet_cifar.py", "modeling_wide_resnet_cifar.py"},
     "test-lstm": {"lstm_lm.py", "lstm_precision.py", "language_configs.py"},
     "char-cnn-lstm": {"char_cnn_lstm.py", "lstm_lm.py", "lstm_precision.py", "language_configs.py"},
 }

@@ -16,6 +16,7 @@ from born_again.report.figures import draw_curve
 IMAGE_FILES = {
     ".gitattributes",
     "README.md",
+    "cifar_network.py",
     "config.json",
     "lineage.json",
     "model.safetensors",
