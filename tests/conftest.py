@@ -14,6 +14,14 @@ import torch  # noqa: E402
 pytest_plugins = ["hub_fixtures"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        fast = item.get_closest_marker("slow_but_for")
+        if fast is not None and item.callspec.id not in fast.args:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def two_threads():
     """The sums of a convolution depend on how many threads share it."""

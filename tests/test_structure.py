@@ -117,6 +117,7 @@ for order in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each order in a fork of one interpreter")
 def test_the_networks_are_registered_whatever_is_imported_first_and_no_trainer_is_loaded(tmp_path):
     born_again.LstmLMForCausalLM(born_again.LstmLMConfig(vocab_size=7, hidden_size=4)).save_pretrained(tmp_path)

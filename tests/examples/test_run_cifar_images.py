@@ -113,6 +113,7 @@ def accuracy_of(classify, folder: str) -> float:
     return sum(classify(str(path))[0]["label"] == path.parent.name for path in paths) / len(paths)
 
 
+@pytest.mark.slow
 def test_a_deployed_generation_is_as_accurate_as_its_record(script, tmp_path, capsys):
     """Marks near the edges: whoever cuts the middle out of a picture does not see them."""
     data, out = marked(tmp_path / "marks", 48, 20), tmp_path / "out"

@@ -55,6 +55,7 @@ def own_metrics(folder, rows):
     return evaluate_classifier(load_image_classifier(folder), evaluation_images(data.test, *THEIRS), collate_batch)
 
 
+@pytest.mark.slow
 def test_it_is_recorded_and_teaches_as_it_is(tmp_path, caplog):
     folder, out = teacher(tmp_path, 1, 512), tmp_path / "out"
     limits = ["--max_train_samples", 128, "--max_eval_samples", 64]

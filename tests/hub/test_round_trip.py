@@ -127,6 +127,7 @@ def test_image_classifiers_load_in_a_fresh_interpreter(published, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_language_models_load_in_a_fresh_interpreter(published, tmp_path):
     hub, made = published
     repos = [f"born-again/{LSTM}-{index}" for index in ("gen0", "gen2", "ensemble")]

@@ -33,6 +33,7 @@ def run(**environment: str) -> tuple[str, int]:
     return told, int(faults)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_memory_that_was_freed_is_not_asked_for_again_unless_the_user_has_it_so():
     told, faults = run()

@@ -64,6 +64,7 @@ def evaluated(trainer):
     return [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
+@pytest.mark.slow_but_for("1-CrashOnEvaluation", "2-CrashAfterSaving")
 @pytest.mark.parametrize("crash", [CrashOnEvaluation, CrashAfterSaving])
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_an_evaluation_at_the_end_of_an_epoch_is_never_left_out(tmp_path, crash, epoch):

@@ -297,6 +297,7 @@ def test_the_same_teacher_from_another_place_goes_on(begun, tmp_path):
         runner(folder, spec=spec(generations=0, teacher=str(moved)), take_teacher=load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["rename", "shard"])
 def test_checkpoints_that_cannot_be_gone_on_from_are_kept(begun, tmp_path, caplog, spoil):
     """The training begins again, to the same weights; what was there is moved aside, and stays."""

@@ -95,6 +95,7 @@ def notices_a_cut_write() -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_what_the_libraries_raise_when_a_write_fails(tmp_path):
     command = [sys.executable, "-c", FAILURES, str(tmp_path), str(LIMIT)]

@@ -10,6 +10,7 @@ from born_again.lineage.machine import on_first_process
 SCRIPT = Path(__file__).parents[1] / "support" / "two_failing_processes.py"
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_reaches_the_other(tmp_path):
     first, second = found_by(SCRIPT, tmp_path / "two", processes=2)
     assert first["done"] == "[0]" and second["done"] == "[]"

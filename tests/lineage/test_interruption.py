@@ -42,6 +42,7 @@ def handlers():
     return [signal.getsignal(signum) for signum in callbacks.SIGNALS]
 
 
+@pytest.mark.slow_but_for("1-5-15-143")
 @pytest.mark.parametrize(
     ("generation", "step", "signum", "code"),
     [(0, 1, signal.SIGINT, 130), (1, 5, signal.SIGTERM, 143), (1, EPOCH, signal.SIGTERM, 143)],

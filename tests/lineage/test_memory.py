@@ -104,6 +104,7 @@ def grows(lines, name):
     return max(values[3:]) / values[2]
 
 
+@pytest.mark.slow_but_for("False-False", "True-True")
 @pytest.mark.parametrize(("tuned", "frozen_before"), [(False, False), (True, False), (True, True)])
 def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_path, monkeypatch, tuned, frozen_before):
     class Frozen(list):

@@ -46,6 +46,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_weights_come_again_and_those_before_are_kept(finished):
     before = hashes(finished)
     again = runner(finished, from_generation=1, built=(built := []))
@@ -62,6 +63,7 @@ def test_the_same_weights_come_again_and_those_before_are_kept(finished):
     assert "restart" not in Manifest.read(finished).content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_command_after_a_crash_goes_on_with_the_restart(tmp_path, generation):
     folder = tmp_path / "out"

@@ -126,6 +126,7 @@ def test_a_crash_between_a_generation_and_its_record_leaves_nothing_behind(finis
     assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "gen2", "lineage.json"]
 
 
+@pytest.mark.slow
 def test_a_crash_after_the_last_step_trains_none_more(tmp_path, monkeypatch):
     # The checkpoint of the last step is in the middle of an epoch of three.
     options = {"spec": spec(generations=1), "changes": {"max_steps": 4, "lr_scheduler_type": "constant"}}
@@ -256,6 +257,7 @@ def test_nan_names_generation_and_step_and_keeps_checkpoints(tmp_path):
     assert Path(folder / "gen0").is_dir()
 
 
+@pytest.mark.slow
 def test_memory_of_a_generation_is_let_go(tmp_path):
     """No student, teacher or trainer of a finished generation is reachable."""
     import gc
@@ -305,6 +307,7 @@ def test_generation_0_has_the_normalised_loss_of_its_students(tmp_path, caplog):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_generation_0_that_an_earlier_version_began_goes_on_as_it_was_begun(tmp_path, monkeypatch, caplog):
     begun_earlier = {"spec": spec(generations=0), "changes": ACCUMULATED}
     with monkeypatch.context() as patch:

@@ -206,6 +206,7 @@ def machine(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1]), torch.load(folder / "results.pt")
 
 
+@pytest.mark.slow
 def test_such_a_machine_is_recognised(machine):
     found, _ = machine
     assert found["computes"] == [True, False] and not found["fast bf16"]

@@ -81,6 +81,9 @@ def test_sums_and_gradients_are_those_of_the_plain_way(rows, objective, bias):
     assert teacher is None or all(part.grad is None for part in parts(teacher))
 
 
+@pytest.mark.slow_but_for(
+    "4 rows in a chunk-ban+l", "13 rows in a chunk-cwtm", "64 rows in a chunk-dkpp", "1 rows in a chunk-ban"
+)
 @pytest.mark.parametrize("objective", SETTINGS)
 def test_the_gradient_is_that_of_finite_differences(rows, objective):
     def total(hidden, weight, bias):

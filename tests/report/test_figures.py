@@ -160,6 +160,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_the_library_that_draws_is_loaded_when_something_is_drawn(tmp_path):
     code = f"""
 import sys

@@ -126,6 +126,7 @@ def fitted_bert():
 STUDENTS = {"distilbert": distilbert, "no kwargs": Strict, "recurrent": Recurrent}
 
 
+@pytest.mark.slow_but_for("rows-distilbert", "datasets-no kwargs")
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("kind", ["rows", "datasets"])
 def test_columns_that_only_the_teacher_reads_reach_it_alone(tmp_path, student, kind):
@@ -306,6 +307,14 @@ IMAGE_NETWORKS = {
 }
 
 
+@pytest.mark.slow_but_for(
+    "plain-timm",
+    "timm-transformers",
+    "transformers-compiled",
+    "compiled-adapted timm",
+    "adapted timm-sequential",
+    "sequential-plain",
+)
 @pytest.mark.parametrize("teacher", IMAGE_NETWORKS)
 @pytest.mark.parametrize("student", IMAGE_NETWORKS)
 def test_image_networks_of_any_two_kinds(tmp_path, student, teacher):
@@ -499,6 +508,7 @@ def test_inputs_are_cast_only_where_they_are_floating():
     assert cast_floating(batch, torch.float32)["pixel_values"] is batch["pixel_values"]
 
 
+@pytest.mark.slow
 def test_narrow_weights_that_are_trained_are_warned_of_once(tmp_path, caplog):
     def warnings(student, **options):
         caplog.clear()

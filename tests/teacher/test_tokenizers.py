@@ -224,6 +224,7 @@ def grown(trained) -> torch.Tensor:
     return torch.cat([parameter.detach()[:WORDS].flatten() for parameter in trained.model.parameters()])
 
 
+@pytest.mark.slow_but_for("full-ban+l", "chunked-cwtm")
 @pytest.mark.parametrize("objective", ["ban", "ban+l", "cwtm", "dkpp"])
 @pytest.mark.parametrize("implementation", ["full", "chunked"])
 def test_a_teacher_with_padded_tokens_teaches_as_the_one_without(tmp_path, monkeypatch, objective, implementation):
@@ -252,6 +253,7 @@ def test_several_padded_teachers_teach_as_those_without(tmp_path):
     assert ours.teacher.facts["columns"] == WORDS
 
 
+@pytest.mark.slow_but_for("1-off", "2-memory")
 @pytest.mark.parametrize("cache", ["off", "memory"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_windows_of_a_padded_teacher_are_cached_as_they_are(tmp_path, cache, count):

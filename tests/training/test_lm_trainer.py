@@ -131,6 +131,7 @@ def test_evaluation_between_windows_changes_nothing(tmp_path, objective):
     assert weights(between.model).equal(weights(without.model))
 
 
+@pytest.mark.slow_but_for("ban+l-2")
 @pytest.mark.parametrize(
     ("objective", "accumulate"), [("label", 1), ("ban+l", 1), ("ban+l", 2), ("cwtm", 2), ("dkpp", 1)]
 )

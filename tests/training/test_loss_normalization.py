@@ -44,6 +44,7 @@ def by_hand(model, batch):
     return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
 
 
+@pytest.mark.slow_but_for("token", "next word")
 @pytest.mark.parametrize("task", TASKS)
 def test_eight_is_two_by_four_accumulated_and_the_slow_twin(tmp_path, task):
     """22 rows: the last step of an epoch is ragged, and so are its micro-batches; tokens are masked unevenly."""

@@ -55,6 +55,7 @@ def gradients(trainer):
     return seen
 
 
+@pytest.mark.slow_but_for("an encoder-decoder", "one that classifies", "an early one that shifts")
 @pytest.mark.parametrize("case", SEEN)
 def test_loss_and_gradient_are_those_of_the_network_itself(tmp_path, case):
     """One step of one batch, where Trainer's own normalisation has no fault."""

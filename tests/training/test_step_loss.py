@@ -52,6 +52,7 @@ def assert_same(ours, full, rtol=1e-10, atol=1e-12):
                 assert entry[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.slow_but_for("ban-tied-1", "ban+l-untied-2", "cwtm-tied-2", "dkpp-untied-1")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("build", [language_model, llama], ids=["tied", "untied"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -72,6 +73,7 @@ def lstm(seed: int, units: int = 8) -> LstmLMForCausalLM:
     return LstmLMForCausalLM(LstmLMConfig(vocab_size=23, hidden_size=units, dropout=0.3)).double()
 
 
+@pytest.mark.slow_but_for("ban+l-2", "cwtm-1")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("objective", ["label", "ban+l", "cwtm"])
 def test_streams_with_a_carried_state_and_a_smaller_teacher(tmp_path, objective, accumulate):

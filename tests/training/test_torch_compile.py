@@ -114,6 +114,7 @@ def stored_names(folder):
     return [name for path in folder.rglob("*.safetensors") for name in load_file(path)]
 
 
+@pytest.mark.slow_but_for("image_trainer")
 @pytest.mark.parametrize("make", [image_trainer, language_trainer])
 def test_weights_and_their_names_are_those_of_a_training_without(tmp_path, make):
     """With an evaluation before training, which must leave training its autocast, checkpoints and a resume."""
@@ -185,6 +186,7 @@ def test_logits_outlive_the_next_call_where_the_compiler_overwrites_them():
     assert first.tolist() == [[1.0] * 3] * 2 and second.tolist() == [[2.0] * 3] * 2
 
 
+@pytest.mark.slow
 def test_a_lineage_is_the_same_and_never_reaches_the_compilers_limit(tmp_path):
     asked, changes = spec(generations=1), {"teacher_precision": "inference", "max_steps": 2}
     runner(tmp_path / "plain", spec=asked, changes=changes).run()
@@ -196,6 +198,7 @@ def test_a_lineage_is_the_same_and_never_reaches_the_compilers_limit(tmp_path):
     assert len(json.loads((tmp_path / "compiled" / "lineage.json").read_text())["generations"]) == 2
 
 
+@pytest.mark.slow_but_for("sentences")
 @pytest.mark.parametrize("what", ["images", "sentences"])
 def test_a_student_that_was_compiled_before_is_saved_and_loaded_as_what_it_was_made_of(tmp_path, what):
     def trainer(folder, student, **changes):

@@ -348,6 +348,7 @@ def relabelled(make, rows: int = 24):
     return [{"x": row["x"], "labels": make(row["labels"])} for row in vectors(rows)]
 
 
+@pytest.mark.slow_but_for("-1-ban-True", "4-ban+l-True", "255-cwtm-True", "4-ban-False", "-100000-dkpp-True")
 @pytest.mark.parametrize("teaches", [True, False])
 @pytest.mark.parametrize("objective", ["ban", "ban+l", "cwtm", "dkpp"])
 @pytest.mark.parametrize("wrong", [-1, CLASSES, -100_000, 255])
@@ -497,6 +498,7 @@ class OutOfMemoryAt(Network):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_logged_metrics_of_an_attempt_that_was_given_up_are_forgotten(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(BornAgainTrainer, "_add_metrics", _recording_items(logged, BornAgainTrainer._add_metrics))

@@ -96,6 +96,9 @@ def shuffle_as(seed):
     return shuffle
 
 
+@pytest.mark.slow_but_for(
+    "vectors-ban", "vectors-ban+l", "vectors-cwtm", "vectors-dkpp", "token-cwtm", "next word-ban+l"
+)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("task", TASKS)
 def test_eight_is_two_by_four_accumulated(tmp_path, objective, task):

@@ -36,6 +36,7 @@ def image_classifier(seed, **model_args):
     return create_image_classifier("test_wide_resnet_cifar", labels, [0.5] * 3, [0.25] * 3, **model_args)
 
 
+@pytest.mark.slow_but_for("ban+l")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resume_in_the_middle_of_an_epoch_is_bit_equal(tmp_path, objective):
     """With dropout, shuffling, accumulation, momentum, a schedule and fresh permutations."""

@@ -131,6 +131,7 @@ def loss_by_hand(student, teacher, rows, objective="label"):
     return total / weight
 
 
+@pytest.mark.slow_but_for("bert-cwtm", "llama-ban+l")
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("task", TASKS)
 def test_padding_contributes_nothing_to_loss_and_gradient_of_a_step(folders, tmp_path, task, objective):
@@ -261,6 +262,7 @@ def test_the_teacher_and_its_folder_stay_as_they_were(distilled, task):
     assert all(value.equal(loaded[name]) for name, value in result["teacher"].state_dict().items())
 
 
+@pytest.mark.slow
 def test_saved_students_load_by_plain_transformers_in_a_fresh_interpreter(distilled):
     out, results = distilled
     text = "w3 w4 w5 w6"

@@ -48,6 +48,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow_but_for("plain", "ragged", "cwtm")
 @pytest.mark.parametrize("name", named(SETTINGS))
 def test_weights_are_those_without_a_cache(tmp_path, name):
     expected = trained(tmp_path, "off", **SETTINGS[name])
@@ -130,6 +131,7 @@ def folders(path) -> int:
     return len([folder for folder in path.iterdir() if folder.is_dir()])
 
 
+@pytest.mark.slow
 def test_another_teacher_data_or_precision_has_a_cache_of_its_own(tmp_path):
     shared = {"teacher_cache_dir": str(tmp_path / "shared"), "num_train_epochs": 2}
     trained(tmp_path, "disk", **shared)
@@ -148,6 +150,7 @@ def test_another_teacher_data_or_precision_has_a_cache_of_its_own(tmp_path):
     assert folders(tmp_path / "shared") == len(others) + 1
 
 
+@pytest.mark.slow_but_for("disk")
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_resuming_in_an_epoch_gives_the_same_weights(tmp_path, cache):
     changes = {"save_strategy": "steps", "save_steps": 13, "num_train_epochs": 6}

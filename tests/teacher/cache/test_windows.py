@@ -57,6 +57,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow_but_for("plain-lstm", "accumulation-gpt2", "chunked inference-lstm")
 @pytest.mark.parametrize("student", [lstm, gpt2])
 @pytest.mark.parametrize("name", named(SETTINGS))
 def test_weights_are_those_without_a_cache_and_each_window_is_read_once(tmp_path, counted, name, student):
@@ -83,6 +84,7 @@ def test_a_state_that_was_not_carried_would_be_seen(tmp_path, monkeypatch):
     assert not torch.equal(weights(trained(tmp_path, "off")), expected)
 
 
+@pytest.mark.slow_but_for("6240-disk")
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 @pytest.mark.parametrize("limit", [None, 6 * STREAMS * 260])
 def test_resuming_in_an_epoch_gives_the_same_weights(tmp_path, cache, limit):
