@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Column -> split, metric, factor and format; shown if a generation has the metric.
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_status(commands: Any) -> None:
     description = "Shows results, progress and next step of a lineage; read-only, also during a run."
     parser = commands.add_parser("status", help=description, description=description, allow_abbrev=False)
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage, or of several seeds.")
     parser.add_argument("--verify", action="store_true", help="Also verify the hashes of the weights.")
     parser.add_argument("--json", action="store_true", help="Print the facts as one JSON object.")
     parser.set_defaults(run=_status)
@@ -141,11 +143,37 @@ def _add_publish(commands: Any) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from born_again.lineage.status import lineage_status
+    from born_again.lineage.status import lineage_status, lineages_in
 
-    facts = lineage_status(arguments.output_dir, arguments.verify)
-    print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else _printable(_status_text(facts)))
+    folders = lineages_in(arguments.output_dir)
+    found = [lineage_status(folder, arguments.verify) for folder in folders]
+    is_one = folders == [Path(arguments.output_dir)]
+    if arguments.json:
+        content = found[0] if is_one else {"output_dir": arguments.output_dir, "lineages": found}
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        print(_printable(_status_text(found[0]) if is_one else _seeds_text(arguments.output_dir, found)))
     return 0
+
+
+def _seeds_text(output_dir: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each lineage of a folder with several seeds."""
+    rows = [["lineage", "seed", "finished", "last", "running", "next"]]
+    for facts in found:
+        finished = [own for own in facts["generations"] if own["status"] == "finished"]
+        metrics = finished[-1]["metrics"] if finished else {}
+        last = [f"{column} {text}" for column, own in _METRICS.items() if (text := _metric(metrics, *own))]
+        rows.append(
+            [
+                os.path.basename(facts["output_dir"]),
+                "" if facts["seed"] is None else str(facts["seed"]),
+                f"{len(finished)} of {len(facts['generations']) or '?'}",
+                ", ".join(last),
+                "no" if facts["running"] is None else _holder(facts["running"]),
+                facts["next"]["text"],
+            ]
+        )
+    return "\n".join([f"{output_dir}: {len(found)} lineages, one a seed", *_aligned(rows)])
 
 
 def _status_text(facts: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from born_again.hub.launch import (
     launch,
     load_external_teacher,
     resume_lineage,
+    run_for_each_seed,
     train,
 )
 from born_again.hub.model_card import ensemble_card, language_model_card
@@ -297,9 +298,10 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
 
 
 def start(command_line: list[str] | None = None) -> int:
-    return main(
-        *parse_arguments((LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__)
+    arguments = parse_arguments(
+        (LineageArguments, BornAgainTrainingArguments), recipe, command_line, description=__doc__
     )
+    return run_for_each_seed(main, *arguments)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec
-from born_again.lineage.status import results_table
+from born_again.lineage.status import results_table, seed_folder_name
 from born_again.training.arguments import BornAgainTrainingArguments
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
 
@@ -42,6 +42,10 @@ class LineageFlags:
 
     generations: int = field(default=3, metadata={"help": "Students after the teacher."})
     name: str | None = field(default=None, metadata={"help": "Name of the lineage; by default MODEL-DATASET."})
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Train one lineage for each of these seeds, into OUTPUT_DIR/seedN, named NAME-seedN."},
+    )
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a network trained elsewhere, to use as generation 0."}
     )
@@ -71,6 +75,61 @@ class LineageFlags:
     )
     smoke: bool = field(default=False, metadata={"help": "Train a tiny network, to check the installation."})
     given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: the flags that were given
+
+
+def run_for_each_seed(
+    main: Callable[[Any, BornAgainTrainingArguments], int], flags: LineageFlags, training: BornAgainTrainingArguments
+) -> int:
+    """Runs `main` for each of --seeds, each a lineage of its own in OUTPUT_DIR/seedN; without --seeds once.
+
+    Args:
+        main: of a script, from flags and training arguments to the exit status.
+        flags: of the command.
+        training: likewise.
+
+    Returns:
+        The largest exit status.
+
+    Raises:
+        ValueError: seeds that are repeated or negative, or given beside --seed or --from_generation.
+        LineageError: output_dir holds a lineage itself.
+    """
+    if flags.seeds is None:
+        return main(flags, training)
+    _check_seeds(flags, training)
+    folder, status = Path(training.output_dir), 0
+    for seed in flags.seeds:
+        own_flags, own = copy.copy(flags), copy.copy(training)
+        own.seed, own.output_dir = seed, str(folder / seed_folder_name(seed))
+        own_flags.name = f"{flags.name}-seed{seed}"  # repositories and collections are named after it
+        status = max(status, main(own_flags, own))
+    if training.process_index == 0:
+        print(f"All {len(flags.seeds)} lineages are in {folder}; born-again compare {folder} compares them.")
+    return status
+
+
+def _check_seeds(flags: LineageFlags, training: BornAgainTrainingArguments) -> None:
+    seeds = flags.seeds or []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"seeds: got {seeds}, expected one or more whole numbers from 0 on, each once, such as --seeds 1 2 3."
+        )
+    if "seed" in flags.given:
+        raise ValueError(
+            f"seed: got {training.seed} beside --seeds {' '.join(map(str, seeds))}, expected one of the two; put "
+            "every seed into --seeds."
+        )
+    if flags.from_generation is not None:
+        raise ValueError(
+            f"from_generation: got {flags.from_generation} beside --seeds, expected it for one lineage, since the same "
+            f"command run again would restart finished ones; give --seed {seeds[0]} --output_dir "
+            f"{Path(training.output_dir) / seed_folder_name(seeds[0])} instead."
+        )
+    if (Path(training.output_dir) / MANIFEST_NAME).is_file():
+        raise LineageError(
+            f"output_dir: {training.output_dir} holds a lineage itself, expected a folder for those of --seeds; give "
+            "another output_dir."
+        )
 
 
 def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:

@@ -37,6 +37,28 @@ WEIGHTS_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 _SET_ASIDE = re.compile(r".+\.replaced-[0-9]+(\.json)?")
 _ATTEMPTS = 3
+_SEED_FOLDER = re.compile(r"seed(0|[1-9][0-9]*)")
+
+
+def seed_folder_name(seed: int) -> str:
+    """The folder of one lineage of several seeds, in their common folder."""
+    return f"seed{seed}"
+
+
+def lineages_in(folder: str | Path) -> list[Path]:
+    """The folders of lineages that a folder stands for: itself, or its seedN in the order of seeds.
+
+    Args:
+        folder: of a lineage, or with those of several seeds.
+
+    Returns:
+        One path or more; the folder itself where it holds neither.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
+        return [folder]
+    found = [path for path in folder.iterdir() if _SEED_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("seed"))) or [folder]
 
 
 def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, Any]:
