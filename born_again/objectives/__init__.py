@@ -141,6 +141,8 @@ def objective_items(
     temperature: float = 1.0,
     label_weight: float = 1.0,
     permutation: str = "fresh",
+    label_smoothing: float = 0.0,
+    label_share: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-item losses and weights, unreduced, so that a caller can reduce over more than one batch.
@@ -156,12 +158,16 @@ def objective_items(
         temperature: of "ban" and "ban+l".
         label_weight: of "ban+l".
         permutation: of "dkpp".
+        label_smoothing: of the label's term, where the objective has one: the share of its distribution that is spread
+            evenly over all classes, 0 to 1.
+        label_share: of "ban", 0 to 1: the target is (1 - label_share) x teacher + label_share x label. It rises over
+            a training with teacher annealing (Clark et al. 2019, BAM, arXiv 1907.04829, section 2).
         generator: of "dkpp".
 
     Returns:
         (items,) losses in nats and (items,) weights, float32 or wider; both are 0 where the label is `IGNORED`.
     """
-    loss = item_loss(objective, temperature, label_weight, permutation)
+    loss = item_loss(objective, temperature, label_weight, permutation, label_smoothing, label_share)
     return fused_item_losses(loss, student_logits, teacher_logits, labels, generator=generator)[:2]
 
 
@@ -174,6 +180,8 @@ def objective_items_and_metrics(
     temperature: float = 1.0,
     label_weight: float = 1.0,
     permutation: str = "fresh",
+    label_smoothing: float = 0.0,
+    label_share: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """`objective_items` and `distillation_metrics` of the same items, in one fused pass.
@@ -183,7 +191,7 @@ def objective_items_and_metrics(
     Returns:
         Losses and weights, as from `objective_items`, and the metrics, as from `distillation_metrics`.
     """
-    loss = item_loss(objective, temperature, label_weight, permutation)
+    loss = item_loss(objective, temperature, label_weight, permutation, label_smoothing, label_share)
     losses, weights, metrics = fused_item_losses(
         loss, student_logits, teacher_logits, labels, generator=generator, with_metrics=True
     )
@@ -191,7 +199,12 @@ def objective_items_and_metrics(
 
 
 def item_loss(
-    objective: str, temperature: float = 1.0, label_weight: float = 1.0, permutation: str = "fresh"
+    objective: str,
+    temperature: float = 1.0,
+    label_weight: float = 1.0,
+    permutation: str = "fresh",
+    label_smoothing: float = 0.0,
+    label_share: float = 0.0,
 ) -> ItemLoss:
     """The per-item loss of an objective; takes what `objective_items` takes.
 
@@ -199,13 +212,21 @@ def item_loss(
         ValueError: an unknown objective.
     """
     if objective == "label":
-        return ItemLoss(label_weight=1.0)
+        return ItemLoss(label_weight=1.0, label_smoothing=label_smoothing)
     if objective == "ban":
-        return ItemLoss(soft_targets=True, temperature=temperature)
+        return ItemLoss(
+            soft_targets=True,
+            temperature=temperature,
+            soft_weight=1 - label_share,
+            label_weight=label_share,
+            label_smoothing=label_smoothing,
+        )
     if objective == "ban+l":
-        return ItemLoss(soft_targets=True, temperature=temperature, label_weight=label_weight)
+        return ItemLoss(
+            soft_targets=True, temperature=temperature, label_weight=label_weight, label_smoothing=label_smoothing
+        )
     if objective == "cwtm":
-        return ItemLoss(label_weight=1.0, confidence_weighted=True)
+        return ItemLoss(label_weight=1.0, confidence_weighted=True, label_smoothing=label_smoothing)
     if objective == "dkpp":
         return ItemLoss(soft_targets=True, permutation=permutation)
     raise ValueError(f"objective: got {objective!r}, expected one of {', '.join(map(repr, OBJECTIVES))}.")

@@ -70,6 +70,8 @@ def chunked_objective(
     temperature: float = 1.0,
     label_weight: float = 1.0,
     permutation: str = "fresh",
+    label_smoothing: float = 0.0,
+    label_share: float = 0.0,
     generator: torch.Generator | None = None,
     with_metrics: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor] | None]:
@@ -86,6 +88,8 @@ def chunked_objective(
         temperature: see `objective_items`.
         label_weight: see `objective_items`.
         permutation: see `objective_items`.
+        label_smoothing: see `objective_items`.
+        label_share: see `objective_items`.
         generator: see `objective_items`; on a CPU a "fresh" permutation of a row is the one drawn there.
         with_metrics: also sum `born_again.objectives.distillation_metrics`; needs a teacher and labels.
 
@@ -112,7 +116,7 @@ def chunked_objective(
         student.bias,
         teacher,
         labels,
-        item_loss(objective, temperature, label_weight, permutation),
+        item_loss(objective, temperature, label_weight, permutation, label_smoothing, label_share),
         generator,
         with_metrics,
         torch.is_grad_enabled() and any(part.requires_grad for part in leaves),

@@ -36,6 +36,9 @@ class ItemLoss:
     Args:
         soft_targets: whether the cross-entropy with the teacher's distribution is in it.
         label_weight: what the cross-entropy with the label is multiplied by.
+        soft_weight: what the cross-entropy with the teacher's distribution is multiplied by.
+        label_smoothing: share of the label's distribution that is spread evenly over all classes (Szegedy et al. 2016,
+            arXiv 1512.00567, section 7).
         temperature: divides both logits of the soft term, which is multiplied by its square.
         confidence_weighted: whether an item's weight is the teacher's largest probability (equation 10) instead of 1.
         permutation: "fresh" or "fixed" where all of the teacher's entries but the argmax are permuted (equation 11),
@@ -44,6 +47,8 @@ class ItemLoss:
 
     soft_targets: bool = False
     label_weight: float = 0.0
+    soft_weight: float = 1.0
+    label_smoothing: float = 0.0
     temperature: float = 1.0
     confidence_weighted: bool = False
     permutation: str | None = None
@@ -290,11 +295,13 @@ def _block(
         weights = p_scale.probability.squeeze(-1)
     if loss.tempered:
         soft, soft_gradient = _tempered(student, teacher, loss.temperature, spare)
-        losses = losses + soft
+        losses = losses + soft * loss.soft_weight
     elif loss.soft_targets:
-        losses = losses + (cross if taught is p else _cross_entropy(taught, student, q_scale, spare))
+        soft = cross if taught is p else _cross_entropy(taught, student, q_scale, spare)
+        losses = losses + soft * loss.soft_weight
     if loss.label_weight:
-        losses = losses + hard * loss.label_weight
+        term = hard if not loss.label_smoothing else _smoothed(hard, student, q_scale, loss.label_smoothing)
+        losses = losses + term * loss.label_weight
 
     if with_metrics:
         entropy = _cross_entropy(p, teacher, p_scale, spare)
@@ -302,16 +309,19 @@ def _block(
         difference = torch.sub(q, p, out=spare)
         metrics = _sum_metrics(hard, cross, agreement, entropy, difference, target, counted)
     if differentiable:
-        # The label's term has w (q - 1 at the label), the soft one at temperature 1 q - p.
-        of_q = loss.label_weight + at_one
+        # The label's term has w (q - its distribution), the soft one at temperature 1 w (q - p).
+        of_q = loss.label_weight + (loss.soft_weight if at_one else 0)
         if of_q != 1:
             q.mul_(of_q)
         if at_one:
-            q.sub_(taught)
+            q.sub_(taught, alpha=loss.soft_weight)
         if loss.label_weight:
-            q.scatter_add_(-1, target, torch.full_like(target, -loss.label_weight, dtype=q.dtype))
+            on_label = loss.label_weight * (1 - loss.label_smoothing)
+            q.scatter_add_(-1, target, torch.full_like(target, -on_label, dtype=q.dtype))
+        if loss.label_weight and loss.label_smoothing:
+            q.sub_(loss.label_weight * loss.label_smoothing / q.shape[-1])
         if loss.tempered:
-            q.add_(soft_gradient)
+            q.add_(soft_gradient, alpha=loss.soft_weight)
     if counted is not None:
         losses, weights = losses.where(counted, 0), weights.where(counted, 0)
         # As with classes of probability 0: a check is cheap on a CPU.
@@ -345,6 +355,12 @@ class _Scale:
     def log_of(self, logits: Tensor) -> Tensor:
         """Logarithms of the probabilities of some logits (rows, any)."""
         return logits - self.largest + self.probability.log()
+
+
+def _smoothed(hard: Tensor, student: Tensor, q_scale: _Scale, smoothing: float) -> Tensor:
+    """The cross-entropy with the smoothed label of each row, (rows,), from that with the label itself."""
+    uniform = -q_scale.log_of(student.mean(-1, keepdim=True)).squeeze(-1)  # mean of -log q_i over the classes
+    return (1 - smoothing) * hard + smoothing * uniform
 
 
 def _tempered(student: Tensor, teacher: Tensor, temperature: float, spare: Tensor) -> tuple[Tensor, Tensor]:

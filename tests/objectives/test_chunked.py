@@ -39,10 +39,10 @@ def labels(*ignored):
 
 
 SETTINGS = {
-    "label": {},
-    "ban": {"temperature": 2.0},
+    "label": {"label_smoothing": 0.1},
+    "ban": {"temperature": 2.0, "label_share": 0.3},
     "ban+l": {"label_weight": 0.7},
-    "cwtm": {},
+    "cwtm": {"label_smoothing": 0.2},
     "dkpp": {"permutation": "fresh"},
 }
 
@@ -65,7 +65,7 @@ def test_sums_and_gradients_are_those_of_the_plain_way(rows, objective, bias):
     (3 * total / weight).backward()
     generator = torch.Generator().manual_seed(4)
     if teacher is None:
-        losses, weights = objective_items(objective, plain(theirs), None, target)
+        losses, weights = objective_items(objective, plain(theirs), None, target, **settings)
     else:
         losses, weights, expected_metrics = objective_items_and_metrics(
             objective, plain(theirs), plain(teacher), target, generator=generator, **settings

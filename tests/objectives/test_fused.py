@@ -88,6 +88,24 @@ def test_temperature_and_label_weight(rows, temperature, label_weight):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_metrics", [False, True])
+@pytest.mark.parametrize(("temperature", "share", "smoothing"), [(1, 0.3, 0), (4, 0.3, 0.1), (1, 0, 0.1), (1, 1, 1)])
+def test_target_between_teacher_and_smoothed_label(rows, temperature, share, smoothing, with_metrics):
+    ours, theirs = (logits(1).requires_grad_() for _ in range(2))
+    settings = {"temperature": temperature, "label_share": share, "label_smoothing": smoothing}
+    items = objective_items_and_metrics if with_metrics else objective_items
+    losses = items("ban", ours, logits(2), labels(), **settings)[0]
+    one_hot = F.one_hot(labels(), CLASSES).double()
+    smoothed = (1 - smoothing) * one_hot + smoothing / CLASSES
+    soft = -((logits(2) / temperature).softmax(-1) * (theirs / temperature).log_softmax(-1)).sum(-1) * temperature**2
+    expected = (1 - share) * soft - share * (smoothed * theirs.log_softmax(-1)).sum(-1)
+    scale = torch.linspace(-1, 2, ITEMS, dtype=torch.float64)
+    (losses * scale).sum().backward()
+    (expected * scale).sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_items_with_metrics_are_the_items_and_the_metrics(rows, objective, temperature):
