@@ -265,12 +265,16 @@ def create_publisher(flags: LineageFlags, training: BornAgainTrainingArguments) 
 def generation_arguments(training: BornAgainTrainingArguments, generation: Generation) -> BornAgainTrainingArguments:
     """The training arguments of one generation, without publishing and without the token.
 
+    Where the objective does not read labels, label_smoothing_factor is left to generation 0.
+
     The teacher cache on disk is in the lineage's folder, and deleted when the generation is finished, unless
     teacher_cache_dir is given.
     """
     own = copy.copy(training)
     if own.teacher_cache == "disk" and own.teacher_cache_dir is None:
         own.teacher_cache_dir = str(Path(training.output_dir) / TEACHER_CACHE_NAME)
+    if generation.parent is not None and not own.has_label_term:
+        own.label_smoothing_factor = 0.0
     own.output_dir, own.seed = str(generation.checkpoint_dir), generation.seed
     own.push_to_hub, own.hub_token = False, None
     return own
@@ -311,6 +315,8 @@ def train(
         print(
             f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, into {training.output_dir}"
         )
+        if training.label_smoothing_factor:
+            print(f"Labels are smoothed by {training.label_smoothing_factor:g}{_smoothed_where(spec, training)}")
         print(f"Computed in {describe_computation(training, network)}")
         if runner.is_finished():
             print("Every generation is trained already; nothing is left to do.")
@@ -330,6 +336,12 @@ def train(
             file=sys.stderr,
         )
     return 1 if runner.unpublished else 0
+
+
+def _smoothed_where(spec: LineageSpec, training: BornAgainTrainingArguments) -> str:
+    if training.has_label_term or not spec.generations:
+        return ""
+    return f", in generation 0 alone, since objective {spec.objective!r} has no term with the labels"
 
 
 def launch(start: Callable[[], Any]) -> None:

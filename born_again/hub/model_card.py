@@ -20,8 +20,9 @@ import yaml
 from markupsafe import Markup
 
 from born_again.lineage.manifest import is_repo_id
-from born_again.lineage.spec import EXTERNAL
+from born_again.lineage.spec import EXTERNAL, TEACHER_OBJECTIVE
 from born_again.lineage.status import results_table
+from born_again.objectives import OBJECTIVES_WITH_LABELS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -308,7 +309,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.tests["external"] = _is_external
-    environment.globals["objective"] = _objective
+    environment.globals |= {"objective": _objective, "reads_labels": _reads_labels}
     environment.filters |= {
         "local_name": local_name,
         "setting": setting,
@@ -327,6 +328,11 @@ def _is_external(record: Mapping[str, Any]) -> bool:
 def _objective(record: Mapping[str, Any]) -> Markup:
     meaning = _OBJECTIVES.get(record["objective"])
     return Markup(f"{plain(record['objective'])}{f' ({meaning})' if meaning else ''}")
+
+
+def _reads_labels(record: Mapping[str, Any], training: Mapping[str, Any]) -> bool:
+    annealed = record["objective"] == "ban" and bool(training.get("teacher_annealing"))
+    return annealed or record["objective"] in (TEACHER_OBJECTIVE, *OBJECTIVES_WITH_LABELS)
 
 
 def _in_brackets(values: Mapping[str, Any] | None) -> Markup:

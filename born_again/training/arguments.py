@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
-from born_again.objectives import OBJECTIVES, PERMUTATIONS
+from born_again.objectives import OBJECTIVES, OBJECTIVES_WITH_LABELS, PERMUTATIONS
 from born_again.teacher import PRECISIONS
 from born_again.training.environment import compiler_of
 
@@ -76,7 +76,8 @@ class BornAgainTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the choices of a born-again generation.
 
     Every argument of transformers.TrainingArguments is there, with one other default: `logging_nan_inf_filter` is off,
-    since it hides a NaN loss and waits for the device at every step; see `stop_on_nonfinite`.
+    since it hides a NaN loss and waits for the device at every step; see `stop_on_nonfinite`. label_smoothing_factor
+    smooths the labels of generation 0 and of the objectives that read labels; "ban" and "dkpp" refuse it.
 
     Args:
         objective: what a student is taught by, unused without a teacher: "ban" (the teacher's distribution alone),
@@ -85,6 +86,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         temperature: of "ban" and "ban+l"; above 0. The paper uses 1.
         label_weight: of "ban+l", what the cross-entropy with the labels is multiplied by; 0 or more.
         permutation: of "dkpp", "fresh" for every item and step, or "fixed" for the whole training.
+        teacher_annealing: of "ban", whether the target goes from the teacher's distribution to the label: it is
+            (1 - a) x teacher + a x label, a = steps done / steps of the training (Clark et al. 2019, BAM,
+            arXiv 1907.04829).
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
         teacher_precision: how the teacher computes. "autocast" as the student does; "inference" is the fastest, a
             private copy with BatchNorm folded into convolutions and weights in the dtype of bf16 or fp16; "float32" in
@@ -132,6 +136,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Divides both logits in ban and ban+l."})
     label_weight: float = field(default=1.0, metadata={"help": "Weight of the label term of ban+l."})
     permutation: str = field(default="fresh", metadata={"help": "Of dkpp: fresh or fixed."})
+    teacher_annealing: bool = field(
+        default=False, metadata={"help": "Of ban: the target goes from the teacher to the label over the training."}
+    )
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
     teacher_precision: str = field(
         default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
@@ -201,9 +208,15 @@ class BornAgainTrainingArguments(TrainingArguments):
         self._check_that_the_objective_reads("temperature", ("ban", "ban+l"))
         self._check_that_the_objective_reads("label_weight", ("ban+l",))
         self._check_that_the_objective_reads("permutation", ("dkpp",))
+        self._check_that_the_objective_reads("teacher_annealing", ("ban",))
         self._check_cache()
         if self.lr_milestones is not None:
             self._check_milestones(self.lr_milestones)
+
+    @property
+    def has_label_term(self) -> bool:
+        """Whether the loss of a student has a term with the labels, which label_smoothing_factor then smooths."""
+        return self.objective in OBJECTIVES_WITH_LABELS or self.teacher_annealing
 
     def weight_affecting(self) -> dict[str, Any]:
         """The weight-affecting arguments that are not at their defaults, for the record of an experiment.

@@ -13,7 +13,11 @@ from born_again.objectives import IGNORED
 
 
 def validate_arguments(
-    trainer: Trainer, student: nn.Module, where: str = "beside a teacher", teachers: Sequence[nn.Module] = ()
+    trainer: Trainer,
+    student: nn.Module,
+    where: str = "beside a teacher",
+    teachers: Sequence[nn.Module] = (),
+    has_label_term: bool | None = True,
 ) -> None:
     """Validates arguments and networks: refuses what would change or break a loss that the trainer computes.
 
@@ -22,10 +26,11 @@ def validate_arguments(
         student: unwrapped.
         where: for the messages.
         teachers: none where labels alone train.
+        has_label_term: whether the loss has a term with the labels; None where a function alone knows.
 
     Raises:
-        ValueError: several GPUs for one process, smoothed labels, a fused loss, another loss function, several
-            labels, or a network whose classes do not exclude each other.
+        ValueError: several GPUs for one process, smoothed labels without a term that reads them, a fused loss,
+            another loss function, several labels, or a network whose classes do not exclude each other.
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -34,10 +39,18 @@ def validate_arguments(
             "wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show it one GPU "
             "with CUDA_VISIBLE_DEVICES."
         )
-    if args.label_smoothing_factor != 0:
+    smoothing = args.label_smoothing_factor
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing_factor: got {smoothing} {where}, expected 0 to 1; 0.1 is usual.")
+    if smoothing and teachers and not has_label_term:
         raise ValueError(
-            f"label_smoothing_factor: got {args.label_smoothing_factor} {where}, expected 0: labels are not smoothed "
-            "here, and a teacher's distribution takes the place of that."
+            f"label_smoothing_factor: got {smoothing} {where}, expected 0: "
+            + (
+                f"objective {args.objective!r} has no term with the labels; take 'ban+l' or 'cwtm', or smooth the "
+                "labels of the teacher's own training alone."
+                if has_label_term is False
+                else "a function as objective is given the labels, and smooths them itself."
+            )
         )
     if args.use_liger_kernel:
         raise ValueError(

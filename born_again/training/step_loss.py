@@ -61,6 +61,8 @@ class ChunkedLossMixin:
 
     def _why_not_chunked(self, batch: Mapping[str, Any], by_size: bool) -> str | None:
         """Why the chunked implementation cannot be used, or None."""
+        if self._objective is not None and self.teacher is not None:
+            return "the objective is a function of all logits"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "FSDP or DeepSpeed keep the output layer in pieces"
         if (why_not := self._why_no_hidden()) is not None:
@@ -121,10 +123,7 @@ class ChunkedLossMixin:
                 student,
                 teacher,
                 targets,
-                temperature=getattr(self.args, "temperature", 1.0),
-                label_weight=getattr(self.args, "label_weight", 1.0),
-                permutation=getattr(self.args, "permutation", "fresh"),
-                generator=self._permutations,
+                **self._loss_settings(),
                 with_metrics=teacher is not None and self._collects_metrics,
             )
         if metrics is not None:

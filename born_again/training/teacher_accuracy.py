@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import Trainer, TrainingArguments
 
-from born_again.objectives import IGNORED, OBJECTIVES_WITH_LABELS
+from born_again.objectives import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class TeacherAccuracyMixin:
         return self.args.teacher_accuracy_samples
 
     def _may_warn_of_teacher(self) -> bool:
-        return self.args.objective not in OBJECTIVES_WITH_LABELS
+        return self._has_label_term is False
 
     def evaluate_teacher(self, samples: int | None = None) -> dict[str, float] | None:
         """Accuracy of the teacher on evenly spaced training samples, as they are shown to the student.
@@ -84,7 +84,7 @@ class TeacherAccuracyMixin:
             np.random.set_state(arrays)
 
     def _warn_if_teacher_underfits(self) -> None:
-        if self.teacher_train_metrics is not None and self.is_world_process_zero():
+        if self.teacher_train_metrics is not None and self._may_warn_of_teacher() and self.is_world_process_zero():
             warn_if_classifier_underfits(self.teacher_train_metrics["accuracy"], self.args.objective)
 
 
@@ -139,13 +139,13 @@ def sums_of_rows(values: Tensor, weights: Tensor, rows: int) -> Tensor:
 
 
 def warn_if_classifier_underfits(accuracy: float, objective: str) -> None:
-    """Warns where a teacher underfits its training set and the objective has no label term to make up for it.
+    """Warns where a teacher underfits its training set, of an objective without a label term to make up for it.
 
     Args:
         accuracy: of the teacher on (a sample of) the training set, a fraction.
         objective: what the student is taught by.
     """
-    if accuracy >= FITTED_ACCURACY or objective in OBJECTIVES_WITH_LABELS:
+    if accuracy >= FITTED_ACCURACY:
         return
     logger.warning(
         f"The teacher underfits: its accuracy on a sample of the training set is {accuracy:.1%}, under "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, objective_items_and_metrics
+from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items
 from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
 from born_again.teacher.cache import with_teacher_cache
 from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view_keys, without_view_keys
@@ -37,6 +36,7 @@ from born_again.training.arguments import (
     multi_step_schedule,
 )
 from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
+from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
 from born_again.training.step_loss import ChunkedLossMixin
@@ -64,7 +64,7 @@ _TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementat
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, BaseTrainer):
+class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, ItemLossesMixin, BaseTrainer):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
@@ -97,6 +97,16 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             image processor, or a list with one for each teacher: where it normalises images otherwise than the
             student's are, the teacher is given its own pixel values (see `born_again.teacher.preprocessing`). Networks
             around timm say that in their config, without it.
+        objective: a function in place of the arguments' objective, unused without a teacher. It is called with
+            student_logits and teacher_logits (items, classes), float32 or wider, and labels (items,) int64, of the
+            items that count, and returns losses (items,), differentiable, and weights (items,) of 0 or more, through
+            which no gradient flows. The loss of a step is sum(weight x loss) / sum(weight), as of the built-in ones:
+
+                def focal_distillation(student_logits, teacher_logits, labels):
+                    log_q, p = student_logits.log_softmax(-1), teacher_logits.softmax(-1)
+                    losses = -(p * log_q).sum(-1)
+                    weights = 1 - log_q.exp().gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+                    return losses, weights
         **kwargs: what a newer transformers.Trainer takes beside these.
 
     Attributes:
@@ -107,7 +117,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         in_lineage: whether the training is of a lineage, which records the above; set by who runs it, before train().
 
     Raises:
-        TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network.
+        TypeError: a teacher beside arguments that are no BornAgainTrainingArguments, or that is no network; an
+            objective that is no function of three tensors. From train(): one that returns something else.
         ValueError: a teacher that cannot teach this student, or arguments that cannot be combined with a teacher.
             From train() and evaluate(): labels that are no class numbers.
         FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
@@ -148,6 +159,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         *,
         teacher: nn.Module | Sequence[nn.Module] | None = None,
         teacher_processing_class: Any = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         given: dict[str, Any] = {
@@ -179,6 +191,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         self._row_sums: Tensor | None = None  # of the batch that was evaluated last, (rows, 2)
         self._kept_columns: set[str] = set()
         self.add_callback(_TrainBegin(self))
+        self._take_objective(objective)
         if teacher is not None:
             self._take_teacher(teacher)
         else:
@@ -215,7 +228,12 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         self._check_tokens(frozen, student)
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
-        validate_arguments(self, student, teachers=frozen.modules)
+        validate_arguments(self, student, teachers=frozen.modules, has_label_term=self._has_label_term)
+        if self._objective is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"objective: got the function {self.objective_name!r} with FSDP or DeepSpeed, whose gradients cannot "
+                "be scaled once the weights of a step are known; expected a built-in objective, or DDP."
+            )
         frozen.set_precision(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         taught_by = with_teacher_cache(frozen, self.args, self.train_dataset)
         # Every check is done before the teacher is changed.
@@ -373,6 +391,10 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             return batches, total_weight
         step = self.state.global_step
         self._collects_metrics = step % METRICS_EVERY == 0 or (step + 1) % max(1, self.state.logging_steps) == 0
+        if self._objective is not None:
+            step_weight = None if len(batches) == self.args.world_size == 1 else total_weight
+            self._weigh_afterwards(step_weight)
+            return batches, step_weight
         if self.args.objective == "cwtm" and self._chunked and len(batches) == self.args.world_size == 1:
             return batches, None  # a step of its own, whose weights are found with its loss
         if self.args.objective == "cwtm" and batches:
@@ -435,7 +457,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             teacher_rows, _ = self._teacher_items(teacher_logits, labels)
             losses, weights = self._objective_items(student_rows, teacher_rows, targets)
         else:
-            losses, weights = objective_items("label", student_rows, None, targets)
+            smoothing = self.args.label_smoothing_factor if model.training else 0.0
+            losses, weights = objective_items("label", student_rows, None, targets, label_smoothing=smoothing)
         total, weight = (losses * weights).sum(), weights.sum()
         if model.training:
             total = total + weight * self._auxiliary_loss(outputs)
@@ -465,27 +488,6 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             return rows
         missing = self._columns - rows.shape[-1]  # no text has these: the student learns that they never come
         return F.pad(rows, (0, missing), value=NO_PROBABILITY) if missing > 0 else rows[:, : self._columns]
-
-    def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if student_rows.shape != teacher_rows.shape:
-            raise ValueError(
-                f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
-                f"{tuple(student_rows.shape)}; expected as many items and classes from both: build the student for "
-                f"the teacher's {teacher_rows.shape[-1]} classes."
-            )
-        losses, weights, *metrics = (objective_items_and_metrics if self._collects_metrics else objective_items)(
-            self.args.objective,
-            student_rows,
-            teacher_rows,
-            targets,
-            temperature=self.args.temperature,
-            label_weight=self.args.label_weight,
-            permutation=self.args.permutation,
-            generator=self._permutations,
-        )
-        if self._collects_metrics:
-            self._add_metrics(*metrics)
-        return losses, weights
 
     def _teacher_logits_and_weight(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher logits of a micro-batch, and the sum of its items' CWTM weights."""
@@ -542,12 +544,6 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
-
-    def _permutation_seed(self) -> int:
-        if self.args.permutation == "fixed":
-            return self.args.seed
-        text = f"{self.args.seed} {self.state.global_step} {self.args.process_index}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
     # ---- Logged metrics ----
 
@@ -626,6 +622,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         """Resets the state of an earlier training, or of one that auto_find_batch_size gave up."""
         self._guard, self._metric_sums, self._chunked = DivergenceGuard(), None, None
         self._labels = LabelRange(*(self.label_names or [])[:1])
+        self._is_checked, self._weight_so_far = False, None
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.pop_hit_counts()  # those of the training alone are logged
 

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from born_again.metrics import BatchMetrics
+from born_again.training.teacher_accuracy import changed
 
 _NO_LSTM = "LSTM forward propagation primitive"  # in oneDNN's error for a dtype that it has no LSTM in
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -40,6 +42,18 @@ class BaseTrainer(Trainer):
 
     _parameter_count: int | None = None
     _datasets_of_loaders: Mapping[str, Any] = MappingProxyType({})  # by the names that Trainer keeps loaders under
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        smoothing = getattr(args, "label_smoothing_factor", 0.0)
+        if not smoothing or not isinstance(model, nn.Module) or hasattr(model, "config"):
+            super().__init__(model, args, *rest, **kwargs)
+            return
+        # To smooth labels Trainer asks the network for a config, which a plain nn.Module does not have.
+        with changed(args, label_smoothing_factor=0.0):
+            super().__init__(model, args, *rest, **kwargs)
+        self.label_smoother = LabelSmoother(epsilon=smoothing)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Trainer's; where workers are persistent it would give its first loader for any dataset it is handed."""

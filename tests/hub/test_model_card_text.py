@@ -263,3 +263,16 @@ def test_the_examples_of_a_card_run(kind, tmp_path):
         exec(code.replace("FOLDER", str(folder / "gen1")).replace("tokens=20", "tokens=5"), names)
         answer = names["model"](inputs_for(kind))
         assert torch.allclose(getattr(answer, "logits", answer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_card_says_whose_labels_are_smoothed_and_that_the_teacher_is_annealed():
+    smoothed = r"- label\_smoothing\_factor: 0.1"
+    alone = f"{smoothed} (in generation 0 alone: this objective has no term with the labels)"
+    for objective, annealing, line in (("ban+l", False, smoothed), ("ban", False, alone), ("ban", True, smoothed)):
+        training = {"label_smoothing_factor": 0.1, **({"teacher_annealing": True} if annealing else {})}
+        records = [record(0), record(1, objective=objective)]
+        content = manifest(*records, objective=objective, training=training, generations=1)
+        cards = [image_classifier_card(content, index) for index in range(2)]
+        assert smoothed in section(cards[0], "Training").splitlines()
+        assert line in section(cards[1], "Training").splitlines()
+        assert ("teacher annealing, arXiv 1907.04829" in cards[1]) == annealing and "annealing," not in cards[0]

@@ -14,7 +14,13 @@ from processes import leave
 from born_again import BornAgainLMTrainer, BornAgainTrainer
 from born_again.objectives import OBJECTIVES
 
-CASES = ("label", *OBJECTIVES)  # the labels without a teacher
+# The labels without a teacher, then with one; and an objective whose weights the student alone tells.
+CASES = ("label", *OBJECTIVES, "smoothed", "annealed", "custom")
+
+
+def custom(student_logits, teacher_logits, labels):
+    q = student_logits.softmax(-1)
+    return -(teacher_logits.softmax(-1) * q.log()).sum(-1), 1 - q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, torch.Tensor]:
@@ -22,7 +28,9 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     processes, taught = int(os.environ.get("WORLD_SIZE", "1")), objective != "label"
     args = arguments(
         folder,
-        objective=objective if taught else "ban",
+        objective={"smoothed": "ban+l"}.get(objective, objective if objective in OBJECTIVES else "ban"),
+        label_smoothing_factor=0.2 if objective == "smoothed" else 0.0,
+        teacher_annealing=objective == "annealed",
         loss_normalization="step",
         max_steps=3,
         per_device_train_batch_size=8 // processes,
@@ -33,7 +41,10 @@ def first_step(folder: Path, objective: str, evaluate_first: bool) -> dict[str, 
     )
     data = vectors(24, ignored=(3, 4, 11, 17))
     teacher = Network(2) if taught else None
-    trainer = BornAgainTrainer(Network(1), args, train_dataset=data, eval_dataset=data, teacher=teacher)
+    function = custom if objective == "custom" else None
+    trainer = BornAgainTrainer(
+        Network(1), args, train_dataset=data, eval_dataset=data, teacher=teacher, objective=function
+    )
     trainer.in_lineage = True  # which has the teacher measured whatever the objective
     seen: dict[str, torch.Tensor] = {}
     if evaluate_first:

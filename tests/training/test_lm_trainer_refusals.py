@@ -256,5 +256,5 @@ def test_the_text_of_these_tests_has_a_ragged_end():
 
 
 def test_settings_that_another_loss_would_read_are_refused_without_a_teacher_too(tmp_path):
-    with pytest.raises(ValueError, match="label_smoothing_factor: got 0.1 in BornAgainLMTrainer, expected 0"):
-        trainer(tmp_path, lstm(1), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor: got 1.5 in BornAgainLMTrainer, expected 0 to 1"):
+        trainer(tmp_path, lstm(1), label_smoothing_factor=1.5)

@@ -130,8 +130,10 @@ def test_a_teacher_always_has_the_loss_of_the_step(tmp_path):
 def test_what_has_no_such_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="loss_normalization: got 'steps', .*did you mean 'step'"):
         arguments(tmp_path, loss_normalization="steps")
-    args = arguments(tmp_path, loss_normalization="step", label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="label_smoothing_factor: got 0.1 with loss_normalization 'step'"):
+    args = arguments(tmp_path, loss_normalization="step", label_smoothing_factor=1.5)
+    with pytest.raises(
+        ValueError, match="label_smoothing_factor: got 1.5 with loss_normalization 'step', expected 0 to 1"
+    ):
         BornAgainTrainer(sequence_classifier(1), args)
     model = sequence_classifier(1)
     model.config.problem_type = "multi_label_classification"

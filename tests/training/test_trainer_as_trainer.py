@@ -639,13 +639,14 @@ def test_the_arguments_are_those_of_trainer_in_its_order(ours):
     assert [(own.name, own.kind) for own in parameters[len(positional) :]] == [
         ("teacher", inspect.Parameter.KEYWORD_ONLY),
         ("teacher_processing_class", inspect.Parameter.KEYWORD_ONLY),
+        ("objective", inspect.Parameter.KEYWORD_ONLY),
         ("kwargs", inspect.Parameter.VAR_KEYWORD),
     ]
 
 
 def test_every_argument_reaches_trainer_under_its_name(tmp_path, monkeypatch):
     """Also one that only a newer Trainer has."""
-    names = list(inspect.signature(BornAgainTrainer).parameters)[:-3]
+    names = list(inspect.signature(BornAgainTrainer).parameters)[:-4]
     reached = {}
 
     class Reached(Exception):
