@@ -121,8 +121,8 @@ def _check_seeds(flags: LineageFlags, training: BornAgainTrainingArguments) -> N
         )
     if flags.from_generation is not None:
         raise ValueError(
-            f"from_generation: got {flags.from_generation} beside --seeds, expected it for one lineage, since the same "
-            f"command run again would restart finished ones; give --seed {seeds[0]} --output_dir "
+            f"from_generation: got {flags.from_generation} beside --seeds, expected it for one lineage, since the "
+            f"same command run again would restart finished ones; give --seed {seeds[0]} --output_dir "
             f"{Path(training.output_dir) / seed_folder_name(seeds[0])} instead."
         )
     if (Path(training.output_dir) / MANIFEST_NAME).is_file():

@@ -34,6 +34,7 @@ from born_again.lineage.members import (
     select_generations,
     verified_folder,
 )
+from born_again.lineage.predictions import ensemble_predictions_name, predictions_by_split, write_predictions
 from born_again.objectives import widened
 from born_again.teacher import logits_of, mean_log_probabilities
 from born_again.teacher.preprocessing import renormalized
@@ -389,18 +390,27 @@ def evaluate_ensemble(
         LineageError: a member's weights are missing or changed.
     """
     folder = Path(manifest.path).parent
+    weights = [manifest.generations[index]["weights_sha256"] for index in members]
     try:
         ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE)
     except ValueError as error:
         logger.warning("The ensemble of generations %s is not evaluated: %s", members, error)
         metrics = {}
     else:
-        metrics = {split: finite_or_none(values) for split, values in evaluate(ensemble).items()}
-        on_first_process(lambda: ensemble.save_pretrained(folder / FOLDER, metrics, write_card))
+        measured = evaluate(ensemble)
+        metrics = {split: finite_or_none(values) for split, values in measured.items()}
+
+        def write() -> None:
+            ensemble.save_pretrained(folder / FOLDER, metrics, write_card)
+            write_predictions(
+                folder / FOLDER / ensemble_predictions_name(members), predictions_by_split(measured), weights
+            )
+
+        on_first_process(write)
     record = {
         "members": list(members),
         "average": _AVERAGE,
-        "weights_sha256": [manifest.generations[index]["weights_sha256"] for index in members],
+        "weights_sha256": weights,
         "metrics": metrics,
     }
     with manifest.lock:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PretrainedConfig
 
+from born_again.lineage.predictions import SplitMetrics
 from born_again.metrics import classification_metrics, language_model_metrics
 from born_again.models.image_classifier import load_image_classifier
 from born_again.models.language_models import load_language_model
@@ -70,7 +72,7 @@ def evaluate_classifier(
     collate: Callable,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-) -> dict[str, float]:
+) -> SplitMetrics:
     """Accuracy, error, top-5 accuracy, negative log-likelihood and expected calibration error of a classifier.
 
     In the precision of the weights, without autocast, in eval mode; every process evaluates every row.
@@ -84,7 +86,8 @@ def evaluate_classifier(
         device: to evaluate on.
 
     Returns:
-        Fractions (accuracy, error, top5_accuracy from 6 classes on, ece) and nats per item (nll).
+        Fractions (accuracy, error, top5_accuracy from 6 classes on, ece) and nats per item (nll); a dict with the
+        predictions of every row.
     """
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     metrics = classification_metrics()
@@ -92,18 +95,23 @@ def evaluate_classifier(
     change = None
     if given is not None and own is not None and own.is_certain:
         change = Renormalization.between(given, own)
+    kept: list[dict[str, Tensor]] = []
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         labels = batch.pop("labels")
         inputs = renormalized({name: value.to(device) for name, value in batch.items()}, change)
         logits = model(**inputs).logits
         metrics(EvalPrediction(predictions=logits, label_ids=labels.to(device)), compute_result=False)
-    return metrics.compute()
+        log_probabilities = logits.to("cpu", torch.float64).log_softmax(dim=1)  # (batch, classes)
+        confidence, predicted = log_probabilities.max(dim=1)  # (batch,)
+        nll = -log_probabilities.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)
+        kept.append({"label": labels.cpu(), "predicted": predicted, "nll": nll, "confidence": confidence.exp()})
+    return SplitMetrics(metrics.compute(), _concatenated(kept))
 
 
 @torch.no_grad()
 def evaluate_language_model(
     model: nn.Module, streams: TokenStreams, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+) -> SplitMetrics:
     """Negative log-likelihood and perplexity of a language model, each token with the same weight.
 
     In the precision of the weights, without autocast, in eval mode; every process evaluates the whole text. A model
@@ -116,17 +124,28 @@ def evaluate_language_model(
         device: where it is computed.
 
     Returns:
-        nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (their number).
+        nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (their number);
+        a dict with the sums of every row of a window as predictions.
     """
+    from born_again.metrics.perplexity import token_nlls  # imports evaluate, which takes seconds
+
     model = model.to(device).eval()
     carries, state = carries_state(model), {}
     metrics = language_model_metrics()
+    kept: list[dict[str, Tensor]] = []
     for window in range(streams.windows):
         batch = streams.__getitems__(range(window * streams.streams, (window + 1) * streams.streams))
         output = model(batch["input_ids"].to(device), **state)
         state = {"state": output.state} if carries else {}
-        metrics(cast(Any, EvalPrediction)(output.logits, batch["labels"].to(device)), compute_result=False)
-    return metrics.compute()
+        nlls, counted = token_nlls(output.logits, batch["labels"].to(device))  # (streams, time) each
+        metrics(cast(Any, EvalPrediction)(nlls, batch["labels"]), compute_result=False)
+        tokens = counted.sum(dim=1)  # (streams,)
+        kept.append({"nll_sum": nlls.sum(dim=1)[tokens > 0], "tokens": tokens[tokens > 0]})
+    return SplitMetrics(metrics.compute(), _concatenated(kept))
+
+
+def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def by_split(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

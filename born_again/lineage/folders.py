@@ -38,7 +38,9 @@ CHECKPOINTS_NAME = "checkpoints"
 TEACHER_CACHE_NAME = "teacher_cache"
 # The names of unfinished folders of the runner, and of temporary files of write_atomically (tempfile adds 8 letters).
 _PARTIAL = re.compile(r"\.gen[0-9]+\.(partial|old)")
-_TEMPORARY = re.compile(r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md)\.[a-z0-9_]{8}")
+_TEMPORARY = re.compile(
+    r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md|predictions(-[0-9]+)+\.safetensors)\.[a-z0-9_]{8}"
+)
 
 
 # ---- Durable writes and integrity ----

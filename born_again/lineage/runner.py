@@ -55,6 +55,7 @@ from born_again.lineage.machine import (
     versions,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.predictions import PREDICTIONS_NAME, predictions_by_split, write_predictions
 from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
@@ -106,7 +107,8 @@ class LineageRunner:
             loss_normalization "step" whatever its arguments say, as its students are.
         load_teacher: from the folder of a generation to its network.
         evaluate: from a loaded network to metrics by split, {"test": {"accuracy": ...}}; None calls the trainer's
-            evaluate(), whose eval_dataset may be a dict by split.
+            evaluate(), whose eval_dataset may be a dict by split. Predictions of `SplitMetrics` are kept beside the
+            weights.
         save_student: writes config.json and model.safetensors of a trained network into a folder; None calls its
             save_pretrained.
         write_card: from (manifest content, generation index, curve=name of the training curve's picture or None) to
@@ -451,7 +453,7 @@ class LineageRunner:
         if self.evaluate is None:
             metrics = by_split(trainer.evaluate())
         else:
-            metrics = {split: dict(values) for split, values in self.evaluate(self.load_teacher(partial)).items()}
+            metrics = self.evaluate(self.load_teacher(partial))
         facts = {
             "status": "finished",
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
@@ -472,6 +474,7 @@ class LineageRunner:
                 content = self.manifest.content_with(generation.index, **facts)
                 card = self.write_card(content, generation.index, curve=CURVE_NAME if drawn else None)
                 (partial / "README.md").write_text(card, "utf-8")
+            write_predictions(partial / PREDICTIONS_NAME, predictions_by_split(metrics), facts["weights_sha256"])
             put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
 
         on_first_process(finish)

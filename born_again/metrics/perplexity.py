@@ -10,7 +10,15 @@ import datasets
 import evaluate
 import torch
 
-from .accumulation import SummingMetric, as_tensors, check_logits, counted_labels, counted_rows, logits_and_labels
+from .accumulation import (
+    IGNORE_INDEX,
+    SummingMetric,
+    as_tensors,
+    check_logits,
+    counted_labels,
+    counted_rows,
+    logits_and_labels,
+)
 
 # Rows of logits that are widened at a time: at 10,000 classes 10 MB instead of the whole batch.
 ROWS = 256
@@ -83,6 +91,26 @@ class Perplexity(SummingMetric):
         except OverflowError:
             perplexity = math.inf
         return {"nll": nll, "perplexity": perplexity, "tokens": self.items}
+
+
+def token_nlls(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of each token, as `Perplexity` sums them.
+
+    Args:
+        logits: (..., C), any float dtype, any device.
+        labels: (...), already shifted; -100 is ignored.
+
+    Returns:
+        (...) float64 in nats, 0 where a token is ignored; which are counted, (...) bool. Both on the CPU.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a label out of range, or logits that have no softmax.
+    """
+    rows, kept = counted_rows(logits, labels)
+    counted = labels.cpu() != IGNORE_INDEX
+    nlls = torch.zeros(labels.shape, dtype=torch.float64)
+    nlls[counted] = _nlls_of_logits(rows, kept)
+    return nlls, counted
 
 
 def _nlls_and_labels() -> datasets.Features:
