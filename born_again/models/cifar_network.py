@@ -1,4 +1,4 @@
-"""What the networks for 32x32 images have in common: timm's interface, initialisation, gradient checkpointing.
+"""What the networks for 32x32 images have in common: blocks, timm's interface, initialisation, gradient checkpointing.
 
 The file needs torch and timm only, so that it can travel beside the weights.
 """
@@ -50,6 +50,69 @@ def recomputed(module: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -
     if torch.compiler.is_compiling():
         return checkpoint(run, *inputs, use_reentrant=False)
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=partial(_contexts, module))
+
+
+class WideBlock(nn.Module):
+    """BN-ReLU-conv3x3, BN-ReLU-dropout-conv3x3, added to the shortcut (1605.07146, section 2 and figure 1d).
+
+    Dropout stands where the authors' Torch implementation has it, after the ReLU and before the second convolution.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        stride: int = 1,
+        proj_drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = BatchNormAct2d(in_chans, **dd)
+        self.conv1 = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
+        self.norm2 = BatchNormAct2d(out_chans, **dd)
+        self.drop = nn.Dropout(proj_drop_rate) if proj_drop_rate else nn.Identity()
+        self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
+        self.shortcut = None
+        if in_chans != out_chans or stride != 1:
+            self.shortcut = nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, in_chans, height, width) to (batch, out_chans, height // stride, width // stride)."""
+        y = self.norm1(x)
+        # Where the shape changes both branches start from the activated input; an identity passes the raw one on.
+        skip = x if self.shortcut is None else self.shortcut(y)  # (b, out_chans, h // stride, w // stride)
+        y = self.conv1(y)  # (b, out_chans, h // stride, w // stride)
+        return skip + self.conv2(self.drop(self.norm2(y)))
+
+
+class BlockGroup(nn.Sequential):
+    """Residual blocks, of which the first may change channels and resolution."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, in_chans, height, width) to the output of the last block."""
+        for block in self:
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+                x = recomputed(block, block, x)
+            else:
+                x = block(x)
+        return x
+
+
+class Transition(nn.Sequential):
+    """BN-ReLU-conv1x1 that compresses the channels, with 2x2 average pooling unless it is the last of the network."""
+
+    def __init__(self, in_chans: int, out_chans: int, pool: bool, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.norm = BatchNormAct2d(in_chans, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(in_chans, out_chans, 1, bias=False, device=device, dtype=dtype)
+        if pool:
+            self.pool = nn.AvgPool2d(2)
 
 
 class CifarNetwork(nn.Module):

@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from born_again.models.cifar_network import CifarNetwork, cifar_cfg, recomputed
+from born_again.models.cifar_network import CifarNetwork, Transition, cifar_cfg, recomputed
 
 __all__ = ["DenseNetCifar"]
 
@@ -64,17 +64,6 @@ class DenseBlock(nn.Sequential):
         for layer in self:
             x = torch.cat((x, layer(x)), 1)  # k more channels
         return x
-
-
-class Transition(nn.Sequential):
-    """BN-ReLU-conv1x1 that compresses the channels, with 2x2 average pooling unless it is the last of the network."""
-
-    def __init__(self, in_chans: int, out_chans: int, pool: bool, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.norm = BatchNormAct2d(in_chans, device=device, dtype=dtype)
-        self.conv = nn.Conv2d(in_chans, out_chans, 1, bias=False, device=device, dtype=dtype)
-        if pool:
-            self.pool = nn.AvgPool2d(2)
 
 
 class DenseNetCifar(CifarNetwork):

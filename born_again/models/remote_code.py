@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from born_again.models import densenet_cifar, wide_resnet_cifar
+from born_again.models import densenet_cifar, resnet_students, wide_resnet_cifar
 
 _PACKAGE = "born_again.models"
 _IMPORT = re.compile(rf"^(\s*from ){re.escape(_PACKAGE)}(\.\w+ import\b)")
@@ -28,6 +28,7 @@ _NETWORKS = {
     for file, network, architectures in (
         ("densenet_cifar", "DenseNetCifar", densenet_cifar.default_cfgs),
         ("wide_resnet_cifar", "WideResNetCifar", wide_resnet_cifar.default_cfgs),
+        ("resnet_students", "ResNetStudentCifar", resnet_students.default_cfgs),
     )
     for architecture in architectures
 }

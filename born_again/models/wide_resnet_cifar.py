@@ -9,79 +9,12 @@ can travel beside the weights.
 
 from typing import Any
 
-import torch
-from timm.layers import BatchNormAct2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from born_again.models.cifar_network import CifarNetwork, cifar_cfg, recomputed
+from born_again.models.cifar_network import BlockGroup, CifarNetwork, WideBlock, cifar_cfg
 
 __all__ = ["WideResNetCifar"]
-
-
-class WideBlock(nn.Module):
-    """BN-ReLU-conv3x3, BN-ReLU-dropout-conv3x3, added to the shortcut (1605.07146, section 2 and figure 1d).
-
-    Dropout stands where the authors' Torch implementation has it, after the ReLU and before the second convolution.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        out_chans: int,
-        stride: int = 1,
-        proj_drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = BatchNormAct2d(in_chans, **dd)
-        self.conv1 = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
-        self.norm2 = BatchNormAct2d(out_chans, **dd)
-        self.drop = nn.Dropout(proj_drop_rate) if proj_drop_rate else nn.Identity()
-        self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
-        self.shortcut = None
-        if in_chans != out_chans or stride != 1:
-            self.shortcut = nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, in_chans, height, width) to (batch, out_chans, height // stride, width // stride)."""
-        y = self.norm1(x)
-        # Where the shape changes both branches start from the activated input; an identity passes the raw one on.
-        skip = x if self.shortcut is None else self.shortcut(y)  # (b, out_chans, h // stride, w // stride)
-        y = self.conv1(y)  # (b, out_chans, h // stride, w // stride)
-        return skip + self.conv2(self.drop(self.norm2(y)))
-
-
-class BlockGroup(nn.Sequential):
-    """The blocks of one width; the first one changes channels and resolution."""
-
-    def __init__(
-        self,
-        depth: int,
-        in_chans: int,
-        out_chans: int,
-        stride: int,
-        proj_drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        shared = {"proj_drop_rate": proj_drop_rate, "device": device, "dtype": dtype}
-        super().__init__(
-            WideBlock(in_chans, out_chans, stride, **shared),
-            *(WideBlock(out_chans, out_chans, **shared) for _ in range(depth - 1)),
-        )
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, in_chans, height, width) to (batch, out_chans, height // stride, width // stride)."""
-        for block in self:
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-                x = recomputed(block, block, x)
-            else:
-                x = block(x)
-        return x
 
 
 class WideResNetCifar(CifarNetwork):
@@ -130,8 +63,9 @@ class WideResNetCifar(CifarNetwork):
         self.stem = nn.Conv2d(in_chans, chans, 3, padding=1, bias=False, **dd)
         for i in (1, 2, 3):
             out_chans = base_width * width * 2 ** (i - 1)
-            group = BlockGroup((depth - 4) // 6, chans, out_chans, 1 if i == 1 else 2, proj_drop_rate, **dd)
-            self.add_module(f"group{i}", group)
+            blocks = [WideBlock(chans, out_chans, 1 if i == 1 else 2, proj_drop_rate, **dd)]
+            blocks += [WideBlock(out_chans, out_chans, 1, proj_drop_rate, **dd) for _ in range((depth - 4) // 6 - 1)]
+            self.add_module(f"group{i}", BlockGroup(*blocks))
             chans = out_chans
             if i < 3:
                 self.feature_info.append({"num_chs": chans, "reduction": 2 ** (i - 1), "module": f"group{i}"})

@@ -13,8 +13,10 @@ from timm.models import group_parameters
 from torch import nn
 
 import born_again.models
+from born_again.models.cifar_network import WideBlock
 from born_again.models.densenet_cifar import DenseBlock, DenseNetCifar
-from born_again.models.wide_resnet_cifar import WideBlock, WideResNetCifar
+from born_again.models.resnet_students import BottleneckBlock, ResNetStudentCifar
+from born_again.models.wide_resnet_cifar import WideResNetCifar
 
 DENSENETS = {  # name: (depth, growth rate, third compression, parameters at 10 classes)
     "densenet112_33_cifar": (112, 33, False, 6_892_786),
@@ -42,7 +44,15 @@ PAPER = [  # 1805.04770, table 1: millions of parameters, and the classes that f
     ("wide_resnet28_5_cifar", 100, 9.16, 0.01),
     ("wide_resnet28_10_cifar", 10, 36.5, 0.01),
 ]
-TINY = ["test_densenet_cifar", "test_wide_resnet_cifar"]
+RESNET_STUDENTS = {  # name: (units per block, ratio, bottleneck, millions of 1805.04770's table 5 at 100 classes)
+    "resnet_student_pre14_05_cifar": (14, 0.5, True, 7.3),
+    "resnet_student_pre14_1_cifar": (14, 1, True, 17.7),
+    "resnet_student_wide1_1_cifar": (1, 1, False, 20.9),
+    "resnet_student_wide2_1_cifar": (2, 1, False, 43.1),
+    "resnet_student_wide4_05_cifar": (4, 0.5, False, 24.3),
+    "resnet_student_wide4_1_cifar": (4, 1, False, 87.3),
+}
+TINY = ["test_densenet_cifar", "test_wide_resnet_cifar", "test_resnet_student_cifar"]
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +109,40 @@ def test_wide_resnet_parameter_count(name):
     assert _size(name, 100) == _wide_resnet_size(depth, width, stem, 100)
 
 
+@pytest.mark.parametrize("name", RESNET_STUDENTS)
+def test_resnet_student_parameter_count(name):
+    units, ratio, bottleneck, millions = RESNET_STUDENTS[name]
+    c, total = 120, 27 * 120
+    for compressed in (480, 660, 750):  # of DenseNet-90-60
+        for _ in range(units):
+            inner = int(ratio * compressed / (4 if bottleneck else 1))
+            out = int(0.75 * compressed) if bottleneck else inner
+            if bottleneck:
+                total += 2 * c + c * inner + 2 * inner + 9 * inner * inner + 2 * inner + inner * out
+            else:
+                total += 2 * c + 9 * c * out + 2 * out + 9 * out * out
+            total += c * out if c != out else 0
+            c = out
+        total += 2 * c + c * compressed
+        c = compressed
+    total += 2 * c + (c + 1) * 100
+    assert _size(name, 100) == total == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_resnet_students_have_the_ends_of_their_densenet():
+    for student, teacher in (("resnet_student_wide4_05_cifar", "densenet90_60_cifar"), (TINY[2], TINY[0])):
+        student, teacher = _without_weights(student).state_dict(), _without_weights(teacher).state_dict()
+        for key in ("stem.weight", "norm.weight", "head.fc.weight", "head.fc.bias", "transition2.conv.weight"):
+            assert student[key].shape[0] == teacher[key].shape[0]
+        assert student["head.fc.weight"].shape == teacher["head.fc.weight"].shape
+
+
 @pytest.mark.parametrize(("name", "classes", "millions", "tolerance"), PAPER)
 def test_parameter_count_of_the_paper(name, classes, millions, tolerance):
     assert _size(name, classes) / 1e6 == pytest.approx(millions, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", [*DENSENETS, *WIDE_RESNETS])
+@pytest.mark.parametrize("name", [*DENSENETS, *WIDE_RESNETS, *RESNET_STUDENTS, TINY[2]])
 def test_registered_configuration(name):
     assert timm.is_model(name)
     network = _without_weights(name)
@@ -116,7 +154,7 @@ def test_registered_configuration(name):
     assert network.get_submodule(cfg["classifier"]) is network.get_classifier()
 
 
-@pytest.mark.parametrize("module", ["cifar_network", "densenet_cifar", "wide_resnet_cifar"])
+@pytest.mark.parametrize("module", ["cifar_network", "densenet_cifar", "wide_resnet_cifar", "resnet_students"])
 def test_network_files_need_torch_and_timm_only(module):
     tree = ast.parse(Path(getattr(born_again.models, module).__file__).read_text())
     imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
@@ -163,6 +201,23 @@ def test_wide_block_adds_the_raw_input_or_a_projection_of_the_activated_one(out_
     else:
         expected = expected + nn.functional.conv2d(first, block.shortcut.weight, stride=stride)
     torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("out_chans", [6, 8])
+def test_bottleneck_block_adds_the_raw_input_or_a_projection_of_the_activated_one(out_chans):
+    block = BottleneckBlock(6, 4, out_chans, dtype=torch.float64).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    y, first = x, None
+    for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2), (block.norm3, block.conv3)):
+        y = y / math.sqrt(1 + norm.eps) * norm.weight[:, None, None] + norm.bias[:, None, None]
+        y = y.clamp(min=0)
+        first = y if first is None else first
+        y = nn.functional.conv2d(y, conv.weight, padding=conv.padding)
+    assert (block.shortcut is None) == (out_chans == 6)
+    skip = x if block.shortcut is None else nn.functional.conv2d(first, block.shortcut.weight)
+    torch.testing.assert_close(block(x), y + skip)
 
 
 def test_transitions_halve_channels_and_only_the_first_two_pool():
@@ -292,12 +347,11 @@ def test_compile_and_export(name):
     torch.testing.assert_close(exported.module()(x[:3]), network(x[:3]))
 
 
-LARGE = [name for name in (*DENSENETS, *WIDE_RESNETS) if name not in (*TINY, "wide_resnet16_1_cifar")]
+SMALL = [*TINY, "wide_resnet16_1_cifar"]
+LARGE = [name for name in (*DENSENETS, *WIDE_RESNETS, *RESNET_STUDENTS) if name not in SMALL]
 
 
-@pytest.mark.parametrize(
-    "name", [*TINY, "wide_resnet16_1_cifar", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
-)
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_torchscript(name, tmp_path):
     network, x = timm.create_model(name).eval(), _images(2)
     expected = network(x)
@@ -366,6 +420,9 @@ def test_dropout_between_convolutions_and_before_the_head():
         (DenseNetCifar, {"depth": 9}, "depth=9 leaves a dense block without layers; give 10 or more"),
         (DenseNetCifar, {"growth_rate": 0}, "growth_rate=0 adds no channels; give 1 or more"),
         (DenseNetCifar, {"compression": 1.5}, r"compression=1.5 .* give a number in \(0, 1\]"),
+        (ResNetStudentCifar, {"units": 0}, "units=0 leaves a stack without residual units; give 1 or more"),
+        (ResNetStudentCifar, {"ratio": 0.001}, "ratio=0.001 leaves a convolution without channels; give a larger"),
+        (ResNetStudentCifar, {"depth": 9}, r"depth=9, growth_rate=60 and compression=0.5 describe no DenseNet; give"),
         (WideResNetCifar, {"depth": 27}, r"depth=27 is not 6n \+ 4 .* give 10, 16, 22"),
         (WideResNetCifar, {"depth": 4}, r"depth=4 is not 6n \+ 4"),
         (WideResNetCifar, {"width": 0}, "width=0 and base_width=16 count channels; give 1 or more"),

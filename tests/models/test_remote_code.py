@@ -28,12 +28,13 @@ from born_again.models.remote_code import remote_code, with_relative_imports
 LABELS = ["cat", "dog", "ox"]
 WORDS = ["the", "cat", "<eos>", "sat", "on", "a", "mat", "<unk>", "N", "of"]
 CHAR = {"hidden_size": 8, "filter_widths": [1, 2], "filter_counts": [3, 4], "character_embedding_size": 5}
-IMAGE = ["test_densenet_cifar", "test_wide_resnet_cifar"]
+IMAGE = ["test_densenet_cifar", "test_wide_resnet_cifar", "test_resnet_student_cifar"]
 LANGUAGE = ["test-lstm", "char-cnn-lstm"]
 SPELLED = {"test-lstm": "lstm_lm", "char-cnn-lstm": "char_cnn_lstm"}
 FILES = {
     "test_densenet_cifar": {"cifar_network.py", "densenet_cifar.py", "modeling_densenet_cifar.py"},
     "test_wide_resnet_cifar": {"cifar_network.py", "wide_resnet_cifar.py", "modeling_wide_resnet_cifar.py"},
+    "test_resnet_student_cifar": {"cifar_network.py", "resnet_students.py", "modeling_resnet_students.py"},
     "test-lstm": {"lstm_lm.py", "lstm_precision.py", "language_configs.py"},
     "char-cnn-lstm": {"char_cnn_lstm.py", "lstm_lm.py", "lstm_precision.py", "language_configs.py"},
 }
@@ -390,7 +391,7 @@ def alone(work):
 
 def test_all_is_equal_to_the_bit(alone):
     assert [name for name, same in alone["equal"].items() if not same] == []
-    assert len(alone["equal"]) == 4 + 2 + 2 * 3 + 2 * 2 + (4 if SAVES_CODE else 2) + 3 * 4
+    assert len(alone["equal"]) == 5 + 2 + 3 * 3 + 2 * 2 + (5 if SAVES_CODE else 2) + 3 * 5
 
 
 def test_the_classes_are_the_repositorys_own(alone):
@@ -398,6 +399,7 @@ def test_the_classes_are_the_repositorys_own(alone):
     assert [facts[name] for name in IMAGE + LANGUAGE] == [
         ["DenseNetCifarForImageClassification", "transformers_modules"],
         ["WideResNetCifarForImageClassification", "transformers_modules"],
+        ["ResNetStudentCifarForImageClassification", "transformers_modules"],
         ["LstmLMForCausalLM", "transformers_modules"],
         ["CharCnnLstmForCausalLM", "transformers_modules"],
     ]
