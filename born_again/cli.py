@@ -181,8 +181,9 @@ def _status_text(facts: Mapping[str, Any]) -> str:
     if facts["name"] is None:
         lines.append(f"{facts['output_dir']}: no generation has begun")
     else:
+        students = "" if facts["student_model"] is None else f" ({facts['student_model']})"
         lines.append(
-            f"{facts['name']}: {facts['model']} on {facts['dataset']}, teacher + {facts['students']} by "
+            f"{facts['name']}: {facts['model']} on {facts['dataset']}, teacher + {facts['students']}{students} by "
             f"{facts['objective']}, seed {facts['seed']}"
         )
         lines += _generation_lines(facts["generations"])
@@ -286,7 +287,8 @@ def _evaluation_text(result: Mapping[str, Any]) -> str:
     if result["test_split"] != "test":
         items += f", which is its split {result['test_split']!r}"
     limits = "".join(f", {name} {value}" for name, value in result["data_args"].items() if name.startswith("max_"))
-    lines = [f"{what}{of} on {result['dataset']} ({items}{limits}), {result['device']}"]
+    model = "" if result["model"] is None else f", {result['model']},"
+    lines = [f"{what}{of}{model} on {result['dataset']} ({items}{limits}), {result['device']}"]
     rows = [["split", "metric", "measured", "recorded", "difference"]]
     for split, metrics in result["splits"].items():
         for metric, pair in metrics.items():

@@ -33,7 +33,9 @@ from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_b
 from born_again.data.images import ImageData, allows_flip, flip_warning, load_images
 from born_again.hub.launch import (
     LineageFlags,
+    apply_budget,
     create_publisher,
+    default_output_dir,
     generation_arguments,
     hub_settings,
     launch,
@@ -43,14 +45,21 @@ from born_again.hub.launch import (
     train,
 )
 from born_again.hub.model_card import ensemble_card, image_classifier_card
-from born_again.lineage.arguments import parse_arguments
+from born_again.lineage.arguments import parse_arguments, parse_mapping
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, set_threads
 from born_again.lineage.reevaluation import evaluation_images
 from born_again.lineage.runner import Generation
 from born_again.lineage.spec import plain_name
 from born_again.metrics import classification_metrics
-from born_again.models.image_classifier import check_image_size, load_image_classifier, save_image_classifier
+from born_again.models.image_classifier import (
+    check_image_size,
+    check_model_args,
+    load_image_classifier,
+    save_image_classifier,
+    takes_model_arg,
+)
+from born_again.models.shared_ends import check_shared_ends, share_ends
 from born_again.report.figures import draw_curve
 from born_again.teacher.preprocessing import check_image_shape, read_otherwise
 from born_again.training.environment import take_from_launcher
@@ -64,7 +73,21 @@ class LineageArguments(LineageFlags):
 
     model: str | None = field(default=None, metadata={"help": "A timm architecture; densenet90_60_cifar for cifar."})
     dropout: float = field(
-        default=0.0, metadata={"help": "proj_drop_rate of the model; 0.3 for wide_resnet28_*, as in the paper."}
+        default=0.0,
+        metadata={
+            "help": "proj_drop_rate of the model, and of a student_model that has one; 0.3 for wide_resnet28_*, as in "
+            "the paper."
+        },
+    )
+    student_model: str | None = field(
+        default=None, metadata={"help": "Architecture of the students; that of the teacher when not given."}
+    )
+    student_model_args: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the students' architecture, as model_args."}
+    )
+    share_teacher_ends: bool = field(
+        default=False,
+        metadata={"help": "Students have their teacher's first convolution and classifier, frozen."},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "digits (embedded), cifar10, cifar100 (the default), a Hub id or a folder."}
@@ -142,11 +165,15 @@ def recipe(args: Namespace) -> dict[str, Any]:
     values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
     model, dataset = args.model or values["model"], args.dataset or values["dataset"]
     values["flip"] = allows_flip(dataset)
-    if model.startswith("wide_resnet28_"):
-        values["dropout"] = 0.3
-    values["name"] = plain_name(f"{family(model)}-{Path(dataset).name}")
-    values["output_dir"] = f"outputs/{args.name or values['name']}"
+    values["dropout"] = usual_dropout(model)
+    families = dict.fromkeys(family(one) for one in (model, args.student_model or model))
+    values["name"] = plain_name(f"{'-'.join(families)}-{Path(dataset).name}")
+    values["output_dir"] = default_output_dir(args.name or values["name"], args.budget)
     return values
+
+
+def usual_dropout(model: str) -> float:
+    return 0.3 if model.startswith("wide_resnet28_") else 0.0
 
 
 def family(model: str) -> str:
@@ -164,6 +191,10 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         data_args["image_size"] = lineage.image_size
     if lineage.flip != (lineage.dataset != EMBEDDED):
         data_args["flip"] = lineage.flip
+    model_args = parse_mapping("model_args", lineage.model_args)
+    if lineage.dropout:
+        model_args = {"proj_drop_rate": lineage.dropout, **model_args}
+    students = student_architecture(lineage, model_args)
     return LineageSpec(
         name=lineage.name,
         model=lineage.model,
@@ -171,12 +202,37 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         generations=lineage.generations,
         objective=training.objective,
         seed=training.seed,
-        model_args={"proj_drop_rate": lineage.dropout} if lineage.dropout else {},
+        model_args=model_args,
         data_args=data_args,
         training=training.weight_affecting(),
         teacher=lineage.teacher,
         teacher_revision=lineage.teacher_revision,
+        share_teacher_ends=lineage.share_teacher_ends,
+        **students,
     )
+
+
+def student_architecture(lineage: LineageArguments, model_args: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the spec for the students' architecture, none where it is the teacher's."""
+    given = parse_mapping("student_model_args", lineage.student_model_args)
+    if lineage.student_model is None:
+        name, args = lineage.model, {**model_args, **given}
+    else:
+        name, dropout = lineage.student_model, usual_dropout(lineage.student_model)
+        check_model_args(name, given, "student_model_args")
+        if "dropout" in lineage.given and takes_model_arg(name, "proj_drop_rate"):
+            dropout = lineage.dropout
+        args = {**({"proj_drop_rate": dropout} if dropout else {}), **given}
+    return {} if (name, args) == (lineage.model, model_args) else {"student_model": name, "student_model_args": args}
+
+
+def check_architectures(spec: LineageSpec, image_size: int) -> None:
+    """Validates the networks of teacher and students before any data is read."""
+    check_model_args(spec.model, spec.model_args)
+    check_image_size(spec.model, image_size, **spec.model_args)
+    if spec.student_model is not None:
+        check_model_args(spec.student_model, spec.student_model_args, "student_model_args")
+        check_image_size(spec.student_model, image_size, **spec.student_model_args)
 
 
 def describe_input(lineage: LineageArguments, training: BornAgainTrainingArguments) -> str:
@@ -209,16 +265,25 @@ def build_runner(
             )
         }
 
-    def build_student(generation: Generation) -> nn.Module:
+    def build(index: int) -> nn.Module:
         return create_image_classifier(
-            spec.model,
+            spec.model_of(index),
             data.label_names,
             data.mean,
             data.std,
             image_size=data.image_size,
             interpolation=data.interpolation,
-            **spec.model_args,
+            **spec.model_args_of(index),
         )
+
+    if spec.share_teacher_ends and spec.teacher is None:  # else take_teacher checks it
+        check_shared_ends(build(1), build(0))
+
+    def build_student(generation: Generation) -> nn.Module:
+        student = build(generation.index)
+        if spec.share_teacher_ends and generation.parent is not None:
+            share_ends(student, load_image_classifier(Path(training.output_dir) / f"gen{generation.parent}"))
+        return student
 
     def build_trainer(student: nn.Module, teacher: nn.Module | None, generation: Generation) -> BornAgainTrainer:
         return BornAgainTrainer(
@@ -246,6 +311,8 @@ def build_runner(
         )
         height, width, channels = data.test.pixels.shape[1:]
         check_image_shape(teacher, channels, (height, width))
+        if spec.share_teacher_ends:
+            check_shared_ends(build(1), teacher)
         if (difference := read_otherwise(teacher.config.pretrained_cfg, data.interpolation)) is not None:
             warn(
                 f"teacher: {spec.teacher} says that it was trained on images with {difference}; here images of a size "
@@ -276,6 +343,7 @@ def build_runner(
 
 def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
     hub_settings(lineage, training)  # validates before any work
+    apply_budget(lineage, training)
     set_threads(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     begun = resume_lineage(lineage, training)
@@ -285,7 +353,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
             if name not in lineage.given:
                 setattr(lineage, name, begun.data_args.get(name, default))
     spec = lineage_spec(lineage, training)
-    check_image_size(spec.model, lineage.image_size, **spec.model_args)
+    check_architectures(spec, lineage.image_size)
     data = load_images(
         lineage.dataset,
         image_column=lineage.image_column,
@@ -303,14 +371,19 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
         data = data.to(training.device)
         training.dataloader_pin_memory = False  # only for tensors in main memory
-    dropout = f" with dropout {lineage.dropout:g}" if lineage.dropout else ""
+    students = "" if spec.student_model is None else f", students {describe_architecture(spec, 1)},"
     return train(
         build_runner(spec, data, training, lineage),
         training,
-        f"{spec.name}: {spec.model}{dropout} on {lineage.dataset} ({len(data.train):,} + {len(data.test):,} images, "
-        f"{len(data.label_names)} classes)",
+        f"{spec.name}: {describe_architecture(spec, 0)}{students} on {lineage.dataset} ({len(data.train):,} + "
+        f"{len(data.test):,} images, {len(data.label_names)} classes)",
         tune_process=lineage.tune_process,
     )
+
+
+def describe_architecture(spec: LineageSpec, generation: int) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in spec.model_args_of(generation).items())
+    return spec.model_of(generation) + (f" ({arguments})" if arguments else "")
 
 
 def start(command_line: list[str] | None = None) -> int:

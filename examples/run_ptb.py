@@ -26,7 +26,9 @@ from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
 from born_again.hub.launch import (
     LineageFlags,
+    apply_budget,
     create_publisher,
+    default_output_dir,
     generation_arguments,
     hub_settings,
     launch,
@@ -36,7 +38,7 @@ from born_again.hub.launch import (
     train,
 )
 from born_again.hub.model_card import ensemble_card, language_model_card
-from born_again.lineage.arguments import parse_arguments
+from born_again.lineage.arguments import parse_arguments, parse_mapping
 from born_again.lineage.evaluation import evaluate_language_model
 from born_again.lineage.machine import has_fast_bf16, set_threads
 from born_again.lineage.reevaluation import evaluation_streams
@@ -149,13 +151,16 @@ def recipe(args: Namespace) -> dict[str, Any]:
     if args.lr_milestones or args.lr_scheduler_type != "linear":
         values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
     values["name"] = plain_name(f"{Path(model).name}-{Path(dataset).name}")
-    values["output_dir"] = f"outputs/{args.name or values['name']}"
+    values["output_dir"] = default_output_dir(args.name or values["name"], args.budget)
     return values
 
 
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
     """The spec of the flags that affect the weights."""
     data_args = ("window", "dataset_revision", "text_column", "max_train_samples", "max_eval_samples")
+    model_args = parse_mapping("model_args", lineage.model_args)
+    if lineage.dropout is not None:
+        model_args = {"dropout": lineage.dropout, **model_args}
     return LineageSpec(
         name=lineage.name,
         model=lineage.model,
@@ -163,7 +168,7 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         generations=lineage.generations,
         objective=training.objective,
         seed=training.seed,
-        model_args={} if lineage.dropout is None else {"dropout": lineage.dropout},
+        model_args=model_args,
         data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
         training=training.weight_affecting(),
         teacher=lineage.teacher,
@@ -266,6 +271,7 @@ def describe_coverage(data: TextData) -> str:
 
 def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int:
     hub_settings(lineage, training)  # validates before any work
+    apply_budget(lineage, training)
     set_threads(lineage.threads)
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_language_model(lineage.model, lineage.window)

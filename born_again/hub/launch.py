@@ -73,6 +73,17 @@ class LineageFlags:
             "training from garbage collection; both affect the whole process."
         },
     )
+    model_args: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the architecture: depth=172,growth_rate=30, or a mapping in a config file."},
+    )
+    budget: float = field(
+        default=1.0,
+        metadata={
+            "help": "Train for this share of the epochs, above 0 to 1, one epoch at least; the learning rate falls at "
+            "the same shares of the training."
+        },
+    )
     smoke: bool = field(default=False, metadata={"help": "Train a tiny network, to check the installation."})
     given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: the flags that were given
 
@@ -130,6 +141,33 @@ def _check_seeds(flags: LineageFlags, training: BornAgainTrainingArguments) -> N
             f"output_dir: {training.output_dir} holds a lineage itself, expected a folder for those of --seeds; give "
             "another output_dir."
         )
+
+
+def apply_budget(flags: LineageFlags, training: BornAgainTrainingArguments) -> None:
+    """Shortens the training to the share of --budget: epochs, rounded to whole ones, or max_steps; and warmup.
+
+    Milestones of the learning rate are shares of the training already. Call it once, before the spec is made.
+
+    Raises:
+        ValueError: a budget that is not above 0 and at most 1.
+    """
+    if not 0 < flags.budget <= 1:
+        raise ValueError(
+            f"budget: got {flags.budget}, expected a share of the epochs above 0 and at most 1, such as 0.05; "
+            "--num_train_epochs trains for longer."
+        )
+    if flags.budget == 1:
+        return
+    training.num_train_epochs = float(max(1, round(flags.budget * training.num_train_epochs)))
+    if training.max_steps > 0:
+        training.max_steps = max(1, round(flags.budget * training.max_steps))
+    if training.warmup_steps >= 1:
+        training.warmup_steps = round(flags.budget * training.warmup_steps)
+
+
+def default_output_dir(name: str, budget: float) -> str:
+    """Where a lineage goes by default; with another budget it is another lineage."""
+    return f"outputs/{name}" if budget == 1 else f"outputs/{name}-budget{budget:g}"
 
 
 def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:

@@ -153,7 +153,7 @@ _IMAGES = _Kind(
     "image-classification",
     "images",
     ("timm", "transformers"),
-    re.compile(r"(test_)?(densenet|wide_resnet)\w*_cifar", re.ASCII),
+    re.compile(r"(test_)?(densenet|wide_resnet|resnet_student)\w*_cifar", re.ASCII),
 )
 _TEXT = _Kind("text-generation", "words", ("transformers",), re.compile(r"(test-)?(char-cnn-)?lstm(-\w+)?", re.ASCII))
 
@@ -215,6 +215,7 @@ def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str
         "record": members[-1],
         "metrics": record["metrics"],
         "average": record["average"],
+        "models": sorted({local_name(_architecture(manifest, member["index"])[0]) for member in members}),
         "trained": members,
         "repo": repo,
         "repos": repos,
@@ -245,6 +246,7 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, 
         "metrics": record["metrics"],
         "trained": seen["generations"],
         "repo": repo,
+        "parent_model": parent and local_name(_architecture(manifest, parent["index"])[0]),
         "parent_repo": parent and _repo_of(manifest, parent["index"]),
         "parent_commit": parent and _commit_of(parent),
         "curve": curve,
@@ -268,18 +270,22 @@ def _card(
     )
     # Users' texts are escaped before the table is made.
     records = [{**record, "objective": str(plain(record["objective"]))} for record in manifest["generations"]]
+    names = ("model", "student_model")
+    models = {name: str(plain(local_name(text))) for name in names if (text := manifest["spec"].get(name)) is not None}
     is_measured = any(record["metrics"] for record in records)
-    repo, branch, model = facts["repo"], _branch_of(manifest), manifest["spec"]["model"]
+    repo, branch = facts["repo"], _branch_of(manifest)
+    model, model_args = _architecture(manifest, facts["record"]["index"])
     shared = {
         "spec": manifest["spec"],
         "data": manifest["data"],
         "kind": kind,
         "counts": _counts(manifest["data"]),
         "model": local_name(model),
+        "model_args": model_args,
         "own_model": Markup(model) if kind.own.fullmatch(model) and not _is_external(facts["record"]) else None,
         "dataset": _dataset_name(manifest),
         "test_split": _dataset_split(manifest, "test"),
-        "table": Markup(results_table({**manifest, "generations": records})) if is_measured else "",
+        "table": Markup(results_table({**manifest, "spec": models, "generations": records})) if is_measured else "",
         "teacher": records[0],
         "all_external": all(map(_is_external, records)),
         "source": Markup(f'"{repo}"' + (branch and f', revision="{branch}"') if repo else '"FOLDER"'),
@@ -319,6 +325,14 @@ def _environment() -> Environment:
         "paragraph": lambda text: Markup(" ".join(text.split())),
     }
     return environment
+
+
+def _architecture(manifest: Mapping[str, Any], index: int) -> tuple[str, Mapping[str, Any]]:
+    """The architecture of a generation and its arguments."""
+    spec = manifest["spec"]
+    if index and spec.get("student_model") is not None:
+        return spec["student_model"], spec.get("student_model_args") or {}
+    return spec["model"], spec.get("model_args") or {}
 
 
 def _is_external(record: Mapping[str, Any]) -> bool:

@@ -97,6 +97,39 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
     return config
 
 
+def parse_mapping(argument: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Reads a flag that is a mapping: a mapping in a config file, "depth=172,growth_rate=30" on the command line.
+
+    Args:
+        argument: name of the flag, for messages.
+        value: mapping, text, or None, which is an empty mapping. The values of a text are read as YAML.
+
+    Raises:
+        ValueError: neither a mapping with names as keys nor such a text, or a name given twice.
+    """
+    if value is None:
+        return {}
+    pairs = list(value.items()) if isinstance(value, Mapping) else []
+    try:
+        if isinstance(value, str):
+            pairs = [(name.strip(), yaml.safe_load(text)) for name, text in (p.split("=") for p in value.split(","))]
+    except (ValueError, yaml.YAMLError):
+        pairs = []
+    names = [name for name, _ in pairs]
+    if not isinstance(value, Mapping | str) or (value and not names) or not all(map(_is_name, names)):
+        raise ValueError(
+            f"{argument}: got {value!r}, expected NAME=VALUE pairs such as 'depth=172,growth_rate=30', or a mapping "
+            "in a config file."
+        )
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{argument}: got {value!r}, which gives {min(repeated)!r} twice; give it once.")
+    return dict(pairs)
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and text.isidentifier()
+
+
 def _suggestion(name: str, known: set[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {prefix + near[0]!r}?" if near else "; --help lists them."

@@ -108,6 +108,7 @@ def reevaluate(
         JSON values:
             path: as given. kind: "generation" or "ensemble". generations: the indices; [] where they are not known.
             lineage: its name, None where there is no lineage.json. average: of an ensemble, else None.
+            model: the architecture of the network, of an ensemble's first member; None where it does not load.
             dataset, data_args: of the evaluation. device: of the evaluation.
             items: number of images or tokens, by split. test_split: the dataset's name for the split "test".
             weights: a list of file, sha256 (None where it is missing), recorded (None without a record), agrees.
@@ -135,6 +136,7 @@ def reevaluate(
         "generations": target.generations,
         "average": target.average,
         "lineage": target.manifest and target.manifest.content["name"],
+        "model": None,
         "dataset": name,
         "data_args": arguments,
         "device": str(place),
@@ -157,6 +159,7 @@ def reevaluate(
             raise
         result["note"] += f", and do not load ({error})"
         return result
+    result["model"] = getattr(model.config, "architecture", None) or getattr(model.config, "model_type", None)
     read = partial(_read, is_recorded=dataset is None)
     if getattr(model.config, "model_type", None) == "timm_wrapper":
         if target.manifest is None:

@@ -13,6 +13,8 @@ from typing import Any
 
 # May change without making another lineage: more generations continue the existing ones.
 _MAY_CHANGE = ("generations",)
+# Fields that earlier versions did not have, and their defaults: a spec without them keeps its hash.
+_LATER: dict[str, Any] = {"student_model": None, "student_model_args": {}, "share_teacher_ends": False}
 TEACHER_OBJECTIVE = "label"
 # Where data is found and how it is read; ignored where the data itself is the same. Fields of a spec, then fields of a
 # fingerprint.
@@ -41,7 +43,7 @@ class LineageSpec:
     Args:
         name: of the lineage, such as "densenet-cifar100"; generation K is called NAME-genK. Letters, digits, ".", "_"
             and "-", at most 90 of them.
-        model: of the architecture, the same for every generation.
+        model: of the architecture of generation 0, and of its students unless student_model names another.
         dataset: what it is trained on, as the user wrote it.
         generations: students after the teacher, 0 or more.
         objective: the loss that students are trained with.
@@ -52,10 +54,13 @@ class LineageSpec:
         teacher: folder or Hub repository of a network trained elsewhere, which generation 0 is a copy of; None trains
             generation 0 on labels.
         teacher_revision: branch, tag or commit of that repository.
+        student_model: of the architecture of every student, None for that of generation 0.
+        student_model_args: of the students' architecture, JSON-able; with student_model only.
+        share_teacher_ends: whether students have their teacher's first convolution and classifier, frozen.
 
     Raises:
-        ValueError: generations below 0, an empty text, a name with other characters, or values that are not
-            JSON-able.
+        ValueError: generations below 0, an empty text, a name with other characters, student_model_args without
+            student_model, or values that are not JSON-able.
     """
 
     name: str
@@ -69,12 +74,15 @@ class LineageSpec:
     training: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     teacher_revision: str | None = None
+    student_model: str | None = None
+    student_model_args: Mapping[str, Any] = field(default_factory=dict)
+    share_teacher_ends: bool = False
 
     def __post_init__(self) -> None:
         for name in ("name", "model", "dataset", "objective"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty.")
-        for name in ("teacher", "teacher_revision"):
+        for name in ("teacher", "teacher_revision", "student_model"):
             if getattr(self, name) is not None and not (isinstance(getattr(self, name), str) and getattr(self, name)):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty, or None.")
         if self.teacher_revision is not None and self.teacher is None:
@@ -82,6 +90,13 @@ class LineageSpec:
                 f"teacher_revision: got {self.teacher_revision!r} without a teacher, expected that of its repository; "
                 "give the teacher too, or leave it out."
             )
+        if self.student_model_args and self.student_model is None:
+            raise ValueError(
+                f"student_model_args: got {dict(self.student_model_args)!r} without a student_model, expected the "
+                "architecture that they are of; give it too, or leave them out."
+            )
+        if not isinstance(self.share_teacher_ends, bool):
+            raise ValueError(f"share_teacher_ends: got {self.share_teacher_ends!r}, expected True or False.")
         if not _PLAIN_NAME.fullmatch(self.name):
             raise ValueError(
                 f"name: got {self.name!r}, expected at most 90 letters, digits, '.', '_' and '-', since repositories "
@@ -95,7 +110,7 @@ class LineageSpec:
                 f"generations: got {self.generations}, expected 0 or more students after the teacher; 0 trains the "
                 "teacher alone."
             )
-        for name in ("model_args", "data_args", "training"):
+        for name in ("model_args", "data_args", "training", "student_model_args"):
             try:
                 copy = json.loads(json.dumps(dict(getattr(self, name)), allow_nan=False))
             except (TypeError, ValueError) as error:
@@ -112,9 +127,18 @@ class LineageSpec:
             return TEACHER_OBJECTIVE if self.teacher is None else EXTERNAL
         return self.objective
 
+    def model_of(self, generation: int) -> str:
+        """The architecture of one generation."""
+        return self.student_model if generation and self.student_model is not None else self.model
+
+    def model_args_of(self, generation: int) -> Mapping[str, Any]:
+        """The arguments of one generation's architecture."""
+        return self.student_model_args if generation and self.student_model is not None else self.model_args
+
     def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON values."""
-        return dataclasses.asdict(self)
+        """The spec as JSON values, without the later fields that are at their defaults."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LineageSpec:

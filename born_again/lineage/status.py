@@ -72,7 +72,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
 
     Returns:
         output_dir: as given.
-        name, model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
+        name, model, student_model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
         students: their number in the spec, without the teacher; None likewise.
         running: None, or the process that holds the folder: pid, host, since (ISO 8601, UTC), command, each None where
             it is not known, and certain (False where the system has no locks, so the run may have ended).
@@ -115,6 +115,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         "output_dir": str(output_dir),
         "name": spec and spec.name,
         "model": spec and spec.model,
+        "student_model": spec and spec.student_model,
         "dataset": spec and spec.dataset,
         "objective": spec and spec.objective,
         "seed": spec and spec.seed,
@@ -269,13 +270,21 @@ def results_table(manifest: Mapping[str, Any]) -> str:
     finished = [record for record in manifest["generations"] if record["status"] == "finished"]
     is_text = any("perplexity" in values for record in finished for values in record["metrics"].values())
     columns = _TEXT if is_text else _IMAGES
-    rows = [("generation", "objective", "seed", *columns, "seconds", "gain")]
+    # Where students have another architecture than the first teacher, a column names it.
+    spec = manifest.get("spec") or {}
+    student_model = spec.get("student_model")
+
+    def model_cell(text: str) -> tuple[str, ...]:
+        return () if student_model is None else (text,)
+
+    rows = [("generation", *model_cell("model"), "objective", "seed", *columns, "seconds", "gain")]
     scores: dict[int | None, float | None] = {}
     for record in finished:
         score = scores[record["index"]] = _score(record["metrics"])
         rows.append(
             (
                 f"{record['index']} (teacher)" if record["parent"] is None else str(record["index"]),
+                *model_cell(_architecture(record, spec)),
                 record["objective"],
                 "" if record["seed"] is None else str(record["seed"]),
                 *_cells(record["metrics"], columns),
@@ -289,6 +298,7 @@ def results_table(manifest: Mapping[str, Any]) -> str:
         rows.append(
             (
                 f"mean of {', '.join(map(str, ensemble['members']))}",
+                *model_cell(""),
                 "ensemble",
                 "",
                 *_cells(ensemble["metrics"], columns),
@@ -299,6 +309,13 @@ def results_table(manifest: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [_line(row, widths) for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _architecture(record: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    """Empty for a network trained elsewhere, whose architecture is not known."""
+    if record["objective"] == EXTERNAL:
+        return ""
+    return str(spec.get("model" if record["parent"] is None else "student_model"))
 
 
 def _cells(metrics: Metrics, columns: Mapping[str, tuple[str, str, int, str]]) -> list[str]:

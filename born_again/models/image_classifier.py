@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import inspect
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,6 +149,53 @@ def create_image_classifier(
     # A model made through from_pretrained keeps the weights, and knows that its files carry no "timm_model." prefix.
     model = TimmWrapperForImageClassification.from_pretrained(None, config=config, state_dict=network.state_dict())
     return model.train()
+
+
+def check_model_args(name: str, model_args: Mapping[str, Any], argument: str = "model_args") -> None:
+    """Checks that an architecture can be built with its arguments, before any data is read.
+
+    Args:
+        name: A timm architecture.
+        model_args: Of the network, as `create_image_classifier` takes them.
+        argument: What the user knows model_args as, for the message.
+
+    Raises:
+        ValueError: If the architecture is unknown, or does not have one of the arguments, which is named together
+            with the nearest that it has, or cannot be built with their values.
+    """
+    check_architecture(name, argument.removesuffix("_args"))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            timm.create_model(name, num_classes=2, **model_args)
+        return
+    except (TypeError, ValueError) as error:
+        problem = error
+    except Exception:  # not every network can be built on the meta device
+        return
+    known = _constructor_arguments(name)
+    for unknown in [] if known is None else sorted(set(model_args) - known):
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known - {*_RESERVED}))}."
+        flag = {"proj_drop_rate": " (it is --dropout)", "img_size": " (it is --image_size)"}.get(unknown, "")
+        raise ValueError(f"{argument}: got {unknown!r}{flag}, which {name} does not have; {hint}") from problem
+    raise ValueError(f"{argument}={dict(model_args)}: {name} cannot be built with these: {problem}") from problem
+
+
+def takes_model_arg(name: str, model_arg: str) -> bool:
+    """Whether an architecture has an argument of this name; False where that is not known."""
+    return model_arg in (_constructor_arguments(name) or ())
+
+
+def _constructor_arguments(name: str) -> set[str] | None:
+    """The names of an architecture's arguments, None where they cannot be told."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            parameters = inspect.signature(type(timm.create_model(name))).parameters
+    except Exception:  # see check_model_args
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return set(parameters)
 
 
 def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
@@ -366,7 +414,7 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def check_architecture(name: str) -> None:
+def check_architecture(name: str, argument: str = "name") -> None:
     if timm.is_model(name) and name == get_arch_name(name):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=5)
@@ -374,8 +422,9 @@ def check_architecture(name: str) -> None:
         near = [get_arch_name(name)]
     hint = f" Near it: {', '.join(near)}." if near else ""
     raise ValueError(
-        f"name={name!r} is not an architecture that timm {timm.__version__} knows (a tag, after a dot, would name "
-        f"trained weights).{hint} timm.list_models('*cifar*') lists those of this package, timm.list_models() all."
+        f"{argument}={name!r} is not an architecture that timm {timm.__version__} knows (a tag, after a dot, would "
+        f"name trained weights).{hint} timm.list_models('*cifar*') lists those of this package, timm.list_models() "
+        "all."
     )
 
 

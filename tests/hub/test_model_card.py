@@ -272,3 +272,25 @@ def test_an_ensemble_of_text_and_one_that_was_not_measured():
     card = ensemble_card(manifest(external(), record(1)), ensemble(0, 1, metrics={}))
     assert section(card, "Results").startswith("Not measured.") and "model-index" not in data_of(card)
     assert "- gen0: trained elsewhere\n- gen1: ban+l, seed 43\n" in card
+
+
+def test_each_card_names_the_architecture_of_its_generation():
+    students = {"student_model": "densenet90_60_cifar", "student_model_args": {"depth": 172, "growth_rate": 30}}
+    content = manifest(**students, model_args={"proj_drop_rate": 0.3})
+    cards = [" ".join(image_classifier_card(content, index).split()) for index in range(3)]
+    teacher, own = "wide\\_resnet16\\_1\\_cifar", "densenet90\\_60\\_cifar"
+    assert f"A {teacher} trained" in cards[0]
+    assert f"- architecture: {teacher} (proj\\_drop\\_rate 0.3); 175,066 parameters" in cards[0]
+    assert f"A {own} trained from scratch on digits with another seed, taught by generation 0, a {teacher}" in cards[1]
+    assert f"- architecture: {own} (depth 172, growth\\_rate 30); 175,066 parameters" in cards[1]
+    assert "taught by generation 1 of the same architecture" in cards[2]
+    assert all("No weights were taken from its teacher" in card for card in cards[1:])
+    card = " ".join(ensemble_card(content, ensemble(1, 2)).split())
+    assert f"of networks of one architecture, a {own}, trained on" in card
+    card = " ".join(ensemble_card(content, ensemble(0, 1)).split())
+    assert f"of networks of several architectures ({own}, {teacher}), trained on" in card
+
+
+def test_a_card_says_which_weights_are_the_teachers():
+    said = "Its first convolution and its classifier are its teacher's, frozen; no other weights were taken from its"
+    assert said in " ".join(image_classifier_card(manifest(share_teacher_ends=True), 1).split())

@@ -29,6 +29,26 @@ def test_hash_changes_with_the_weights_and_not_with_the_number_of_generations():
     assert len({other.sha256() for other in [spec(), *others]}) == 5
 
 
+def test_students_of_another_architecture():
+    other = spec(model_args={"a": 1}, student_model="c", student_model_args={"depth": 3})
+    assert [other.model_of(k) for k in range(3)] == ["a", "c", "c"]
+    assert [other.model_args_of(k) for k in range(3)] == [{"a": 1}, {"depth": 3}, {"depth": 3}]
+    assert [spec(model_args={"a": 1}).model_args_of(k) for k in range(2)] == [{"a": 1}, {"a": 1}]
+    assert LineageSpec.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+    assert other.differences(spec(model_args={"a": 1})) == [
+        "student_model: 'c' here, 'default' there",
+        "student_model_args.depth: 3 here, 'default' there",
+    ]
+    assert len({one.sha256() for one in (spec(), spec(student_model="a"), spec(share_teacher_ends=True))}) == 3
+
+
+def test_later_fields_at_their_defaults_are_not_in_the_hash():
+    assert not {"student_model", "student_model_args", "share_teacher_ends"} & spec().to_dict().keys()
+    assert (
+        spec().sha256() == "1a84efcd500c958572c52ee0377b009e9ac1113db8e6c76449baa5df07c1875a"
+    )  # as before they existed
+
+
 def test_differences_name_fields_and_both_values():
     other = spec(seed=1, generations=9, training={"learning_rate": 0.2, "lr_milestones": [0.5], "bf16": True})
     assert spec().differences(other) == [
@@ -62,6 +82,9 @@ def test_seeds_and_objectives_of_generations():
         ({"name": "a b"}, "name: got 'a b', expected at most 90 letters"),
         ({"name": ".."}, "name: got '..', expected at most 90 letters"),
         ({"name": "a" * 91}, "name: got 'a+', expected at most 90 letters"),
+        ({"student_model": ""}, "student_model: got '', expected a text that is not empty, or None"),
+        ({"student_model_args": {"depth": 3}}, "student_model_args: got {'depth': 3} without a student_model, exp"),
+        ({"share_teacher_ends": "yes"}, "share_teacher_ends: got 'yes', expected True or False"),
         ({"model_args": {"a": object()}}, "model_args: expected a mapping of JSON values"),
         ({"training": {"a": float("nan")}}, "training: expected a mapping of JSON values"),
     ],

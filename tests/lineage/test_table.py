@@ -130,3 +130,14 @@ def test_what_was_not_measured_is_an_empty_cell():
 def test_a_teacher_from_elsewhere_took_no_time_that_is_known():
     rows = cells(results_table(manifest(record(0, 0.90, objective="external", seed=None, seconds=0.0))))
     assert rows[2] == ["0 (teacher)", "external", "", "90.00", "10.00", "0.5123", "2.10", "", ""]
+
+
+def test_where_students_have_another_architecture_a_column_names_it():
+    alone = {"members": [1, 2], "metrics": {"test": {"accuracy": 0.95}}}
+    held = manifest(record(0, 0.90), record(1, 0.5), record(2, 0.5)) | {"ensembles": [alone]}
+    held["spec"]["student_model"] = "test_densenet_cifar"
+    rows = cells(results_table(held))
+    models = ["model", "test_wide_resnet_cifar", "test_densenet_cifar", "test_densenet_cifar", ""]
+    assert [row[1] for row in (rows[0], *rows[2:])] == models
+    held["generations"][0] = record(0, 0.90, objective="external", seed=None)  # its architecture is not known
+    assert cells(results_table(held))[2][:3] == ["0 (teacher)", "", "external"]
