@@ -78,7 +78,9 @@ class ItemLossesMixin:
     @property
     def objective_name(self) -> str:
         """What a student is taught by, for records: that of the arguments, or "custom: module.qualname"."""
-        return self.args.objective if self._objective is None else custom_name(self._objective)
+        if self._objective is None:
+            return getattr(self.args, "objective", "label")
+        return custom_name(self._objective)
 
     @property
     def _has_label_term(self) -> bool | None:

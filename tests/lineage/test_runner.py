@@ -328,3 +328,32 @@ def test_a_generation_0_that_an_earlier_version_began_goes_on_as_it_was_begun(tm
     again = runner(tmp_path / "cut", from_generation=0, **begun_earlier).run()
     assert again.record(0)["loss_normalization"] == "step"
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "now")
+
+
+def squared(student_logits, teacher_logits, labels):
+    losses = (student_logits - teacher_logits).square().mean(-1)
+    return losses, torch.ones_like(losses)
+
+
+def test_a_function_as_objective_is_recorded_by_its_name(tmp_path):
+    name = f"custom: {__name__}.squared"
+
+    def lineage(folder, objective):
+        made = runner(tmp_path / folder, spec=spec(objective=objective, generations=1), changes={"objective": "ban"})
+        build = made.build_trainer
+
+        def build_trainer(student, teacher, generation):
+            trainer = build(student, teacher, generation)
+            trainer._take_objective(squared)
+            return trainer
+
+        made.build_trainer = build_trainer
+        return made
+
+    assert lineage("out", name).run().record(1)["objective"] == name
+    message = f"objective: the spec of tiny-words says 'ban', and build_trainer gave .*LineageSpec.objective='{name}'"
+    with pytest.raises(ValueError, match=message):
+        lineage("other", "ban").run()  # before generation 0 is trained
+    assert not (tmp_path / "other" / "gen0").exists()
+    with pytest.raises(ValueError, match=f"objective: the spec of tiny-words says '{name}', and build_trainer gave a"):
+        runner(tmp_path / "out", spec=spec(objective=name), changes={"objective": "ban"}).run()

@@ -50,9 +50,14 @@ def runner(folder, *, crash=None, built=None, sentences_of="sequence", changes=(
     def build_trainer(student, teacher, generation):
         args = arguments(
             generation.checkpoint_dir,
-            objective=asked.objective,
             seed=generation.seed,
-            **{"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, **dict(changes)},
+            **{
+                "objective": asked.objective,
+                "max_steps": STEPS,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                **dict(changes),
+            },
         )
         callbacks = [] if crash is None else [crash]
         return BornAgainTrainer(
