@@ -182,11 +182,11 @@ def _status_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['output_dir']}: no generation has begun")
     else:
         students = "" if facts["student_model"] is None else f" ({facts['student_model']})"
-        lines.append(
-            f"{facts['name']}: {facts['model']} on {facts['dataset']}, teacher + {facts['students']}{students} by "
-            f"{facts['objective']}, seed {facts['seed']}"
-        )
-        lines += _generation_lines(facts["generations"])
+        trained = f"teacher + {facts['students']}{students} by {facts['objective']}"
+        if facts["control"] is not None:
+            trained = f"control {facts['control']}, {len(facts['generations'])} on labels"
+        lines.append(f"{facts['name']}: {facts['model']} on {facts['dataset']}, {trained}, seed {facts['seed']}")
+        lines += _generation_lines(facts["generations"], facts["control"])
     lines += [_ensemble_line(entry) for entry in facts["ensembles"]]
     if running is not None:
         lines.append(f"running: {_holder(running)}")
@@ -200,7 +200,7 @@ def _status_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _generation_lines(generations: Sequence[Mapping[str, Any]]) -> list[str]:
+def _generation_lines(generations: Sequence[Mapping[str, Any]], control: str | None = None) -> list[str]:
     columns = {
         column: shown
         for column, shown in _METRICS.items()
@@ -210,7 +210,7 @@ def _generation_lines(generations: Sequence[Mapping[str, Any]]) -> list[str]:
     for facts in generations:
         rows.append(
             [
-                f"{facts['index']} (teacher)" if facts["parent"] is None else str(facts["index"]),
+                f"{facts['index']} (teacher)" if facts["parent"] is None and not control else str(facts["index"]),
                 _progress(facts),
                 facts["objective"],
                 "" if facts["seed"] is None else str(facts["seed"]),

@@ -42,7 +42,10 @@ from born_again.hub.launch import (
     load_external_teacher,
     resume_lineage,
     run_for_each_seed,
+    spec_fields,
+    take_control,
     train,
+    with_control,
 )
 from born_again.hub.model_card import ensemble_card, image_classifier_card
 from born_again.lineage.arguments import parse_arguments, parse_mapping
@@ -167,8 +170,9 @@ def recipe(args: Namespace) -> dict[str, Any]:
     values["flip"] = allows_flip(dataset)
     values["dropout"] = usual_dropout(model)
     families = dict.fromkeys(family(one) for one in (model, args.student_model or model))
-    values["name"] = plain_name(f"{'-'.join(families)}-{Path(dataset).name}")
-    values["output_dir"] = default_output_dir(args.name or values["name"], args.budget)
+    name = plain_name(f"{'-'.join(families)}-{Path(dataset).name}")
+    values["name"] = with_control(name, args.control)
+    values["output_dir"] = default_output_dir(with_control(args.name or name, args.control), args.budget)
     return values
 
 
@@ -194,21 +198,16 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
     model_args = parse_mapping("model_args", lineage.model_args)
     if lineage.dropout:
         model_args = {"proj_drop_rate": lineage.dropout, **model_args}
-    students = student_architecture(lineage, model_args)
+    architectures = {"model": lineage.model, "model_args": model_args, **student_architecture(lineage, model_args)}
+    if lineage.control is not None:  # compared with the students, so of their architecture
+        own = [architectures.pop(name, None) for name in ("student_model", "student_model_args")]
+        architectures |= {} if own[0] is None else {"model": own[0], "model_args": own[1]}
     return LineageSpec(
-        name=lineage.name,
-        model=lineage.model,
         dataset=lineage.dataset,
-        generations=lineage.generations,
-        objective=training.objective,
-        seed=training.seed,
-        model_args=model_args,
         data_args=data_args,
-        training=training.weight_affecting(),
-        teacher=lineage.teacher,
-        teacher_revision=lineage.teacher_revision,
+        **spec_fields(lineage, training),
         share_teacher_ends=lineage.share_teacher_ends,
-        **students,
+        **architectures,
     )
 
 
@@ -352,6 +351,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         for name, default in chosen.items():
             if name not in lineage.given:
                 setattr(lineage, name, begun.data_args.get(name, default))
+    take_control(lineage, training)
     spec = lineage_spec(lineage, training)
     check_architectures(spec, lineage.image_size)
     data = load_images(

@@ -35,7 +35,10 @@ from born_again.hub.launch import (
     load_external_teacher,
     resume_lineage,
     run_for_each_seed,
+    spec_fields,
+    take_control,
     train,
+    with_control,
 )
 from born_again.hub.model_card import ensemble_card, language_model_card
 from born_again.lineage.arguments import parse_arguments, parse_mapping
@@ -151,7 +154,8 @@ def recipe(args: Namespace) -> dict[str, Any]:
     if args.lr_milestones or args.lr_scheduler_type != "linear":
         values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
     values["name"] = plain_name(f"{Path(model).name}-{Path(dataset).name}")
-    values["output_dir"] = default_output_dir(args.name or values["name"], args.budget)
+    values["output_dir"] = default_output_dir(with_control(args.name or values["name"], args.control), args.budget)
+    values["name"] = with_control(values["name"], args.control)
     return values
 
 
@@ -162,17 +166,11 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
     if lineage.dropout is not None:
         model_args = {"dropout": lineage.dropout, **model_args}
     return LineageSpec(
-        name=lineage.name,
         model=lineage.model,
         dataset=lineage.dataset,
-        generations=lineage.generations,
-        objective=training.objective,
-        seed=training.seed,
         model_args=model_args,
         data_args={name: getattr(lineage, name) for name in data_args if getattr(lineage, name) is not None},
-        training=training.weight_affecting(),
-        teacher=lineage.teacher,
-        teacher_revision=lineage.teacher_revision,
+        **spec_fields(lineage, training),
     )
 
 
@@ -276,6 +274,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     check_language_model(lineage.model, lineage.window)
     resume_lineage(lineage, training)
+    take_control(lineage, training)
     spec = lineage_spec(lineage, training)
     data = load_text(
         lineage.dataset,

@@ -129,6 +129,8 @@ def collection_notes(manifest: Manifest) -> dict[str, str]:
     for record in manifest.generations:
         index, parent = record["index"], record["parent"]
         origin = "the teacher" if parent is None else f"taught by generation {parent}"
+        if manifest.spec.control is not None:
+            origin = f"trained on labels, a control ({manifest.spec.control})"
         gathered[record["hub"]["repo"]] = f"Generation {index}, {origin}."
     ensemble = manifest.content["hub"].get("ensemble")
     if is_published(ensemble):

@@ -17,6 +17,7 @@ from born_again.hub.client import HTTP_LIBRARY, HubError
 from born_again.hub.files import HubSettings
 from born_again.hub.publishing import BackgroundPublisher
 from born_again.hub.restoring import restore_lineage
+from born_again.lineage.ensemble import ENSEMBLES, largest_ensemble
 from born_again.lineage.folders import TEACHER_CACHE_NAME
 from born_again.lineage.machine import (
     check_arguments,
@@ -30,9 +31,9 @@ from born_again.lineage.machine import (
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.runner import Generation, LineageRunner
-from born_again.lineage.spec import LineageSpec
+from born_again.lineage.spec import CONTROLS, TEACHER_OBJECTIVE, LineageSpec
 from born_again.lineage.status import results_table, seed_folder_name
-from born_again.training.arguments import BornAgainTrainingArguments
+from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
 
 
@@ -84,6 +85,14 @@ class LineageFlags:
             "the same shares of the training."
         },
     )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train what the lineage of the same flags is compared with, on labels alone: equal-compute (one "
+            "run, as long as all of its generations) or seeds (as many runs as its largest ensemble has members)."
+        },
+    )
+    control_generations: int | None = field(default=None, init=False)  # by take_control
     smoke: bool = field(default=False, metadata={"help": "Train a tiny network, to check the installation."})
     given: frozenset[str] = field(default=frozenset(), init=False)  # by parse_arguments: the flags that were given
 
@@ -168,6 +177,66 @@ def apply_budget(flags: LineageFlags, training: BornAgainTrainingArguments) -> N
 def default_output_dir(name: str, budget: float) -> str:
     """Where a lineage goes by default; with another budget it is another lineage."""
     return f"outputs/{name}" if budget == 1 else f"outputs/{name}-budget{budget:g}"
+
+
+def take_control(flags: LineageFlags, training: BornAgainTrainingArguments) -> None:
+    """Turns the arguments of a lineage into those of its --control; without one it does nothing.
+
+    "equal-compute" is one training of its epochs, steps and warm-up times its generations, the teacher's among them;
+    milestones of the learning rate are fractions already. "seeds" is a training for each member of its largest
+    ensemble, with the seeds of its first generations. What only students read is set back to its default.
+
+    Args:
+        flags: `generations` and `control_generations` change.
+        training: num_train_epochs, max_steps, warmup_steps and the settings of the objective change.
+
+    Raises:
+        ValueError: an unknown control, one beside a teacher trained elsewhere, or "seeds" of too few students.
+    """
+    if flags.control is None:
+        return
+    check_choice("control", flags.control, CONTROLS)
+    for name in ("teacher", "share_teacher_ends"):
+        if getattr(flags, name, None):
+            raise ValueError(
+                f"control: got {flags.control!r} beside --{name} {getattr(flags, name)}, expected no teacher, since a "
+                f"control is trained on labels alone; leave --{name} out."
+            )
+    students = flags.generations
+    if flags.control == "equal-compute":
+        flags.generations, flags.control_generations = 0, students
+        training.num_train_epochs *= students + 1
+        training.max_steps *= students + 1 if training.max_steps > 0 else 1
+        training.warmup_steps *= students + 1 if training.warmup_steps >= 1 else 1  # below 1 it is a fraction
+    elif (members := largest_ensemble(students)) == 0:
+        raise ValueError(
+            f"control: got 'seeds' with {students} generations, of which no ensemble is evaluated; expected "
+            f"--generations {min(ENSEMBLES)} or more."
+        )
+    else:
+        flags.generations = members - 1
+    for name in ("temperature", "label_weight", "permutation", "teacher_annealing"):
+        setattr(training, name, type(training).__dataclass_fields__[name].default)
+
+
+def spec_fields(flags: LineageFlags, training: BornAgainTrainingArguments) -> dict[str, Any]:
+    """What the spec of every task takes from the flags: lineage, objective, seed, training, teacher and control."""
+    return {
+        "name": flags.name,
+        "generations": flags.generations,
+        "objective": training.objective if flags.control is None else TEACHER_OBJECTIVE,
+        "seed": training.seed,
+        "training": training.weight_affecting(),
+        "teacher": flags.teacher,
+        "teacher_revision": flags.teacher_revision,
+        "control": flags.control,
+        "control_generations": flags.control_generations,
+    }
+
+
+def with_control(name: str, control: str | None) -> str:
+    """The default name or folder of a lineage, or of its control."""
+    return name if control is None else f"{name}-{control}"
 
 
 def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> HubSettings | None:
@@ -349,10 +418,7 @@ def train(
         )
     is_main, spec = training.process_index == 0, runner.spec
     if is_main:
-        first = "teacher" if spec.teacher is None else spec.teacher
-        print(
-            f"{task}, {first} + {spec.generations} by {spec.objective}, seed {spec.seed}, into {training.output_dir}"
-        )
+        print(f"{task}, {_generations_of(spec)}, seed {spec.seed}, into {training.output_dir}")
         if training.label_smoothing_factor:
             print(f"Labels are smoothed by {training.label_smoothing_factor:g}{_smoothed_where(spec, training)}")
         print(f"Computed in {describe_computation(training, network)}")
@@ -376,8 +442,16 @@ def train(
     return 1 if runner.unpublished else 0
 
 
+def _generations_of(spec: LineageSpec) -> str:
+    if spec.control == "equal-compute":
+        return f"control: one run on labels, as long as a teacher + {spec.control_generations}"
+    if spec.control == "seeds":
+        return f"control: {spec.generations + 1} independent runs on labels"
+    return f"{'teacher' if spec.teacher is None else spec.teacher} + {spec.generations} by {spec.objective}"
+
+
 def _smoothed_where(spec: LineageSpec, training: BornAgainTrainingArguments) -> str:
-    if training.has_label_term or not spec.generations:
+    if training.has_label_term or not spec.generations or spec.control is not None:
         return ""
     return f", in generation 0 alone, since objective {spec.objective!r} has no term with the labels"
 

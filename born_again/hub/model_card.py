@@ -285,7 +285,9 @@ def _card(
         "own_model": Markup(model) if kind.own.fullmatch(model) and not _is_external(facts["record"]) else None,
         "dataset": _dataset_name(manifest),
         "test_split": _dataset_split(manifest, "test"),
-        "table": Markup(results_table({**manifest, "spec": models, "generations": records})) if is_measured else "",
+        "table": Markup(results_table({**manifest, "spec": {**manifest["spec"], **models}, "generations": records}))
+        if is_measured
+        else "",
         "teacher": records[0],
         "all_external": all(map(_is_external, records)),
         "source": Markup(f'"{repo}"' + (branch and f', revision="{branch}"') if repo else '"FOLDER"'),
@@ -434,6 +436,7 @@ def _provenance(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
         "generation": record["index"],
         "objective": one_line(record["objective"]),
         "seed": record["seed"],
+        "control": manifest["spec"].get("control"),
         "weights_sha256": record["weights_sha256"],
         "spec_sha256": manifest.get("spec_sha256"),
     }

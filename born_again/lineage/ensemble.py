@@ -29,6 +29,7 @@ from born_again.lineage.members import (
     Member,
     MemberInfo,
     check_compatible,
+    members_to_choose,
     read_ensemble,
     renormalization_between,
     select_generations,
@@ -46,6 +47,7 @@ _GENERATION_FOLDER = re.compile("gen[0-9]+")
 _REFUSED_INPUTS = ("labels", "return_dict", "past_key_values")
 FOLDER = "ensemble"
 _AVERAGE = "probabilities"
+ENSEMBLES = (2, 3)  # members of those that are evaluated after a training: the paper's Ens*2 and Ens*3
 
 
 @dataclass
@@ -352,17 +354,23 @@ class LineageEnsemble(nn.Module):
 # ---- Evaluation after a training ----
 
 
+def largest_ensemble(students: int) -> int:
+    """How many members the largest ensemble has that is evaluated of so many students; 0 where there is none."""
+    return max((count for count in ENSEMBLES if count <= students), default=0)
+
+
 def missing_ensembles(manifest: Manifest, counts: Sequence[int]) -> list[list[int]]:
     """The ensembles of the newest students that the manifest does not have yet.
 
     Args:
         manifest: of the lineage.
-        counts: number of members of each ensemble; those above the number of students are left out.
+        counts: number of members of each ensemble; those above the number of students are left out. Of independent
+            runs all count as students.
 
     Returns:
         Indices of the members of each.
     """
-    students = [record["index"] for record in manifest.generations if record["parent"] is not None]
+    students = members_to_choose(manifest)
     known = [(record["members"], record["average"]) for record in manifest.content.get("ensembles", [])]
     wanted = [students[-count:] for count in sorted(set(counts)) if 1 <= count <= len(students)]
     return [members for members in wanted if (members, _AVERAGE) not in known]

@@ -190,9 +190,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{path}: has version {content['version']}, this born_again reads up to {VERSION}; upgrade born-again."
             )
         _check_fields(_Manifest, content)
-        _check_spec(path, content)
+        spec = _check_spec(path, content)
         for index, record in enumerate(content["generations"]):
-            _check_record(index, record, is_last=index == len(content["generations"]) - 1)
+            _check_record(index, record, spec.parent_of(index), is_last=index == len(content["generations"]) - 1)
         for index, record in enumerate(content.get("ensembles", [])):
             _check_ensemble(f"ensembles[{index}]", record, content["generations"])
         if "hub" in content:
@@ -222,7 +222,7 @@ def _check_fields(model: type[_Fields], values: Any, place: str = "") -> None:
         raise _FieldError(f"{place}.{name}" if place else name, expected, *got) from None
 
 
-def _check_spec(path: Path, content: Mapping[str, Any]) -> None:
+def _check_spec(path: Path, content: Mapping[str, Any]) -> LineageSpec:
     try:
         spec = LineageSpec.from_dict(content["spec"])
     except ValueError as error:
@@ -238,13 +238,14 @@ def _check_spec(path: Path, content: Mapping[str, Any]) -> None:
     if count > spec.generations + 1:
         at_most = f"at most the teacher and the {spec.generations} students of the spec"
         raise _FieldError("generations", at_most, shown=f"{count} of them")
+    return spec
 
 
-def _check_record(index: int, record: Any, is_last: bool) -> None:
+def _check_record(index: int, record: Any, parent: int | None, is_last: bool) -> None:
     place = f"generations[{index}]"
     is_training = isinstance(record, dict) and record.get("status") == "training"
     _check_fields(_Training if is_training else _Finished, record, place)
-    for name, expected in (("index", index), ("parent", index - 1 if index else None)):
+    for name, expected in (("index", index), ("parent", parent)):
         if type(record[name]) is not type(expected) or record[name] != expected:  # True is no 1
             raise _FieldError(f"{place}.{name}", json.dumps(expected), record[name])
     if is_training and not is_last:

@@ -182,6 +182,12 @@ def _refuse_link(path: Path) -> None:
         raise LineageError(f"{path}: is a link, expected a file or folder; put a copy in its place.")
 
 
+def members_to_choose(manifest: Manifest) -> list[int]:
+    """The indices of the generations that ensembles are made of: the students, or all of a control of many seeds."""
+    is_control = manifest.spec.control is not None
+    return [record["index"] for record in manifest.generations if record["parent"] is not None or is_control]
+
+
 def select_generations(members: str | Sequence[int], manifest: Manifest) -> list[int]:
     """The indices of the finished generations that the `members` argument of `from_lineage` selects.
 
@@ -194,7 +200,7 @@ def select_generations(members: str | Sequence[int], manifest: Manifest) -> list
         if members == "all":
             members = finished
         elif last := re.fullmatch("last ([1-9][0-9]{0,5})", members):
-            count, students = int(last[1]), [index for index in finished if index > 0]
+            count, students = int(last[1]), [index for index in members_to_choose(manifest) if index in finished]
             if len(students) < count:
                 raise LineageError(
                     f"members: got {members!r}, and {manifest.path} has {len(students)} finished students; train "

@@ -23,7 +23,7 @@ from born_again.lineage.callbacks import (
     checkpoint_names,
 )
 from born_again.lineage.disk import disk_message, disk_problem
-from born_again.lineage.ensemble import evaluate_ensemble, missing_ensembles
+from born_again.lineage.ensemble import ENSEMBLES, evaluate_ensemble, missing_ensembles
 from born_again.lineage.evaluation import by_split, finite_or_none
 from born_again.lineage.folders import (
     CHECKPOINTS_NAME,
@@ -56,7 +56,7 @@ from born_again.lineage.machine import (
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.predictions import PREDICTIONS_NAME, predictions_by_split, write_predictions
-from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
+from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
 
@@ -75,7 +75,7 @@ class Generation:
         index: 0 for the teacher, k for the k-th student.
         seed: of its initial weights, data order and augmentation.
         objective: of generation 0 "label", or "external" if it was trained elsewhere; of students the spec's.
-        parent: index of its teacher, None for generation 0.
+        parent: index of its teacher, None for generation 0 and the runs of a control.
         checkpoint_dir: folder for its checkpoints (`output_dir` of the training arguments).
     """
 
@@ -153,7 +153,7 @@ class LineageRunner:
         keep_checkpoints: bool = False,
         take_teacher: Callable[[], nn.Module] | None = None,
         from_generation: int | None = None,
-        ensembles: Sequence[int] = (2, 3),
+        ensembles: Sequence[int] = ENSEMBLES,
         publisher: BackgroundPublisher | None = None,
     ) -> None:
         self.spec = spec
@@ -322,7 +322,7 @@ class LineageRunner:
             index=index,
             seed=self.spec.seed_of(index),
             objective=self.spec.objective_of(index),
-            parent=index - 1 if index else None,
+            parent=self.spec.parent_of(index),
             checkpoint_dir=self.output_dir / CHECKPOINTS_NAME / f"gen{index}",
         )
         has_own_peak = reset_peak_memory()
@@ -341,6 +341,7 @@ class LineageRunner:
         student = self.build_student(generation)
         teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self._trainer(student, teacher, generation)
+        self._check_objective(trainer, generation)
         self._check_trainer(index, trainer)
         self._begin(generation, {"computation": computation_of(trainer)})
         record = self.manifest.generations[index]
@@ -380,6 +381,17 @@ class LineageRunner:
         trainer = self.build_trainer(student, teacher, generation)
         trainer.in_lineage = True
         return trainer
+
+    def _check_objective(self, trainer: BornAgainTrainer, generation: Generation) -> None:
+        """Refuses a function as objective that the spec, and so the record, would call otherwise."""
+        own, recorded = trainer.objective_name, self.spec.objective
+        is_custom = own.startswith(CUSTOM) or (generation.parent is not None and recorded.startswith(CUSTOM))
+        if is_custom and own != recorded:
+            raise ValueError(
+                f"objective: the spec of {self.spec.name} says {recorded!r}, and build_trainer gave a trainer with "
+                f"{own!r}; expected the same, since it is recorded: give LineageSpec(objective={own!r}), and the same "
+                "objective to the trainer of every generation."
+            )
 
     def _normalize_loss(self, trainer: BornAgainTrainer, record: Mapping[str, Any]) -> None:
         """Normalises the loss of generation 0 as its students', unless an earlier version began it differently."""

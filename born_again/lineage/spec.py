@@ -14,7 +14,15 @@ from typing import Any
 # May change without making another lineage: more generations continue the existing ones.
 _MAY_CHANGE = ("generations",)
 # Fields that earlier versions did not have, and their defaults: a spec without them keeps its hash.
-_LATER: dict[str, Any] = {"student_model": None, "student_model_args": {}, "share_teacher_ends": False}
+_LATER: dict[str, Any] = {
+    "student_model": None,
+    "student_model_args": {},
+    "share_teacher_ends": False,
+    "control": None,
+    "control_generations": None,
+}
+# What a lineage is compared with: one run on labels as long as the whole lineage, or independent runs on labels.
+CONTROLS = ("equal-compute", "seeds")
 TEACHER_OBJECTIVE = "label"
 # Where data is found and how it is read; ignored where the data itself is the same. Fields of a spec, then fields of a
 # fingerprint.
@@ -32,6 +40,8 @@ _FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_co
 _INFORMATIVE = frozenset({"coverage"})
 # The objective of a teacher that was trained elsewhere, which is not known.
 EXTERNAL = "external"
+# Begins the name of a function that was the objective, see born_again.training.item_losses.
+CUSTOM = "custom: "
 # Folders and repositories are named after a lineage, so a name must not be a path.
 _PLAIN_NAME = re.compile(r"\w[\w.-]{0,89}")
 
@@ -46,7 +56,7 @@ class LineageSpec:
         model: of the architecture of generation 0, and of its students unless student_model names another.
         dataset: what it is trained on, as the user wrote it.
         generations: students after the teacher, 0 or more.
-        objective: the loss that students are trained with.
+        objective: the loss that students are trained with; of a function of your own "custom: module.qualname".
         seed: of generation 0; generation k has seed + k.
         model_args: of the architecture, JSON-able.
         data_args: of the dataset (columns, limits), JSON-able.
@@ -57,10 +67,15 @@ class LineageSpec:
         student_model: of the architecture of every student, None for that of generation 0.
         student_model_args: of the students' architecture, JSON-able; with student_model only.
         share_teacher_ends: whether students have their teacher's first convolution and classifier, frozen.
+        control: "equal-compute", one training on labels that is as long as those of a lineage together; "seeds",
+            independent trainings on labels, `generations` after the first, none of which teaches another; None is a
+            lineage.
+        control_generations: of "equal-compute", the students of the lineage that it is as long as.
 
     Raises:
         ValueError: generations below 0, an empty text, a name with other characters, student_model_args without
-            student_model, or values that are not JSON-able.
+            student_model, values that are not JSON-able, an unknown control, or one with a teacher, with what students
+            alone have, with an objective other than "label", or of "equal-compute" with students.
     """
 
     name: str
@@ -77,6 +92,8 @@ class LineageSpec:
     student_model: str | None = None
     student_model_args: Mapping[str, Any] = field(default_factory=dict)
     share_teacher_ends: bool = False
+    control: str | None = None
+    control_generations: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "model", "dataset", "objective"):
@@ -116,6 +133,41 @@ class LineageSpec:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: expected a mapping of JSON values, but {error}.") from error
             object.__setattr__(self, name, copy)
+
+        self._check_control()
+
+    def _check_control(self) -> None:
+        if self.control is None:
+            if self.control_generations is not None:
+                raise ValueError(
+                    f"control_generations: got {self.control_generations!r} without a control, expected "
+                    "control='equal-compute' beside it; leave it out."
+                )
+            return
+        if self.control not in CONTROLS:
+            near = difflib.get_close_matches(str(self.control), CONTROLS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"control: got {self.control!r}, expected {' or '.join(map(repr, CONTROLS))}{hint}")
+        if self.teacher is not None or self.objective != TEACHER_OBJECTIVE:
+            raise ValueError(
+                f"control: got {self.control!r} with teacher {self.teacher!r} and objective {self.objective!r}, "
+                f"expected no teacher and {TEACHER_OBJECTIVE!r}, since a control is trained on labels alone."
+            )
+        if self.student_model is not None or self.share_teacher_ends:
+            raise ValueError(
+                f"control: got {self.control!r} with student_model {self.student_model!r} and share_teacher_ends "
+                f"{self.share_teacher_ends}, expected neither, since there are no students; give their architecture "
+                "as model."
+            )
+        if self.control == "equal-compute" and self.generations:
+            raise ValueError(
+                f"generations: got {self.generations} with control 'equal-compute', expected 0, since it is one "
+                "training; control_generations says how long the lineage is that it is compared with."
+            )
+
+    def parent_of(self, generation: int) -> int | None:
+        """The generation that teaches one; None for what is trained on labels."""
+        return None if generation == 0 or self.control is not None else generation - 1
 
     def seed_of(self, generation: int) -> int:
         """The seed of one generation, which depends on nothing that ran before."""

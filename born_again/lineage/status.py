@@ -73,6 +73,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
     Returns:
         output_dir: as given.
         name, model, student_model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
+        control: of the spec, "equal-compute" or "seeds"; None for a lineage.
         students: their number in the spec, without the teacher; None likewise.
         running: None, or the process that holds the folder: pid, host, since (ISO 8601, UTC), command, each None where
             it is not known, and certain (False where the system has no locks, so the run may have ended).
@@ -119,6 +120,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         "dataset": spec and spec.dataset,
         "objective": spec and spec.objective,
         "seed": spec and spec.seed,
+        "control": spec and spec.control,
         "students": spec and spec.generations,
         "running": running,
         "generations": generations,
@@ -152,7 +154,7 @@ def _generations(manifest: Manifest, folder: Path, is_running: bool, verify: boo
             "status": "waiting",
             "objective": spec.objective_of(index),
             "seed": spec.seed_of(index),
-            "parent": index - 1 if index else None,
+            "parent": spec.parent_of(index),
             "metrics": {},
             "gain": None,
             "seconds": 0.0,
@@ -279,11 +281,12 @@ def results_table(manifest: Mapping[str, Any]) -> str:
 
     rows = [("generation", *model_cell("model"), "objective", "seed", *columns, "seconds", "gain")]
     scores: dict[int | None, float | None] = {}
+    control = spec.get("control")
     for record in finished:
         score = scores[record["index"]] = _score(record["metrics"])
         rows.append(
             (
-                f"{record['index']} (teacher)" if record["parent"] is None else str(record["index"]),
+                str(record["index"]) + (" (teacher)" if record["parent"] is None and not control else ""),
                 *model_cell(_architecture(record, spec)),
                 record["objective"],
                 "" if record["seed"] is None else str(record["seed"]),
