@@ -1,8 +1,9 @@
-"""The command born-again: status, evaluation, cards and publishing of lineages; also python -m born_again.cli.
+"""The command born-again: what can be done with lineages after their training; also python -m born_again.cli.
 
     born-again status OUTPUT_DIR
     born-again evaluate OUTPUT_DIR/gen2
     born-again card OUTPUT_DIR
+    born-again compare OUTPUT_DIR OTHER_DIR
     born-again publish OUTPUT_DIR --namespace NAME
 
 Exit status: 0; 1 if evaluate finds a difference to the record, or publish leaves something unpublished; 2 for invalid
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_card(commands)
     _add_publish(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -137,6 +139,25 @@ def _add_publish(commands: Any) -> None:
     parser.add_argument("--branch", help="Commit to this branch.")
     parser.add_argument("--license", help="License in the cards, such as apache-2.0.")
     parser.set_defaults(run=_publish)
+
+
+def _add_compare(commands: Any) -> None:
+    description = "Compares finished lineages of the same data: seeds, objectives, controls."
+    parser = commands.add_parser("compare", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("folders", metavar="DIR", nargs="+", help="Folder of a lineage, or of several seeds.")
+    parser.add_argument(
+        "--against", metavar="DIR", help="Differences from its last generation of the same seed, not from the teacher."
+    )
+    parser.add_argument(
+        "--select_on_validation", action="store_true", help="Also show the student that was best on validation."
+    )
+    parser.add_argument(
+        "--allow_unfinished", action="store_true", help="Take what is finished of unfinished lineages."
+    )
+    parser.add_argument("--csv", metavar="FILE", help="Also write the table as CSV, with every number.")
+    parser.add_argument("--figure", metavar="FILE", help="Also draw the differences, as a PNG.")
+    parser.add_argument("--json", action="store_true", help="Print the comparison as one JSON object.")
+    parser.set_defaults(run=_compare)
 
 
 # ---- status ----
@@ -341,7 +362,31 @@ def _publish(arguments: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-# ---- both ----
+# ---- compare ----
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from born_again._files import write_atomically
+    from born_again.report.comparison import compare_lineages
+    from born_again.report.comparison_table import comparison_csv, comparison_markdown
+    from born_again.report.figures import draw_comparison
+
+    comparison = compare_lineages(
+        arguments.folders,
+        against=arguments.against,
+        select_on_validation=arguments.select_on_validation,
+        allow_unfinished=arguments.allow_unfinished,
+    )
+    if arguments.csv is not None:
+        write_atomically(arguments.csv, comparison_csv(comparison))
+    if arguments.figure is not None and not draw_comparison(comparison, Path(arguments.figure)):
+        print(f"{arguments.figure} is not written: there is no number to draw", file=sys.stderr)
+    text = json.dumps(comparison, indent=2, allow_nan=False) if arguments.json else comparison_markdown(comparison)
+    print(_printable(text))
+    return 0
+
+
+# ---- all ----
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -222,7 +222,7 @@ class LineageSpec:
             other: spec "there".
             ignored: fields that may differ, such as those of `DATA_SOURCE` where the data is known to be the same.
         """
-        here, there = (_current_names(dict(_flatten(spec.to_dict()))) for spec in (self, other))
+        here, there = flat_spec(self), flat_spec(other)
         return [
             f"{name}: {here.get(name, 'default')!r} here, {there.get(name, 'default')!r} there"
             for name in sorted({*here, *there})
@@ -234,6 +234,11 @@ def spec_sha256(values: Mapping[str, Any]) -> str:
     """The hash of a spec from its JSON values, as `LineageSpec.to_dict` gives them."""
     kept = {name: value for name, value in values.items() if name not in _MAY_CHANGE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def flat_spec(spec: LineageSpec) -> dict[str, Any]:
+    """The fields of a spec by their path, such as "training.learning_rate", those of earlier versions by today's."""
+    return _current_names(dict(_flatten(spec.to_dict())))
 
 
 def data_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The training curve of a generation as a picture: losses over steps, drawn by matplotlib.
+"""Pictures drawn by matplotlib: the training curve of a generation, and the comparison of lineages.
 
 matplotlib is imported when something is drawn, and not before.
 """
@@ -157,3 +157,72 @@ def _scales(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1e3 else (1,)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
+
+
+# ---- The comparison of lineages ----
+
+
+def draw_comparison(comparison: Mapping[str, Any], path: Path) -> bool:
+    """Draws the differences of the first metric with their intervals, a line for each row; the means where none are.
+
+    A small dot is a run. The thick line is the 95 % interval over runs, the thin one that over test items.
+
+    Args:
+        comparison: as `born_again.report.comparison.compare_lineages` returns it.
+        path: of the PNG; written atomically.
+
+    Returns:
+        Whether there was anything to draw; otherwise nothing is written.
+
+    Raises:
+        OSError: the file cannot be written; an older one is intact.
+    """
+    if not comparison["metrics"]:
+        return False
+    metric = comparison["metrics"][0]
+    rows = [(row, row["metrics"][metric["title"]]) for row in comparison["rows"]]
+    is_difference = any(own["difference"] for _, own in rows)
+    shown = [(row, own["difference"] if is_difference else own) for row, own in rows]
+    shown = [(row, own) for row, own in shown if own and own["mean"] is not None]
+    if not shown:
+        return False
+    unit = (
+        " in points" if metric["factor"] == 100 and is_difference else " in percent" if metric["factor"] == 100 else ""
+    )
+    title = f"{metric['title']}{unit}" + (f", difference from {comparison['against']}" if is_difference else "")
+    write_atomically(path, _comparison_png(shown, metric["factor"], title, is_difference))
+    return True
+
+
+def _comparison_png(
+    shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], factor: float, title: str, is_difference: bool
+) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    content = BytesIO()
+    height = 1.2 + 0.35 * len(shown)  # inches
+    with (
+        matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "axes.grid.axis": "x"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # names in scripts that the font does not have
+        figure = Figure(figsize=(8, height))
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for place, (_, own) in enumerate(shown):
+            for kind, width in (("items", 1), ("t", 3)):
+                if own.get(kind):
+                    axes.plot([factor * end for end in own[kind]], [place] * 2, color=_COLORS[0], linewidth=width)
+            values = [factor * value for value in own["values"] if value is not None]
+            axes.plot(values, [place] * len(values), "o", color=_INK, markersize=3)
+            axes.plot([factor * own["mean"]], [place], "o", color=_COLORS[0], markersize=8)
+        if is_difference:
+            axes.axvline(0, color=_INK, linewidth=1)
+        axes.set_yticks(range(len(shown)), [f"{row['experiment']}: {row['network']}" for row, _ in shown])
+        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.set_ylim(len(shown) - 0.5, -0.5)  # the first row on top
+        axes.set_xlabel(title)
+        figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return content.getvalue()

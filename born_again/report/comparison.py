@@ -1,0 +1,465 @@
+"""Compares finished lineages: means over seeds, and differences from the teacher of the same seed with intervals.
+
+Reads lineage.json and the kept predictions alone; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+from born_again.lineage.predictions import (
+    PREDICTIONS_NAME,
+    Predictions,
+    ensemble_predictions_name,
+    read_predictions,
+)
+from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, TEACHER_OBJECTIVE, data_differences, flat_spec
+from born_again.lineage.status import lineages_in
+from born_again.report.statistics import ItemBootstrap, mean_and_deviation, percentile_interval, t_interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the comparison.
+
+    Args:
+        title: of the column.
+        split: of the metrics.
+        name: of the metric.
+        factor: that it is shown times.
+        decimals: shown.
+        is_higher_better: whether a larger value is better.
+    """
+
+    title: str
+    split: str
+    name: str
+    factor: float
+    decimals: int
+    is_higher_better: bool = False
+
+
+# The first of a task is the one that the figure shows.
+METRICS = (
+    Metric("accuracy", "test", "accuracy", 100, 2, True),
+    Metric("test ppl", "test", "perplexity", 1, 2),
+    Metric("NLL", "test", "nll", 1, 4),
+    Metric("ECE", "test", "ece", 100, 2),
+    Metric("valid. accuracy", "validation", "accuracy", 100, 2, True),
+    Metric("valid. ppl", "validation", "perplexity", 1, 2),
+)
+# Do not make another experiment: which run it is, where it and its data are, how many generations there are.
+_NOT_COMPARED = frozenset({"name", "seed", "generations", "teacher", "teacher_revision", "control_generations"})
+_FEW = 3
+
+
+@dataclass
+class _Run:
+    """One evaluated network: a generation or an ensemble of one lineage."""
+
+    lineage: _Lineage
+    metrics: Mapping[str, Mapping[str, float | None]]
+    weights: str | tuple[str, ...]
+    seconds: float | None
+    path: Path  # of its predictions
+    objective: str | None = None
+    reference: _Run | None = None
+
+    def value(self, metric: Metric) -> float | None:
+        return self.metrics.get(metric.split, {}).get(metric.name)
+
+
+@dataclass
+class _Lineage:
+    """A lineage, and its runs by the row that they belong to: ("generation", 2), ("ensemble", (1, 2))."""
+
+    folder: Path
+    content: Mapping[str, Any]
+    fields: dict[str, Any]  # of the spec, those that make an experiment
+    seed: int
+    runs: dict[tuple[str, Any], _Run] = field(default_factory=dict)
+
+    @property
+    def generations(self) -> list[tuple[int, _Run]]:
+        return [(key, run) for (kind, key), run in self.runs.items() if kind == "generation"]
+
+    @property
+    def students(self) -> list[tuple[int, _Run]]:
+        return [(index, run) for index, run in self.generations if index and self.fields.get("control") is None]
+
+
+@dataclass
+class _Row:
+    experiment: str
+    network: str
+    runs: list[_Run]
+    short_name: str | None = None  # of the experiment, if no other row has it
+
+
+def compare_lineages(
+    folders: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    select_on_validation: bool = False,
+    allow_unfinished: bool = False,
+) -> dict[str, Any]:
+    """Compares lineages that were trained and tested on the same data.
+
+    A row is a generation or an ensemble of all lineages that differ by nothing but their seed. The weights of every
+    generation are those of its record, after the last step (or, with load_best_model_at_end, those that were best on
+    validation): no generation is chosen by its test metrics. Differences are paired by seed: each network with
+    generation 0 of its own lineage, or, for a lineage without students, with the generation 0 that taught the students
+    of the same seed.
+
+    Args:
+        folders: of lineages; a folder with seedN stands for the lineages in it.
+        against: a folder of the same kind, whose last generation of the same seed takes the place of the teacher.
+        select_on_validation: adds a row of the student that was best on the validation split, lineage by lineage.
+        allow_unfinished: takes the finished generations of unfinished lineages, instead of refusing these.
+
+    Returns:
+        JSON values:
+            data: the fingerprint's rows by split. against: what differences are taken from.
+            metrics: a list of the fields of `Metric`, for display; values are unscaled.
+            rows: a list of experiment, network, runs (their number), seeds, seconds (mean of the training, None where
+                it is not known), and metrics: {title: {values, mean, deviation, difference}}, where deviation is the
+                sample standard deviation and difference is None or {values, mean, runs, t, items}: t the 95 % interval
+                over runs, items that over resampled test items for these networks, None where it cannot be given.
+            notes: sentences on what the numbers cannot say.
+
+    Raises:
+        FileNotFoundError: a folder without a lineage.
+        LineageError: an unfinished lineage, other data, two lineages of one experiment and seed, or files that cannot
+            be read.
+        ValueError: no folders, or select_on_validation without a validation split.
+    """
+    if not folders:
+        raise ValueError("folders: got none, expected those of one or more lineages.")
+    paths = [path for folder in folders for path in lineages_in(folder)]
+    references = [] if against is None else lineages_in(against)
+    resolved = {path.resolve() for path in paths}
+    extra = [path for path in references if path.resolve() not in resolved]
+    lineages, notes = _read_all([*paths, *extra], allow_unfinished)
+    _check_data(lineages)
+    _check_seeds(lineages)
+    if against is None:
+        _pair_with_teachers(lineages)
+    else:
+        _pair_with_last_generation(lineages, {path.resolve() for path in references})
+    rows = _rows(lineages, select_on_validation)
+    metrics = [metric for metric in METRICS if any(run.value(metric) is not None for row in rows for run in row.runs)]
+    bootstrap = _Bootstrap()
+    described = [_described(row, metrics, bootstrap) for row in rows]
+    what = "the teacher of the same seed" if against is None else f"the last generation of {against}, same seed"
+    return {
+        "data": lineages[0].content["data"].get("rows"),
+        "against": what,
+        "metrics": [dataclasses.asdict(metric) for metric in metrics],
+        "rows": described,
+        "notes": [*notes, *_notes(described, lineages)],
+    }
+
+
+# ---- Reading and checking ----
+
+
+def _read_all(paths: Sequence[Path], allow_unfinished: bool) -> tuple[list[_Lineage], list[str]]:
+    unfinished, lineages, notes = [], [], []
+    for path in paths:
+        try:
+            manifest = Manifest.read(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"folders: {path} has no {MANIFEST_NAME}, expected the folder of a lineage, or one with a seedN for "
+                "each seed; check the spelling."
+            ) from error
+        count = manifest.spec.generations + 1
+        finished = sum(record["status"] == "finished" for record in manifest.generations)
+        if finished < count:
+            unfinished.append(f"{path} ({finished} of {count} generations)")
+        if finished:
+            lineages.append(_lineage(path, manifest))
+        else:
+            notes.append(f"{path} has no finished generation and is left out.")
+    if unfinished and not allow_unfinished:
+        raise LineageError(
+            f"folders: not finished: {', '.join(unfinished)}; expected finished lineages, since a comparison of what "
+            "happens to be finished can mislead. Run their commands again, or give --allow_unfinished."
+        )
+    if not lineages:
+        raise LineageError("folders: no lineage has a finished generation, so there is nothing to compare yet.")
+    if unfinished:
+        notes.insert(0, f"Not finished: {', '.join(unfinished)}.")
+    return lineages, notes
+
+
+def _lineage(path: Path, manifest: Manifest) -> _Lineage:
+    spec = manifest.spec
+    fields = {name: value for name, value in flat_spec(spec).items() if name not in (*_NOT_COMPARED, *DATA_SOURCE)}
+    if not spec.generations:
+        fields["objective"] = TEACHER_OBJECTIVE  # that of students it does not have
+    found = _Lineage(path, manifest.content, fields, spec.seed)
+    for record in manifest.generations:
+        if record["status"] == "finished":
+            is_external = record["objective"] == EXTERNAL
+            found.runs["generation", record["index"]] = _Run(
+                found,
+                record["metrics"],
+                record["weights_sha256"],
+                None if is_external else record["seconds"],
+                path / f"gen{record['index']}" / PREDICTIONS_NAME,
+                record["objective"],
+            )
+    for record in manifest.content.get("ensembles", []):
+        if record["metrics"]:
+            members = tuple(record["members"])
+            found.runs["ensemble", members] = _Run(
+                found,
+                record["metrics"],
+                tuple(record["weights_sha256"]),
+                None,
+                path / "ensemble" / ensemble_predictions_name(members),
+            )
+    return found
+
+
+def _check_data(lineages: Sequence[_Lineage]) -> None:
+    first = lineages[0]
+    for other in lineages[1:]:
+        if changed := data_differences(other.content["data"], first.content["data"]):
+            raise LineageError(
+                f"folders: {other.folder} and {first.folder} were not trained and tested on the same data (other "
+                f"{', '.join(changed)}); expected the same training, validation and test items; compare them apart."
+            )
+
+
+def _check_seeds(lineages: Sequence[_Lineage]) -> None:
+    for index, one in enumerate(lineages):
+        for other in lineages[:index]:
+            if (one.fields, one.seed) == (other.fields, other.seed):
+                raise LineageError(
+                    f"folders: {other.folder} and {one.folder} are the same experiment with the same seed "
+                    f"{one.seed}, expected each seed once; leave one out, or train it with another --seed."
+                )
+
+
+# ---- Pairing ----
+
+
+def _pair_with_teachers(lineages: Sequence[_Lineage]) -> None:
+    teachers: dict[int, dict[Any, _Run]] = {}  # by seed, then by weights
+    for lineage in lineages:
+        first = lineage.runs.get(("generation", 0))
+        if lineage.students and first is not None:
+            teachers.setdefault(lineage.seed, {})[first.weights] = first
+            for key, run in lineage.runs.items():
+                run.reference = None if key == ("generation", 0) else first
+    for lineage in lineages:
+        candidates = list(teachers.get(lineage.seed, {}).values())
+        if not lineage.students and len(candidates) == 1:  # of several teachers none is the teacher
+            for run in lineage.runs.values():
+                run.reference = None if run.weights == candidates[0].weights else candidates[0]
+
+
+def _pair_with_last_generation(lineages: Sequence[_Lineage], references: Iterable[Path]) -> None:
+    references = {*references}
+    last = {own.seed: own.generations[-1][1] for own in lineages if own.folder.resolve() in references}
+    for lineage in lineages:
+        for run in lineage.runs.values():
+            reference = last.get(lineage.seed)
+            run.reference = None if reference is None or reference.weights == run.weights else reference
+
+
+# ---- Rows ----
+
+
+def _rows(lineages: Sequence[_Lineage], select_on_validation: bool) -> list[_Row]:
+    groups: list[list[_Lineage]] = []
+    for lineage in lineages:
+        own = next((group for group in groups if group[0].fields == lineage.fields), None)
+        if own is None:
+            groups.append(own := [])
+        own.append(lineage)
+    names = _experiment_names([group[0].fields for group in groups])
+    firsts: list[_Row] = []
+    later: list[_Row] = []
+    for name, group in zip(names, groups, strict=True):
+        has_students = any(lineage.students for lineage in group)
+        keys = sorted({key for lineage in group for key in lineage.runs}, key=lambda key: (key[0] == "ensemble", key))
+        for key in keys:
+            runs = [lineage.runs[key] for lineage in group if key in lineage.runs]
+            if key == ("generation", 0):
+                if not _merged(firsts, runs):
+                    # The objective of its students does not affect it.
+                    firsts.append(_Row(name, "generation 0", runs, runs[0].objective if has_students else name))
+            else:
+                later.append(_Row(name, _network_name(*key, group[0]), runs))
+        if select_on_validation and has_students:
+            later.append(_Row(name, "best on validation", [_best(lineage) for lineage in group if lineage.students]))
+    short = Counter(row.short_name for row in firsts)
+    for row in firsts:
+        if row.short_name is not None and short[row.short_name] == 1:
+            row.experiment = row.short_name
+    return [*firsts, *later]
+
+
+def _experiment_names(fields: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The objective (or control) of each experiment, and the other fields in which it differs from most."""
+    known = sorted({name for own in fields for name in own} - {"objective", "control"})
+    values = {name: [json.dumps(own.get(name)) for own in fields] for name in known}
+    usual = {name: Counter(own).most_common(1)[0][0] for name, own in values.items()}
+    names = []
+    for index, own in enumerate(fields):
+        control = own.get("control")
+        differing = [name for name in known if values[name][index] != usual[name]]
+        shown = [f"{name.rpartition('.')[2]} {own.get(name, 'default')}" for name in differing]
+        names.append(", ".join([own["objective"] if control is None else f"control: {control}", *shown]))
+    return names
+
+
+def _merged(rows: Sequence[_Row], runs: Sequence[_Run]) -> bool:
+    """Adds networks to a row that has the same weights for a seed, such as one teacher of several objectives."""
+    for row in rows:
+        known = {run.lineage.seed: run for run in row.runs}
+        shared = [run for run in runs if run.lineage.seed in known]
+        if not shared or any(known[run.lineage.seed].weights != run.weights for run in shared):
+            continue
+        for run in runs:
+            if run.lineage.seed not in known:
+                row.runs.append(run)
+            elif known[run.lineage.seed].seconds is None:  # taken from elsewhere, while this one was trained here
+                row.runs[row.runs.index(known[run.lineage.seed])] = run
+        trained = [run.objective for run in row.runs if run.objective not in (None, EXTERNAL)]
+        if row.short_name == EXTERNAL and trained:
+            row.short_name = trained[0]
+        return True
+    return False
+
+
+def _network_name(kind: str, key: Any, lineage: _Lineage) -> str:
+    if kind == "ensemble":
+        return f"mean of {', '.join(map(str, key))}"
+    return f"run {key}" if lineage.fields.get("control") is not None else f"generation {key}"
+
+
+def _best(lineage: _Lineage) -> _Run:
+    for metric in METRICS:
+        if metric.split == "validation" and all(run.value(metric) is not None for _, run in lineage.students):
+            sign = 1 if metric.is_higher_better else -1
+            return max((run for _, run in lineage.students), key=lambda run: sign * (run.value(metric) or 0.0))
+    raise ValueError(
+        f"select_on_validation: {lineage.folder} has no metrics on a validation split, expected some; train with "
+        "--validation_fraction 0.1, or leave it out: selecting by the test split would report a gain that is none."
+    )
+
+
+# ---- Numbers ----
+
+
+class _Bootstrap:
+    """Resampled metrics of runs, computed once for each."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, ItemBootstrap] = {}
+        self._predictions: dict[Path, dict[str, Predictions]] = {}
+        self._metrics: dict[tuple[Path, str], dict[str, np.ndarray]] = {}
+
+    def difference(self, pairs: Sequence[tuple[_Run, _Run]], metric: Metric) -> tuple[float, float] | None:
+        """The interval of the mean difference over the pairs; None where predictions are missing."""
+        sampled = [(self._sampled(ours, metric), self._sampled(theirs, metric)) for ours, theirs in pairs]
+        if any(one is None or other is None or len(one) != len(other) for one, other in sampled):
+            return None
+        with np.errstate(invalid="ignore"):
+            return percentile_interval(np.mean([one - other for one, other in sampled], axis=0))  # type: ignore
+
+    def _sampled(self, run: _Run, metric: Metric) -> np.ndarray | None:
+        if run.path not in self._predictions:
+            self._predictions[run.path] = read_predictions(run.path, run.weights)
+        own = self._predictions[run.path].get(metric.split)
+        if own is None:
+            return None
+        if (run.path, metric.split) not in self._metrics:
+            items = len(next(iter(own.values())))
+            if items not in self._by_size:
+                self._by_size[items] = ItemBootstrap(items)
+            self._metrics[run.path, metric.split] = self._by_size[items].metrics(own)
+        return self._metrics[run.path, metric.split].get(metric.name)
+
+
+def _described(row: _Row, metrics: Sequence[Metric], bootstrap: _Bootstrap) -> dict[str, Any]:
+    seconds = [run.seconds for run in row.runs if run.seconds is not None]
+    return {
+        "experiment": row.experiment,
+        "network": row.network,
+        "runs": len(row.runs),
+        "seeds": [run.lineage.seed for run in row.runs],
+        "seconds": mean_and_deviation(seconds)[0] if seconds else None,
+        "metrics": {metric.title: _values(row, metric, bootstrap) for metric in metrics},
+    }
+
+
+def _values(row: _Row, metric: Metric, bootstrap: _Bootstrap) -> dict[str, Any]:
+    values = [run.value(metric) for run in row.runs]
+    known = [value for value in values if value is not None]
+    # A number that is not finite, null in the record, has no mean.
+    mean, deviation = mean_and_deviation(known) if known and len(known) == len(values) else (None, None)
+    pairs = [(run, run.reference) for run in row.runs if run.reference is not None]
+    differences = [
+        ours - theirs
+        for run, reference in pairs
+        if (ours := run.value(metric)) is not None and (theirs := reference.value(metric)) is not None
+    ]
+    difference = None
+    if differences and len(differences) == len(pairs):
+        difference = {
+            "values": differences,
+            "mean": mean_and_deviation(differences)[0],
+            "runs": len(differences),
+            "t": t_interval(differences),
+            "items": bootstrap.difference(pairs, metric),
+        }
+    return {"values": values, "mean": mean, "deviation": deviation, "difference": difference}
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], lineages: Sequence[_Lineage]) -> list[str]:
+    notes = []
+    fewest = min(row["runs"] for row in rows)
+    if fewest == 1:
+        which = sorted({row["experiment"] for row in rows if row["runs"] == 1})
+        notes.append(
+            f"One run only ({'; '.join(which)}): it has no spread and no interval over runs, so nothing can be said "
+            f"about other seeds; train {_FEW} or more with --seeds."
+        )
+    if any(1 < row["runs"] < _FEW for row in rows):
+        notes.append(
+            f"Fewer than {_FEW} runs: the interval over runs is very wide, and says little; train more with --seeds."
+        )
+    shared = _shared_weights(lineages)
+    if shared:
+        notes.append(
+            f"{shared} networks are in more than one lineage of the same experiment, so these are not independent: "
+            "generation k of seed s has seed s + k. Give seeds further apart, such as --seeds 0 10 20."
+        )
+    if any(own.content["spec"]["training"].get("load_best_model_at_end") for own in lineages):
+        notes.append("Weights are those of the epoch that was best on the validation split, not of the last one.")
+    return notes
+
+
+def _shared_weights(lineages: Sequence[_Lineage]) -> int:
+    owners: dict[Any, list[_Lineage]] = {}
+    for lineage in lineages:
+        for _, run in lineage.generations:
+            owners.setdefault(run.weights, []).append(lineage)
+    return sum(
+        any(one.fields == other.fields for index, one in enumerate(own) for other in own[:index])
+        for own in owners.values()
+    )

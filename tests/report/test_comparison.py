@@ -1,0 +1,288 @@
+"""Lineages compared: the numbers of the table, what is paired with what, and what is refused."""
+
+import csv
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from born_again import LineageSpec
+from born_again.cli import main
+from born_again.lineage.manifest import LineageError, Manifest
+from born_again.lineage.predictions import SplitMetrics, ensemble_predictions_name, write_predictions
+from born_again.report.comparison import compare_lineages
+from born_again.report.comparison_table import comparison_markdown
+from born_again.report.statistics import ItemBootstrap, t_interval
+
+DATA = {"sha256": "a", "rows": {"train": 5, "test": 8}}
+ITEMS = 8
+
+
+def weights_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def images(accuracy: float, seed: int = 0) -> SplitMetrics:
+    """Metrics of ITEMS images of which the first ones are right, and their predictions."""
+    right = round(ITEMS * accuracy)
+    nll = np.random.default_rng(seed).uniform(0.1, 2, ITEMS)
+    predictions = {
+        "label": np.ones(ITEMS),
+        "predicted": np.array([1] * right + [0] * (ITEMS - right)),
+        "nll": nll,
+        "confidence": np.full(ITEMS, 0.75),
+    }
+    metrics = {"accuracy": accuracy, "nll": float(nll.mean()), "ece": abs(accuracy - 0.75)}
+    return SplitMetrics(metrics, predictions)
+
+
+def text(perplexity: float, blocks=((1.0, 2), (3.0, 4))) -> SplitMetrics:
+    sums, tokens = zip(*blocks, strict=True)
+    return SplitMetrics(
+        {"nll": math.log(perplexity), "perplexity": perplexity},
+        {"nll_sum": np.array(sums), "tokens": np.array(tokens)},
+    )
+
+
+def lineage(folder: Path, results: list, *, seed=1, kept=True, ensembles=(), data=DATA, weights=None, **spec) -> Path:
+    """A lineage with these metrics of its generations, and of ensembles {members: metrics}."""
+    spec = {"name": "tiny", "model": "test", "dataset": "made", "seed": seed, **spec}
+    spec = {"generations": len(results) - 1, **spec}
+    manifest = Manifest.create(folder, LineageSpec(**spec), data)
+    folder.mkdir(parents=True)
+    own = weights or [weights_of(f"{folder} {index}") for index in range(len(results))]
+    for index, metrics in enumerate(results):
+        splits = metrics if "test" in metrics else {"test": metrics}
+        manifest.update(
+            index,
+            status="finished",
+            seed=None if index == 0 and spec.get("teacher") else seed + index,
+            parent=index - 1 if index else None,
+            objective=manifest.spec.objective_of(index),
+            weights_sha256=own[index],
+            metrics={split: dict(values) for split, values in splits.items()},
+            seconds=10.0 * (index + 1),
+            versions={},
+            hub=None,
+        )
+        if kept:
+            path = folder / f"gen{index}/predictions.safetensors"
+            write_predictions(path, {split: values.predictions for split, values in splits.items()}, own[index])
+    for members, metrics in dict(ensembles).items():
+        hashes = [own[index] for index in members]
+        record = {"members": list(members), "average": "probabilities", "weights_sha256": hashes}
+        manifest.content.setdefault("ensembles", []).append({**record, "metrics": {"test": dict(metrics)}})
+        path = folder / "ensemble" / ensemble_predictions_name(members)
+        write_predictions(path, {"test": metrics.predictions}, hashes)
+    manifest.save()
+    return folder
+
+
+def row(comparison: dict, experiment: str, network: str = "generation 0") -> dict:
+    (found,) = [own for own in comparison["rows"] if (own["experiment"], own["network"]) == (experiment, network)]
+    return found
+
+
+def test_means_deviations_and_paired_differences_over_seeds(tmp_path):
+    teachers, students = [0.5, 0.625, 0.25], [0.75, 0.75, 0.5]
+    for seed, pair in enumerate(zip(teachers, students, strict=True)):
+        both = [images(value, seed) for value in pair]
+        lineage(tmp_path / f"out/seed{seed}", both, seed=seed, ensembles={(0, 1): images(0.875, seed)})
+    comparison = compare_lineages([tmp_path / "out"])
+    assert [(own["experiment"], own["network"], own["runs"]) for own in comparison["rows"]] == [
+        ("label", "generation 0", 3),
+        ("ban", "generation 1", 3),
+        ("ban", "mean of 0, 1", 3),
+    ]
+    teacher, student = row(comparison, "label"), row(comparison, "ban", "generation 1")
+    accuracy = student["metrics"]["accuracy"]
+    assert teacher["metrics"]["accuracy"]["difference"] is None and student["seeds"] == [0, 1, 2]
+    assert accuracy["mean"] == pytest.approx(np.mean(students))
+    assert accuracy["deviation"] == pytest.approx(np.std(students, ddof=1))
+    differences = np.subtract(students, teachers)
+    expected = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
+    assert accuracy["difference"]["mean"] == pytest.approx(differences.mean())
+    assert accuracy["difference"]["t"] == pytest.approx(expected)
+    assert (teacher["seconds"], student["seconds"]) == (10, 20)
+    ensemble = row(comparison, "ban", "mean of 0, 1")["metrics"]["accuracy"]["difference"]
+    assert ensemble["values"] == pytest.approx(np.subtract(0.875, teachers))
+    # The same items are resampled for all, and the student is right wherever its teacher is.
+    low, high = accuracy["difference"]["items"]
+    assert 0 <= low < differences.mean() < high
+    assert comparison["notes"] == []
+
+
+def test_the_bootstrap_resamples_the_metrics_of_the_record():
+    bootstrap = ItemBootstrap(ITEMS, seed=3)
+    counts = np.random.default_rng(3).multinomial(ITEMS, np.full(ITEMS, 1 / ITEMS), size=1000)
+    own = images(0.625)
+    sampled = bootstrap.metrics(own.predictions)
+    right = own.predictions["label"] == own.predictions["predicted"]
+    np.testing.assert_allclose(sampled["accuracy"], (counts * right).sum(1) / ITEMS)
+    np.testing.assert_allclose(sampled["nll"], (counts * own.predictions["nll"]).sum(1) / ITEMS, rtol=1e-6)
+    np.testing.assert_allclose(sampled["ece"], np.abs((counts * right).sum(1) / ITEMS - 0.75), atol=1e-12)
+    blocks = {"nll_sum": np.array([1.0, 3.0]), "tokens": np.array([2, 4])}
+    sampled = ItemBootstrap(2).metrics(blocks)
+    assert set(np.round(sampled["perplexity"], 9)) == set(np.round(np.exp([0.5, 4 / 6, 0.75]), 9))
+
+
+def test_the_items_interval_covers_the_difference_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        sides = []
+        for rate in (0.7, 0.6):
+            right = generator.random(400) < rate
+            sides.append({"label": np.ones(400), "predicted": right, "nll": right, "confidence": right * 0.5})
+        bootstrap = ItemBootstrap(400)
+        one, other = (bootstrap.metrics(side)["accuracy"] for side in sides)
+        low, high = np.quantile(one - other, [0.025, 0.975])
+        hits += low <= 0.1 <= high
+    assert 88 <= hits <= 100
+
+
+def test_objectives_that_share_a_teacher_have_one_row_of_it(tmp_path):
+    shared = weights_of("teacher")
+    smooth = {"training": {"label_smoothing_factor": 0.1}}
+    lineage(tmp_path / "labels", [images(0.5)], weights=[shared])
+    for objective, accuracy in (("ban", 0.75), ("cwtm", 0.625)):
+        both = [images(0.5), images(accuracy)]
+        weights = [shared, weights_of(objective)]
+        lineage(tmp_path / objective, both, objective=objective, teacher="labels/gen0", weights=weights)
+    lineage(tmp_path / "smooth", [images(0.875)], **smooth)
+    folders = [tmp_path / name for name in ("ban", "cwtm", "labels", "smooth")]
+    comparison = compare_lineages(folders)
+    assert [(own["experiment"], own["runs"], own["seconds"]) for own in comparison["rows"]] == [
+        ("label", 1, 10),
+        ("label, label_smoothing_factor 0.1", 1, 10),
+        ("ban", 1, 20),
+        ("cwtm", 1, 20),
+    ]
+    # A lineage without students is compared with the teacher that the others of its seed have.
+    difference = row(comparison, "label, label_smoothing_factor 0.1")["metrics"]["accuracy"]["difference"]
+    assert difference["values"] == [0.375] and difference["t"] is None and difference["items"] is not None
+    over = compare_lineages(folders, against=tmp_path / "smooth")
+    assert row(over, "ban", "generation 1")["metrics"]["accuracy"]["difference"]["values"] == [-0.125]
+    assert row(over, "label")["metrics"]["accuracy"]["difference"]["values"] == [-0.375]
+    assert row(over, "label, label_smoothing_factor 0.1")["metrics"]["accuracy"]["difference"] is None
+
+
+def test_a_text_is_compared_by_its_perplexity(tmp_path):
+    better = text(80.0, ((0.5, 2), (1.0, 4)))
+    lineage(tmp_path / "out", [{"validation": text(95.0), "test": text(90.0)}, {"validation": better, "test": better}])
+    comparison = compare_lineages([tmp_path / "out"])
+    assert [metric["title"] for metric in comparison["metrics"]] == ["test ppl", "NLL", "valid. ppl"]
+    difference = row(comparison, "ban", "generation 1")["metrics"]["test ppl"]["difference"]
+    assert difference["mean"] == pytest.approx(-10)
+    low, high = difference["items"]  # of whichever blocks, the student's sums are lower
+    assert low <= high < 0
+
+
+def test_lineages_without_predictions_have_the_interval_over_runs_only(tmp_path):
+    for seed in (1, 2):
+        lineage(tmp_path / f"out/seed{seed}", [images(0.5), images(0.5 + seed / 8)], seed=seed, kept=seed == 1)
+    difference = row(compare_lineages([tmp_path / "out"]), "ban", "generation 1")["metrics"]["accuracy"]["difference"]
+    assert difference["items"] is None and difference["t"] == pytest.approx(t_interval([0.125, 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "note"), [([1], "One run only (ban; label): it has no spread"), ([1, 5], "Fewer than 3 runs")]
+)
+def test_too_few_runs_are_named(tmp_path, seeds, note):
+    folders = [lineage(tmp_path / str(seed), [images(0.5), images(0.75)], seed=seed) for seed in seeds]
+    (said,) = compare_lineages(folders)["notes"]
+    assert said.startswith(note)
+
+
+def test_networks_that_two_lineages_share_are_named(tmp_path):
+    weights = [weights_of(str(seed)) for seed in range(3)]
+    for seed in (0, 1):
+        lineage(tmp_path / f"{seed}", [images(0.5)] * 2, seed=seed, weights=weights[seed : seed + 2])
+    notes = compare_lineages([tmp_path / "0", tmp_path / "1"])["notes"]
+    assert notes[-1].startswith("1 networks are in more than one lineage of the same experiment")
+
+
+def test_a_student_is_selected_by_validation_alone_and_when_asked(tmp_path):
+    def splits(validation, test):
+        return {"validation": images(validation), "test": images(test)}
+
+    out = lineage(tmp_path / "out", [splits(0.5, 0.5), splits(0.75, 0.25), splits(0.625, 0.875)])
+    assert "best on validation" not in [own["network"] for own in compare_lineages([out])["rows"]]
+    comparison = compare_lineages([out], select_on_validation=True)
+    assert row(comparison, "ban", "best on validation")["metrics"]["accuracy"]["values"] == [0.25]
+    plain = lineage(tmp_path / "plain", [images(0.5), images(0.75)])
+    with pytest.raises(ValueError, match="select_on_validation: .*plain has no metrics on a validation split"):
+        compare_lineages([plain], select_on_validation=True)
+
+
+# ---- What is refused ----
+
+
+def test_unfinished_lineages_are_named(tmp_path):
+    done = lineage(tmp_path / "done", [images(0.5), images(0.75)])
+    begun = lineage(tmp_path / "begun", [images(0.5)], seed=2, generations=2)
+    with pytest.raises(LineageError, match=r"folders: not finished: .*begun \(1 of 3 generations\); .*--allow_unfin"):
+        compare_lineages([done, begun])
+    comparison = compare_lineages([done, begun], allow_unfinished=True)
+    assert row(comparison, "label")["runs"] == 2 and "begun (1 of 3 generations)" in comparison["notes"][0]
+
+
+def test_other_data_is_refused(tmp_path):
+    one = lineage(tmp_path / "one", [images(0.5)])
+    other = lineage(tmp_path / "other", [images(0.5)], seed=2, data={**DATA, "sha256": "b"})
+    with pytest.raises(LineageError, match="other and .*one were not trained and tested on the same data"):
+        compare_lineages([one, other])
+
+
+def test_a_seed_given_twice_is_refused(tmp_path):
+    lineage(tmp_path / "out/seed1", [images(0.5), images(0.75)])
+    with pytest.raises(LineageError, match="are the same experiment with the same seed 1, expected each seed once"):
+        compare_lineages([tmp_path / "out", tmp_path / "out/seed1"])
+
+
+def test_a_folder_without_lineages_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folders: .* has no lineage.json, expected the folder of a lineage"):
+        compare_lineages([tmp_path])
+    with pytest.raises(ValueError, match="folders: got none"):
+        compare_lineages([])
+
+
+# ---- The command ----
+
+
+def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
+    for seed in (1, 2, 3):
+        lineage(tmp_path / f"out/seed{seed}", [images(0.5), images(0.5 + seed / 8, seed)], seed=seed)
+    files = ["--csv", str(tmp_path / "table.csv"), "--figure", str(tmp_path / "table.png")]
+    assert main(["compare", str(tmp_path / "out"), *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
+    assert cells[0][:7] == ["trained by", "network", "runs", "accuracy", "NLL", "ECE", "seconds"]
+    assert cells[3][:4] == ["ban", "generation 1", "3", "75.00 ± 12.50"]
+    low, high = t_interval([0.125, 0.25, 0.375])
+    assert cells[3][7:9] == ["+25.00", f"[{100 * low:+.2f}, {100 * high:+.2f}]"]
+    with open(tmp_path / "table.csv") as file:
+        (_, student) = csv.DictReader(file)
+    assert float(student["accuracy difference"]) == 0.25 and float(student["accuracy t_low"]) == pytest.approx(low)
+    with Image.open(tmp_path / "table.png") as picture:
+        assert picture.size[0] == 1200
+    assert main(["compare", str(tmp_path / "out"), "--json"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison_markdown(comparison).splitlines() == lines
+    assert main(["compare", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere has no lineage.json" in capsys.readouterr().err
+
+
+def test_the_comparison_does_not_import_torch(tmp_path):
+    lineage(tmp_path / "out", [images(0.5), images(0.75)])
+    code = "import sys; from born_again.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "compare", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
