@@ -107,6 +107,13 @@ class LineageArguments(LineageFlags):
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many images."})
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training images that is held out as a validation split, and reported as one; the "
+            "same images for every seed."
+        },
+    )
     images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images in GPU memory, if they fit."})
 
 
@@ -188,7 +195,7 @@ def family(model: str) -> str:
 def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments) -> LineageSpec:
     """The spec of the flags that affect the weights."""
     names = ("dataset_revision", "image_column", "label_column", "test_samples", "max_train_samples")
-    names += ("max_eval_samples",)
+    names += ("max_eval_samples", "validation_fraction")
     data_args = {name: getattr(lineage, name) for name in names if getattr(lineage, name) is not None}
     # Earlier lineages do not have these fields: all datasets but digits were mirrored.
     if lineage.image_size != IMAGE_SIZE:
@@ -252,16 +259,18 @@ def build_runner(
     spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, lineage: LineageArguments
 ) -> LineageRunner:
     """The runner, with functions that build, save, evaluate and describe a generation."""
-    test = evaluation_images(data.test, data.mean, data.std)
+    splits = {"test": data.test} if data.validation is None else {"validation": data.validation, "test": data.test}
+    # With a validation split the test split is read once, at the end.
+    during_training = evaluation_images(next(iter(splits.values())), data.mean, data.std)
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         # A network trained elsewhere may have another mean and std, as its config says.
         own = model.config.pretrained_cfg or {}
-        images = evaluation_images(data.test, own.get("mean") or data.mean, own.get("std") or data.std)
+        statistics = own.get("mean") or data.mean, own.get("std") or data.std
+        batch, device = training.per_device_eval_batch_size, training.device
         return {
-            "test": evaluate_classifier(
-                model, images, collate_batch, training.per_device_eval_batch_size, training.device
-            )
+            name: evaluate_classifier(model, evaluation_images(split, *statistics), collate_batch, batch, device)
+            for name, split in splits.items()
         }
 
     def build(index: int) -> nn.Module:
@@ -299,7 +308,7 @@ def build_runner(
                 seed=generation.seed,
                 padding=usual_padding(data.image_size),
             ),
-            eval_dataset=test,
+            eval_dataset=during_training,
             compute_metrics=classification_metrics(),
             callbacks=[EpochCallback()],
         )
@@ -363,6 +372,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         test_samples=lineage.test_samples,
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
+        validation_fraction=lineage.validation_fraction,
     )
     if training.process_index == 0:
         print(describe_input(lineage, training))
@@ -375,8 +385,9 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     return train(
         build_runner(spec, data, training, lineage),
         training,
-        f"{spec.name}: {describe_architecture(spec, 0)}{students} on {lineage.dataset} ({len(data.train):,} + "
-        f"{len(data.test):,} images, {len(data.label_names)} classes)",
+        f"{spec.name}: {describe_architecture(spec, 0)}{students} on {lineage.dataset} "
+        f"({' + '.join(f'{count:,}' for count in data.fingerprint['rows'].values())} images, "
+        f"{len(data.label_names)} classes)",
         tune_process=lineage.tune_process,
     )
 

@@ -84,6 +84,7 @@ class ImageData:
             split has another name.
         flip: whether mirroring keeps the class, judged by the name: see `born_again.data.images.allows_flip`.
         interpolation: of resized images, by timm's name.
+        validation: the validation split that was held out of the training split; None without one.
     """
 
     train: ImageSplit
@@ -94,10 +95,12 @@ class ImageData:
     fingerprint: dict
     flip: bool
     interpolation: str = "bilinear"
+    validation: ImageSplit | None = None
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The dataset with both splits on another device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        """The dataset with all splits on another device."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     @property
     def image_size(self) -> int:
@@ -106,8 +109,9 @@ class ImageData:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors of both splits, in bytes."""
-        return self.train.nbytes + self.test.nbytes
+        """Size of the tensors of all splits, in bytes."""
+        held_out = 0 if self.validation is None else self.validation.nbytes
+        return self.train.nbytes + self.test.nbytes + held_out
 
 
 def load_images(
@@ -120,6 +124,7 @@ def load_images(
     test_samples: int | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    validation_fraction: float | None = None,
 ) -> ImageData:
     """Read an image classification dataset into memory.
 
@@ -138,6 +143,8 @@ def load_images(
         max_train_samples: number of training rows to keep, stratified by class and independent of the seed; the rows
             kept at n are among those kept at n + 1. None, or more than there are, keeps all.
         max_eval_samples: likewise for the test split.
+        validation_fraction: of the kept training rows, that are held out as a validation split: stratified by class
+            and independent of the seed; None holds none out. Mean and std are of the rows that are left.
 
     Raises:
         ValueError: if the name, a column, a split, a label, an image or a limit is not as expected, a class of the
@@ -147,6 +154,11 @@ def load_images(
     """
     if image_size < _MIN_IMAGE_SIZE:
         raise ValueError(f"image_size is {image_size}; expected at least {_MIN_IMAGE_SIZE} pixels, such as 32")
+    if validation_fraction is not None and not 0 < validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction is {validation_fraction}; expected a share of the training images above 0 and below "
+            "1, such as 0.1"
+        )
     limits = {"train": max_train_samples, "test": max_eval_samples}
     for flag, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
@@ -189,6 +201,8 @@ def load_images(
                     f"dataset {name!r}: --max_train_samples {max_train_samples} leaves no training image of "
                     f"{_class_list(left_out, label_names)}, of which there may be test images"
                 )
+    if validation_fraction is not None:
+        splits["train"], splits["validation"] = _hold_out(name, splits["train"], validation_fraction)
     _check_variation(name, splits["train"], label_names)
     mean, std = channel_statistics(splits["train"].pixels)
     fingerprint = {
@@ -197,13 +211,35 @@ def load_images(
         "image_column": image_column,
         "label_column": label_column,
         "rows": {role: len(split) for role, split in splits.items()},
-        "sha256": _digest(splits["train"], splits["test"]),
+        "sha256": _digest(*(splits[role] for role in ("train", "test", "validation") if role in splits)),
     }
     if test != "test":
         fingerprint["test_split"] = test
     return ImageData(
-        splits["train"], splits["test"], label_names, mean, std, fingerprint, allows_flip(name), interpolation
+        splits["train"],
+        splits["test"],
+        label_names,
+        mean,
+        std,
+        fingerprint,
+        allows_flip(name),
+        interpolation,
+        splits.get("validation"),
     )
+
+
+def _hold_out(name: str, train: ImageSplit, fraction: float) -> tuple[ImageSplit, ImageSplit]:
+    """The training split without the rows that are held out, and these."""
+    labels = train.labels.numpy()
+    order = stratified_order(labels)
+    count = round(fraction * len(labels))
+    kept, held_out = np.sort(order[count:]), np.sort(order[:count])
+    if not 0 < count < len(labels) or {*labels[kept].tolist()} != {*labels.tolist()}:
+        raise ValueError(
+            f"dataset {name!r}: --validation_fraction {fraction} holds {count:,} of {len(labels):,} training images "
+            "out; expected at least one, and one training image of every class left: give another fraction"
+        )
+    return tuple(ImageSplit(train.pixels[rows], train.labels[rows]) for rows in (kept, held_out))
 
 
 def _read_digits(

@@ -36,6 +36,7 @@ _STREAMS = 8
 _WINDOW = 256
 # The data arguments, by their names in the spec and on the command line.
 _IMAGE_ARGS = {"image_column": str, "label_column": str, "image_size": int, "test_samples": int}
+_IMAGE_ARGS |= {"validation_fraction": float}
 _TEXT_ARGS = {"text_column": str}
 _COMMON_ARGS = {"dataset_revision": str, "max_train_samples": int, "max_eval_samples": int}
 _ARG_TYPES = {**_IMAGE_ARGS, **_TEXT_ARGS, **_COMMON_ARGS, "window": int}
@@ -389,9 +390,12 @@ def _measure_images(
                 f"dataset: class {index} of {dataset!r} is {theirs!r}, that of the network {names.get(index)!r}; "
                 "expected the same labels in the same order: give the data it was trained on."
             )
-    test = evaluation_images(data.test, mean, std)
-    metrics = evaluate_classifier(model, test, collate_batch, batch_size, device)
-    return {"test": metrics}, {"test": len(test)}, data.fingerprint
+    splits = {"test": data.test} if data.validation is None else {"validation": data.validation, "test": data.test}
+    metrics = {
+        name: evaluate_classifier(model, evaluation_images(split, mean, std), collate_batch, batch_size, device)
+        for name, split in splits.items()
+    }
+    return metrics, {name: len(split) for name, split in splits.items()}, data.fingerprint
 
 
 def _measure_text(

@@ -197,20 +197,19 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> bool:
 def _comparison_png(
     shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], factor: float, title: str, is_difference: bool
 ) -> bytes:
-    import matplotlib
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     content = BytesIO()
     height = 1.2 + 0.35 * len(shown)  # inches
-    with (
-        matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "axes.grid.axis": "x"}),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # names in scripts that the font does not have
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing glyphs
         figure = Figure(figsize=(8, height))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        axes.grid(False)
+        axes.grid(axis="x")
         for place, (_, own) in enumerate(shown):
             for kind, width in (("items", 1), ("t", 3)):
                 if own.get(kind):

@@ -540,3 +540,19 @@ def test_revision_is_read_from_the_urls_of_the_files():
     assert decode.resolved_revision({f"hf://datasets/uoft-cs/cifar10@{commit}/a.parquet": {}}, "main") == commit
     assert decode.resolved_revision({"/some/folder/a.parquet": {}}, None) is None
     assert decode.resolved_revision(None, "main") == "main"
+
+
+def test_a_validation_split_is_held_out_of_the_training_images(plain):
+    whole = load_images("digits", max_train_samples=100, test_samples=1197)
+    data = load_images("digits", max_train_samples=100, test_samples=1197, validation_fraction=0.2)
+    assert data.fingerprint["rows"] == {"train": 80, "test": 1197, "validation": 20}
+    assert data.fingerprint["sha256"] != whole.fingerprint["sha256"]
+    assert torch.bincount(data.validation.labels).tolist() == [2] * 10
+    both = sorted(pixels.numpy().tobytes() for split in (data.train, data.validation) for pixels in split.pixels)
+    assert both == sorted(pixels.numpy().tobytes() for pixels in whole.train.pixels)
+    assert torch.equal(data.test.pixels, whole.test.pixels)
+    assert data.mean == channel_statistics(data.train.pixels)[0]
+    assert data.nbytes == whole.nbytes and len(data.to("cpu").validation) == 20
+    for fraction, message in ((0.0, "a share .* above 0 and below 1"), (0.99, "one training image of every class")):
+        with pytest.raises(ValueError, match=f"validation_fraction.* {fraction}.*{message}"):
+            load_images(plain, validation_fraction=fraction)

@@ -210,3 +210,17 @@ def test_mirroring_is_as_said_and_doubts_are_said_once(script, tmp_path, monkeyp
     (train,) = shown_in_training(script, [*words, "--no_flip", "--output_dir", str(tmp_path / "b")], monkeypatch)
     assert train.flip is False and not int(train.views(torch.arange(4)).max()) > 81
     assert doubt not in caplog.text and "not mirrored (--flip turns this on)" in capsys.readouterr().out
+
+
+def test_a_validation_split_is_reported_as_its_own_and_evaluated_again(script, tmp_path, capsys):
+    words = ["--smoke", "--num_train_epochs", "1", "--threads", "1", "--disable_tqdm", "True", "--generations", "1"]
+    words += ["--max_train_samples", "80", "--max_eval_samples", "48", "--validation_fraction", "0.25"]
+    assert script.start([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "(60 + 48 + 20 images, 10 classes)" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out/lineage.json").read_text())
+    assert content["data"]["rows"] == {"train": 60, "test": 48, "validation": 20}
+    assert [list(record["metrics"]) for record in content["generations"]] == [["validation", "test"]] * 2
+    result = reevaluate(tmp_path / "out/gen1")
+    assert result["agrees"] is True and result["items"] == {"validation": 20, "test": 48}
+    card = (tmp_path / "out/gen1/README.md").read_text()
+    assert "validation accuracy" in card and "after the last step" in " ".join(card.split())
