@@ -209,6 +209,7 @@ def _status_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"{facts['name']}: {facts['model']} on {facts['dataset']}, {trained}, seed {facts['seed']}")
         lines += _generation_lines(facts["generations"], facts["control"])
     lines += [_ensemble_line(entry) for entry in facts["ensembles"]]
+    lines += [f"* {generation['worse']}" for generation in facts["generations"] if generation["worse"]]
     if running is not None:
         lines.append(f"running: {_holder(running)}")
     wait = "" if running is None else "wait for that run; after it, "

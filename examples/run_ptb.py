@@ -253,6 +253,7 @@ def build_runner(
         keep_checkpoints=lineage.keep_checkpoints,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
+        stop_when_worse=lineage.stop_when_worse,
         publisher=create_publisher(lineage, training),
     )
 

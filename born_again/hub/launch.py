@@ -33,6 +33,7 @@ from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import CONTROLS, TEACHER_OBJECTIVE, LineageSpec
 from born_again.lineage.status import results_table, seed_folder_name
+from born_again.lineage.worse import worse_than_teacher
 from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
 
@@ -54,6 +55,13 @@ class LineageFlags:
     from_generation: int | None = field(
         default=None,
         metadata={"help": "Train this generation and later ones again; replaced folders are renamed, not deleted."},
+    )
+    stop_when_worse: bool = field(
+        default=False,
+        metadata={
+            "help": "End the lineage after a student that is clearly worse than its teacher: it is finished then, "
+            "with exit status 0, and the same command without this flag goes on."
+        },
     )
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished generations."})
     hub_namespace: str | None = field(
@@ -406,7 +414,7 @@ def train(
             permanent, and `frozen_garbage_collector`, which ends with the run.
 
     Returns:
-        The exit status: 1 if something could not be published, else 0.
+        The exit status: 1 if something could not be published, else 0, also where stop_when_worse ended the lineage.
 
     Raises:
         ValueError: another loss_normalization than "step".
@@ -431,6 +439,14 @@ def train(
     if not is_main:
         return 0
     print(results_table(manifest.content))
+    for record in manifest.generations:
+        if text := " ".join(worse_than_teacher(manifest.content, record["index"])):
+            print(f"* {text}")
+    if len(manifest.generations) <= spec.generations:
+        print(
+            f"Stopped after generation {len(manifest.generations) - 1} (--stop_when_worse): the lineage is finished "
+            "and usable; the same command without --stop_when_worse goes on."
+        )
     for what, why in runner.unpublished.items():
         print(f"Not published: {what}: {why}", file=sys.stderr)
     if runner.unpublished:

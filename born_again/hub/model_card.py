@@ -22,6 +22,7 @@ from markupsafe import Markup
 from born_again.lineage.manifest import is_repo_id
 from born_again.lineage.spec import EXTERNAL, TEACHER_OBJECTIVE
 from born_again.lineage.status import results_table
+from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
 from born_again.objectives import OBJECTIVES_WITH_LABELS
 
 if TYPE_CHECKING:
@@ -244,6 +245,7 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, 
         "title": f"{manifest['name']}-gen{generation}",
         "record": record,
         "metrics": record["metrics"],
+        "worse": worse_than_teacher(manifest, generation),
         "trained": seen["generations"],
         "repo": repo,
         "parent_model": parent and local_name(_architecture(manifest, parent["index"])[0]),
@@ -289,6 +291,7 @@ def _card(
         if is_measured
         else "",
         "teacher": records[0],
+        "any_worse": any(is_clearly_worse(manifest, record["index"]) for record in records),
         "all_external": all(map(_is_external, records)),
         "source": Markup(f'"{repo}"' + (branch and f', revision="{branch}"') if repo else '"FOLDER"'),
         "timm": Markup(f"hf-hub:{repo}" + (branch and f"@{branch}") if repo else "local-dir:FOLDER"),

@@ -127,6 +127,8 @@ class _Finished(_Fields):
     hardware: str = Field("", description="a text")
     hub: _HubState | None = Field(None, description=f"{_HUB_STATE}, or null")
     teacher_fit: _Numbers | None = Field(None, description=_NUMBERS)
+    train_fit: _Numbers | None = Field(None, description=_NUMBERS)
+    nll_difference: _Numbers | None = Field(None, description=_NUMBERS)
     loss_normalization: Literal["trainer", "step"] = Field("step", description="'trainer' or 'step'")
     parameters: _Count = Field(0, description=_COUNT)
     steps: _Count = Field(0, description=_COUNT)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
 
@@ -55,8 +56,14 @@ from born_again.lineage.machine import (
     versions,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
-from born_again.lineage.predictions import PREDICTIONS_NAME, predictions_by_split, write_predictions
+from born_again.lineage.predictions import (
+    PREDICTIONS_NAME,
+    predictions_by_split,
+    read_predictions,
+    write_predictions,
+)
 from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
+from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
 
@@ -125,6 +132,9 @@ class LineageRunner:
         ensembles: for each number, an ensemble of that many of the newest students, evaluated by `evaluate` once all
             are trained; the last is saved in OUTPUT_DIR/ensemble. Without `evaluate` there are none.
         publisher: uploads finished generations to the Hub while the next one trains; None publishes nothing.
+        stop_when_worse: ends the lineage after a student that is clearly worse than its teacher (see
+            `born_again.lineage.worse`): it is finished then, its ensembles evaluated, and the spec in lineage.json has
+            as many generations as were trained. Without it the same command goes on.
 
     Attributes:
         manifest: of the lineage.
@@ -155,6 +165,7 @@ class LineageRunner:
         from_generation: int | None = None,
         ensembles: Sequence[int] = ENSEMBLES,
         publisher: BackgroundPublisher | None = None,
+        stop_when_worse: bool = False,
     ) -> None:
         self.spec = spec
         self.output_dir = Path(output_dir)
@@ -172,6 +183,7 @@ class LineageRunner:
         self.from_generation = from_generation
         self.ensembles = () if evaluate is None else tuple(ensembles)
         self.publisher = publisher
+        self.stop_when_worse = stop_when_worse
         self.unpublished: dict[str, str] = {}
         if (spec.teacher is None) != (take_teacher is None):
             raise ValueError(
@@ -235,6 +247,8 @@ class LineageRunner:
 
     def _run(self) -> None:
         for index in range(self.spec.generations + 1):
+            if index > self.manifest.spec.generations:
+                break  # stop_when_worse
             record = self.manifest.record(index)
             if record is not None and record["status"] == "finished":
                 check_weights(self.folder(index), record)
@@ -272,7 +286,7 @@ class LineageRunner:
         return (
             self.from_generation is None
             and "restart" not in self.manifest.content
-            and len(self.manifest.generations) > self.spec.generations
+            and len(self.manifest.generations) > min(self.spec.generations, self.manifest.spec.generations)
             and all(record["status"] == "finished" for record in self.manifest.generations)
             and not missing_ensembles(self.manifest, self.ensembles)
             and (self.publisher is None or not self.publisher.unpublished(self.manifest))
@@ -293,7 +307,10 @@ class LineageRunner:
                     f"output_dir: the data is not what the lineage in {folder} was trained on (other "
                     f"{', '.join(changed)}); give the same data, or another output_dir."
                 )
-            manifest.content["spec"]["generations"] = max(self.spec.generations, manifest.spec.generations)
+            last = len(manifest.generations) - 1
+            if not (self.stop_when_worse and last > 0 and is_clearly_worse(manifest.content, last)):
+                last = max(self.spec.generations, manifest.spec.generations)
+            manifest.content["spec"]["generations"] = last
             return manifest
         if folder.exists() and not (folder.is_dir() and all(map(_is_ignorable, folder.iterdir()))):
             raise LineageError(
@@ -472,10 +489,16 @@ class LineageRunner:
             "metrics": {split: finite_or_none(values) for split, values in metrics.items()},
             "teacher_fit": trainer.teacher_train_metrics and finite_or_none(trainer.teacher_train_metrics),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "nll_difference": None if generation.parent is None else self._nll_difference(generation.parent, metrics),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],
             "peak_memory_mib": peak_memory_mib() if has_own_peak else None,
         }
+        is_worse = self._agreed(
+            is_clearly_worse(self.manifest.content_with(generation.index, **facts), generation.index)
+        )
+        if is_worse:
+            facts["train_fit"] = finite_or_none(trainer.evaluate_student() or {}) or None
         self._processes.wait_for_everyone()  # every process has loaded the weights from this path
 
         def finish() -> None:
@@ -491,10 +514,27 @@ class LineageRunner:
 
         on_first_process(finish)
         self.manifest.update(generation.index, **facts)  # only now: a finished record must have its folder
+        if is_worse and self.stop_when_worse:
+            with self.manifest.lock:
+                self.manifest.content["spec"]["generations"] = generation.index
         self._save_manifest()
+        if is_worse and self._processes.is_main_process:
+            logger.warning("%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
         on_first_process(lambda: remove_training_files(self.output_dir, generation.index, self.keep_checkpoints))
+
+    def _nll_difference(self, parent: int, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
+        """Of text, over the teacher on the test split; None where the predictions of one are not kept."""
+        teacher = read_predictions(
+            self.folder(parent) / PREDICTIONS_NAME, self.manifest.generations[parent]["weights_sha256"]
+        )
+        student = predictions_by_split(metrics)
+        return nll_difference(student["test"], teacher["test"]) if "test" in student and "test" in teacher else None
+
+    def _agreed(self, value: bool) -> bool:
+        """The value of the first process: others may have rounded otherwise."""
+        return broadcast_object_list([value])[0] if self._processes.num_processes > 1 else value
 
     def _update_record(self, index: int, **fields: Any) -> None:
         self.manifest.update(index, **fields)

@@ -17,6 +17,7 @@ from born_again.lineage.checkpoints import last_checkpoint
 from born_again.lineage.lock import LOCK_NAME, lock_holder
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.lineage.spec import EXTERNAL, LineageSpec
+from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
 
 Metrics = Mapping[str, Mapping[str, float | None]]
 # Column -> split, metric, factor and format; empty where a record does not have the metric.
@@ -83,6 +84,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
             metrics: by split, {} until it is finished; a number that was not finite is None.
             gain: over its own teacher, in percentage points of test accuracy, or by how much the test perplexity is
                 lower; None where there is no such pair of numbers.
+            worse: sentences on a student that is clearly worse than its teacher, with the likely reason; else None.
             seconds: of training so far. steps: of the optimiser, None until it is finished.
             weights: "present", "missing", "changed" (only seen with `verify`), None until it is finished.
             hub: the record's, an object or None. published: whether the generation is on the Hub.
@@ -157,6 +159,7 @@ def _generations(manifest: Manifest, folder: Path, is_running: bool, verify: boo
             "parent": spec.parent_of(index),
             "metrics": {},
             "gain": None,
+            "worse": None,
             "seconds": 0.0,
             "steps": None,
             "weights": None,
@@ -171,6 +174,7 @@ def _generations(manifest: Manifest, folder: Path, is_running: bool, verify: boo
             if facts["status"] == "finished":
                 facts["weights"] = _weights(folder / f"gen{index}" / WEIGHTS_NAME, record["weights_sha256"], verify)
                 facts["gain"] = _gain_over(record, found)
+                facts["worse"] = " ".join(worse_than_teacher(manifest.content, index)) or None
             else:
                 facts["status"] = "training" if is_running else "interrupted"
                 facts["checkpoint"] = _checkpoint(folder / CHECKPOINTS_NAME / f"gen{index}")
@@ -264,7 +268,8 @@ def results_table(manifest: Mapping[str, Any]) -> str:
     Images: accuracy, error and calibration error are in percent, NLL in nats per item, and the gain is in percentage
     points of accuracy over the generation's own teacher. Text: perplexities are per word, NLL in nats per word, and
     the gain is by how much the test perplexity fell below the teacher's. Seconds are of training. Evaluated
-    ensembles follow; their gain is over their newest member. The cell of a metric that was not measured is empty.
+    ensembles follow; their gain is over their newest member. The cell of a metric that was not measured is empty. A
+    star beside the gain means clearly worse than the teacher, see `born_again.lineage.worse`.
 
     Args:
         manifest: the content of lineage.json.
@@ -292,7 +297,8 @@ def results_table(manifest: Mapping[str, Any]) -> str:
                 "" if record["seed"] is None else str(record["seed"]),
                 *_cells(record["metrics"], columns),
                 "" if record["objective"] == EXTERNAL else f"{record['seconds']:.0f}",
-                _gain(score, scores.get(record["parent"])),
+                _gain(score, scores.get(record["parent"]))
+                + (" *" if is_clearly_worse(manifest, record["index"]) else ""),
             )
         )
     for ensemble in manifest.get("ensembles", []):

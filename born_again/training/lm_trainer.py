@@ -306,6 +306,9 @@ class BornAgainLMTrainer(BornAgainTrainer):
         nll = total / max(tokens, 1)
         return {"perplexity": perplexity(nll), "nll": nll, "tokens": int(tokens)}
 
+    def evaluate_student(self) -> None:
+        """None: the perplexity on the validation split says as much of a language model."""
+
     def _in_order(self) -> Iterator[Any]:
         """Batches of the training set, without touching the order in which training will read it."""
         if hasattr(self.train_dataset, "streams"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import Trainer, TrainingArguments
 
 from born_again.objectives import IGNORED
+from born_again.teacher import logits_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,41 @@ class TeacherAccuracyMixin:
         """
         if self.teacher is None or not can_be_indexed(self.train_dataset):
             return None
-        dataset = evenly_spaced(self.train_dataset, samples or self.args.teacher_accuracy_samples or ACCURACY_SAMPLES)
+        return self._training_accuracy(
+            samples or self.args.teacher_accuracy_samples or ACCURACY_SAMPLES, self._teacher_rows
+        )
+
+    def evaluate_student(self) -> dict[str, float] | None:
+        """What `evaluate_teacher` gives, of the student as it is now: how much of its training set it has learned.
+
+        Returns:
+            As there; None also for a student that FSDP or DeepSpeed keep in pieces.
+        """
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (self._owns_loss and is_whole and can_be_indexed(self.train_dataset)):
+            return None
+
+        def rows(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self._items(logits_of(self._student_forward(self.model, inputs)), labels)
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._training_accuracy(self.args.teacher_accuracy_samples or ACCURACY_SAMPLES, rows)
+        finally:
+            self.model.train(was_training)
+
+    def _training_accuracy(
+        self, samples: int, logits_and_targets: Callable[[Mapping[str, Any], Tensor], Iterable[tuple[Tensor, Tensor]]]
+    ) -> dict[str, float]:
+        dataset = evenly_spaced(self.train_dataset, samples)
         correct = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with self._leaving_generators_alone():
             for batch in self._rows_in_order(dataset):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
                 parts = [((rows.argmax(-1) == targets), targets != IGNORED)
-                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
+                         for rows, targets in logits_and_targets(inputs, labels)]  # fmt: skip
                 right, counted = (torch.cat(part).double() for part in zip(*parts, strict=True))
                 sums = sums_of_rows(right, counted, len(labels))
                 correct += self.accelerator.gather_for_metrics(sums).sum(0)

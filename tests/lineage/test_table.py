@@ -86,7 +86,7 @@ def test_table_of_texts_before_a_generation_has_metrics():
 def test_an_infinite_perplexity_is_a_cell_like_others():
     infinite = {split: {"nll": 800.0, "perplexity": None, "tokens": 7} for split in ("validation", "test")}
     rows = cells(results_table(manifest(text_record(0, 80.0), text_record(1, 1.0, metrics=infinite))))
-    assert rows[-1] == ["1", "ban", "43", "inf", "inf", "800.0000", "12", "-inf"]
+    assert rows[-1] == ["1", "ban", "43", "inf", "inf", "800.0000", "12", "-inf *"]
 
 
 def test_card_states_its_facts():
