@@ -74,10 +74,12 @@ class DenseNetCifar(CifarNetwork):
 
     Args:
         depth: Nominal depth; every block has (depth - 4) // 6 layers, 14 for 90, as the counts of 1805.04770 imply.
-        growth_rate: Channels k that each layer adds; the stem has 2k, a bottleneck 4k.
+        growth_rate: Channels k that each layer adds; a bottleneck has 4k.
         final_compression: Whether a third 1x1 compression, without pooling, follows the last block. The parameter
             counts that 1805.04770 (table 1) gives for 90-60, 80-80 and 80-120 need it.
         compression: Share of the channels that a compression keeps, above 0 and at most 1.
+        stem_chans: Channels of the stem; None for 2k. With those of another DenseNet, and as many channels added by a
+            block, all transitions have the channels of that network (1805.04770, table 4).
         num_classes: Number of classes; 0 removes the classifier.
         in_chans: Channels of the image.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", "catavgmax", or "" for none.
@@ -86,7 +88,7 @@ class DenseNetCifar(CifarNetwork):
         dtype: Floating-point type of the parameters.
 
     Raises:
-        ValueError: If depth is below 10, growth_rate below 1, or compression outside (0, 1].
+        ValueError: If depth is below 10, growth_rate or stem_chans below 1, or compression outside (0, 1].
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class DenseNetCifar(CifarNetwork):
         growth_rate: int = 60,
         final_compression: bool = True,
         compression: float = 0.5,
+        stem_chans: int | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -107,12 +110,14 @@ class DenseNetCifar(CifarNetwork):
             raise ValueError(f"depth={depth} leaves a dense block without layers; give 10 or more.")
         if growth_rate < 1:
             raise ValueError(f"growth_rate={growth_rate} adds no channels; give 1 or more.")
+        if stem_chans is not None and stem_chans < 1:
+            raise ValueError(f"stem_chans={stem_chans} counts channels; give 1 or more, or None for 2 x growth_rate.")
         if not 0 < compression <= 1:
             raise ValueError(f"compression={compression} is the share of channels kept; give a number in (0, 1].")
         dd = {"device": device, "dtype": dtype}
 
         block_depth = (depth - 4) // 6
-        chans = 2 * growth_rate
+        chans = 2 * growth_rate if stem_chans is None else stem_chans
         self.stem = nn.Conv2d(in_chans, chans, 3, padding=1, bias=False, **dd)
         for i in (1, 2, 3):
             self.add_module(f"block{i}", DenseBlock(block_depth, chans, growth_rate, **dd))
@@ -135,7 +140,7 @@ class DenseNetCifar(CifarNetwork):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Maps images (batch, in_chans, height, width) to features (batch, num_features, height // 4, width // 4)."""
-        x = self.stem(x)  # (b, 2k, h, w)
+        x = self.stem(x)  # (b, stem_chans, h, w)
         x = self.transition1(self.block1(x))  # (b, any channels, h // 2, w // 2)
         x = self.transition2(self.block2(x))  # (b, any channels, h // 4, w // 4)
         x = self.block3(x)

@@ -220,6 +220,16 @@ def test_bottleneck_block_adds_the_raw_input_or_a_projection_of_the_activated_on
     torch.testing.assert_close(block(x), y + skip)
 
 
+@pytest.mark.parametrize(("depth", "growth_rate"), [(46, 120), (172, 30), (256, 20), (340, 15)])
+def test_densenets_of_another_depth_keep_the_hidden_sizes(depth, growth_rate):
+    own = _without_weights("densenet90_60_cifar", depth=depth, growth_rate=growth_rate, stem_chans=120)
+    teacher = _without_weights("densenet90_60_cifar")
+    for i in (1, 2, 3):
+        assert own.get_submodule(f"transition{i}.conv").weight.shape == (
+            teacher.get_submodule(f"transition{i}.conv").weight.shape
+        )
+
+
 def test_transitions_halve_channels_and_only_the_first_two_pool():
     with_third = _without_weights("densenet90_60_cifar")
     assert [hasattr(getattr(with_third, f"transition{i}"), "pool") for i in (1, 2, 3)] == [True, True, False]
@@ -419,6 +429,7 @@ def test_dropout_between_convolutions_and_before_the_head():
     [
         (DenseNetCifar, {"depth": 9}, "depth=9 leaves a dense block without layers; give 10 or more"),
         (DenseNetCifar, {"growth_rate": 0}, "growth_rate=0 adds no channels; give 1 or more"),
+        (DenseNetCifar, {"stem_chans": 0}, "stem_chans=0 counts channels; give 1 or more, or None for 2 x growth_ra"),
         (DenseNetCifar, {"compression": 1.5}, r"compression=1.5 .* give a number in \(0, 1\]"),
         (ResNetStudentCifar, {"units": 0}, "units=0 leaves a stack without residual units; give 1 or more"),
         (ResNetStudentCifar, {"ratio": 0.001}, "ratio=0.001 leaves a convolution without channels; give a larger"),
