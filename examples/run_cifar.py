@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
@@ -239,6 +240,10 @@ def check_architectures(spec: LineageSpec, image_size: int) -> None:
     if spec.student_model is not None:
         check_model_args(spec.student_model, spec.student_model_args, "student_model_args")
         check_image_size(spec.student_model, image_size, **spec.student_model_args)
+    if spec.share_teacher_ends and spec.teacher is None:  # else take_teacher checks it
+        with torch.device("meta"):
+            teacher, student = (timm.create_model(spec.model_of(k), **spec.model_args_of(k)) for k in (0, 1))
+        check_shared_ends(student, teacher)
 
 
 def describe_input(lineage: LineageArguments, training: BornAgainTrainingArguments) -> str:
@@ -283,9 +288,6 @@ def build_runner(
             interpolation=data.interpolation,
             **spec.model_args_of(index),
         )
-
-    if spec.share_teacher_ends and spec.teacher is None:  # else take_teacher checks it
-        check_shared_ends(build(1), build(0))
 
     def build_student(generation: Generation) -> nn.Module:
         student = build(generation.index)

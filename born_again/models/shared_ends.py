@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import TimmWrapperForImageClassification
 
 __all__ = ["check_shared_ends", "share_ends"]
 
@@ -17,7 +16,7 @@ def check_shared_ends(student: nn.Module, teacher: nn.Module) -> None:
     """Checks that a student can have its teacher's first convolution and classifier.
 
     Args:
-        student: Image classifier around a timm network, on any device.
+        student: timm network, or image classifier around one, on any device.
         teacher: Likewise; neither is changed.
 
     Raises:
@@ -33,7 +32,7 @@ def share_ends(student: nn.Module, teacher: nn.Module) -> None:
     They get no gradients, so no optimizer changes them. The layers between, BatchNorm included, train as before.
 
     Args:
-        student: Image classifier around a timm network, changed in place.
+        student: timm network, or image classifier around one, changed in place.
         teacher: Likewise, of any architecture whose two layers have the student's shapes.
 
     Raises:
@@ -61,10 +60,10 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[nn.Module, nn.M
 
 
 def _layer(model: nn.Module, end: str, what: str) -> nn.Module:
-    network = cast(TimmWrapperForImageClassification, model)
-    name = (network.config.pretrained_cfg or {}).get(end)
+    network = _network(model)
+    name = network.pretrained_cfg.get(end)
     try:
-        return network.timm_model.get_submodule(name)
+        return network.get_submodule(name)
     except (AttributeError, TypeError) as error:  # some networks have two of them
         raise ValueError(
             f"share_teacher_ends: {_architecture(model)} has {name!r} as its {what}, expected one layer; leave "
@@ -72,8 +71,13 @@ def _layer(model: nn.Module, end: str, what: str) -> nn.Module:
         ) from error
 
 
-def _architecture(model: Any) -> str:
-    return model.config.architecture
+def _network(model: nn.Module) -> Any:
+    """The timm network of an image classifier around one."""
+    return getattr(model, "timm_model", model)
+
+
+def _architecture(model: nn.Module) -> str:
+    return _network(model).pretrained_cfg["architecture"]
 
 
 def _shown(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -15,7 +15,7 @@ from born_again.models.image_classifier import check_model_args, create_image_cl
 from born_again.models.shared_ends import share_ends
 
 TINY = ["--smoke", "--max_train_samples", "48", "--max_eval_samples", "16", "--disable_tqdm", "True"]
-TINY += ["--per_device_train_batch_size", "16", "--num_train_epochs", "1"]
+TINY += ["--per_device_train_batch_size", "16", "--num_train_epochs", "1", "--threads", "1"]
 
 
 def parsed(*words, script="run_cifar"):
