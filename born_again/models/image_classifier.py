@@ -173,8 +173,8 @@ def check_model_args(name: str, model_args: Mapping[str, Any], argument: str = "
     except Exception:  # not every network can be built on the meta device
         return
     known = _constructor_arguments(name)
-    for unknown in [] if known is None else sorted(set(model_args) - known):
-        near = difflib.get_close_matches(unknown, known, n=1)
+    for unknown in sorted(set(model_args) - known) if known else []:
+        near = difflib.get_close_matches(unknown, sorted(known), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known - {*_RESERVED}))}."
         flag = {"proj_drop_rate": " (it is --dropout)", "img_size": " (it is --image_size)"}.get(unknown, "")
         raise ValueError(f"{argument}: got {unknown!r}{flag}, which {name} does not have; {hint}") from problem
@@ -183,19 +183,17 @@ def check_model_args(name: str, model_args: Mapping[str, Any], argument: str = "
 
 def takes_model_arg(name: str, model_arg: str) -> bool:
     """Whether an architecture has an argument of this name; False where that is not known."""
-    return model_arg in (_constructor_arguments(name) or ())
+    return model_arg in _constructor_arguments(name)
 
 
-def _constructor_arguments(name: str) -> set[str] | None:
-    """The names of an architecture's arguments, None where they cannot be told."""
+def _constructor_arguments(name: str) -> set[str]:
+    """The names of an architecture's arguments, none where they cannot be told."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             parameters = inspect.signature(type(timm.create_model(name))).parameters
     except Exception:  # see check_model_args
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return set(parameters)
+        return set()
+    return set() if any(each.kind is each.VAR_KEYWORD for each in parameters.values()) else set(parameters)
 
 
 def check_image_size(name: str, image_size: int, **model_args: Any) -> None:
