@@ -146,7 +146,9 @@ def _add_compare(commands: Any) -> None:
     parser = commands.add_parser("compare", help=description, description=description, allow_abbrev=False)
     parser.add_argument("folders", metavar="DIR", nargs="+", help="Folder of a lineage, or of several seeds.")
     parser.add_argument(
-        "--against", metavar="DIR", help="Differences from its last generation of the same seed, not from the teacher."
+        "--against",
+        metavar="DIR",
+        help="Differences from its last generation of the same seed, not the teacher; or from DIR/gen1, DIR/ensemble.",
     )
     parser.add_argument(
         "--select_on_validation", action="store_true", help="Also show the student that was best on validation."

@@ -49,7 +49,11 @@ class LineageFlags:
         metadata={"help": "Train one lineage for each of these seeds, into OUTPUT_DIR/seedN, named NAME-seedN."},
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a network trained elsewhere, to use as generation 0."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a network trained elsewhere, to use as generation 0; with --seeds "
+            "'outputs/labels/seed{seed}/gen0' is another one for each seed."
+        },
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
     from_generation: int | None = field(
@@ -110,6 +114,8 @@ def run_for_each_seed(
 ) -> int:
     """Runs `main` for each of --seeds, each a lineage of its own in OUTPUT_DIR/seedN; without --seeds once.
 
+    In --teacher, "{seed}" stands for the seed, so that several objectives can have the same teachers.
+
     Args:
         main: of a script, from flags and training arguments to the exit status.
         flags: of the command.
@@ -130,6 +136,8 @@ def run_for_each_seed(
         own_flags, own = copy.copy(flags), copy.copy(training)
         own.seed, own.output_dir = seed, str(folder / seed_folder_name(seed))
         own_flags.name = f"{flags.name}-seed{seed}"  # repositories and collections are named after it
+        if flags.teacher is not None:
+            own_flags.teacher = flags.teacher.replace("{seed}", str(seed))
         status = max(status, main(own_flags, own))
     if training.process_index == 0:
         print(f"All {len(flags.seeds)} lineages are in {folder}; born-again compare {folder} compares them.")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ METRICS = (
 # Do not make another experiment: which run it is, where it and its data are, how many generations there are.
 _NOT_COMPARED = frozenset({"name", "seed", "generations", "teacher", "teacher_revision", "control_generations"})
 _FEW = 3
+_NETWORK = re.compile("gen[0-9]{1,6}|ensemble")
 
 
 @dataclass
@@ -122,7 +124,8 @@ def compare_lineages(
 
     Args:
         folders: of lineages; a folder with seedN stands for the lineages in it.
-        against: a folder of the same kind, whose last generation of the same seed takes the place of the teacher.
+        against: a folder of the same kind, whose last generation of the same seed takes the place of the teacher;
+            another network of it with /gen1 or /ensemble (that of the most members) at the end.
         select_on_validation: adds a row of the student that was best on the validation split, lineage by lineage.
         allow_unfinished: takes the finished generations of unfinished lineages, instead of refusing these.
 
@@ -145,7 +148,8 @@ def compare_lineages(
     if not folders:
         raise ValueError("folders: got none, expected those of one or more lineages.")
     paths = [path for folder in folders for path in lineages_in(folder)]
-    references = [] if against is None else lineages_in(against)
+    reference, network = _network_of(against)
+    references = [] if reference is None else lineages_in(reference)
     resolved = {path.resolve() for path in paths}
     extra = [path for path in references if path.resolve() not in resolved]
     lineages, notes = _read_all([*paths, *extra], allow_unfinished)
@@ -154,15 +158,15 @@ def compare_lineages(
     if against is None:
         _pair_with_teachers(lineages)
     else:
-        _pair_with_last_generation(lineages, {path.resolve() for path in references})
+        _pair_with(network, lineages, {path.resolve() for path in references})
     rows = _rows(lineages, select_on_validation)
     metrics = [metric for metric in METRICS if any(run.value(metric) is not None for row in rows for run in row.runs)]
     bootstrap = _Bootstrap()
     described = [_described(row, metrics, bootstrap) for row in rows]
-    what = "the teacher of the same seed" if against is None else f"the last generation of {against}, same seed"
+    what = "the teacher" if against is None else f"{network or 'the last generation'} of {reference}"
     return {
         "data": lineages[0].content["data"].get("rows"),
-        "against": what,
+        "against": f"{what} of the same seed",
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
         "rows": described,
         "notes": [*notes, *_notes(described, lineages)],
@@ -270,13 +274,37 @@ def _pair_with_teachers(lineages: Sequence[_Lineage]) -> None:
                 run.reference = None if run.weights == candidates[0].weights else candidates[0]
 
 
-def _pair_with_last_generation(lineages: Sequence[_Lineage], references: Iterable[Path]) -> None:
-    references = {*references}
-    last = {own.seed: own.generations[-1][1] for own in lineages if own.folder.resolve() in references}
+def _network_of(against: str | Path | None) -> tuple[Path | None, str | None]:
+    """The folder of lineages, and gen1 or ensemble where the path ends so."""
+    if against is None:
+        return None, None
+    path = Path(against)
+    return (path.parent, path.name) if _NETWORK.fullmatch(path.name) else (path, None)
+
+
+def _pair_with(network: str | None, lineages: Sequence[_Lineage], references: set[Path]) -> None:
+    by_seed = {own.seed: _reference(network, own) for own in lineages if own.folder.resolve() in references}
     for lineage in lineages:
         for run in lineage.runs.values():
-            reference = last.get(lineage.seed)
+            reference = by_seed.get(lineage.seed)
             run.reference = None if reference is None or reference.weights == run.weights else reference
+
+
+def _reference(network: str | None, lineage: _Lineage) -> _Run:
+    ensembles = [(len(key), run) for (kind, key), run in lineage.runs.items() if kind == "ensemble"]
+    found = None
+    if network is None:
+        found = lineage.generations[-1][1]
+    elif network == "ensemble" and ensembles:
+        found = max(ensembles, key=lambda own: own[0])[1]
+    elif network != "ensemble":
+        found = lineage.runs.get(("generation", int(network.removeprefix("gen"))))
+    if found is None:
+        raise LineageError(
+            f"against: {lineage.folder} has no finished {network}, expected one; give another network of it, or the "
+            "folder alone for its last generation."
+        )
+    return found
 
 
 # ---- Rows ----

@@ -46,6 +46,24 @@ def test_each_seed_is_a_lineage_as_if_it_were_trained_alone(tmp_path, capsys):
     assert main(["status", str(both), "--json"]) == 0
     assert [facts["seed"] for facts in json.loads(capsys.readouterr().out)["lineages"]] == [3, 11]
 
+    # Another objective with the same teachers: compared, each teacher is one network.
+    other = ["--objective", "ban+l", "--teacher", both / "seed{seed}/gen0", "--output_dir", tmp_path / "other"]
+    assert start("run_cifar", *IMAGES, "--seeds", 3, 11, *other) == 0
+    assert [hashes(tmp_path / f"other/seed{seed}")[0] for seed in (3, 11)] == [
+        hashes(both / f"seed{seed}")[0] for seed in (3, 11)
+    ]
+    capsys.readouterr()
+    assert main(["compare", str(both), str(tmp_path / "other"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["experiment"], row["network"], row["seeds"]) for row in rows] == [
+        ("label", "generation 0", [3, 11]),
+        ("ban", "generation 1", [3, 11]),
+        ("ban", "generation 2", [3]),
+        ("ban", "mean of 1, 2", [3]),
+        ("ban+l", "generation 1", [3, 11]),
+    ]
+    assert all(row["metrics"]["accuracy"]["difference"]["items"] for row in rows[1:])
+
 
 def test_a_text_takes_seeds_too(tmp_path):
     words = ["--max_train_samples", 900, "--max_eval_samples", 301, "--window", 20, "--generations", 0]

@@ -64,7 +64,7 @@ def lineage(folder: Path, results: list, *, seed=1, kept=True, ensembles=(), dat
             index,
             status="finished",
             seed=None if index == 0 and spec.get("teacher") else seed + index,
-            parent=index - 1 if index else None,
+            parent=manifest.spec.parent_of(index),
             objective=manifest.spec.objective_of(index),
             weights_sha256=own[index],
             metrics={split: dict(values) for split, values in splits.items()},
@@ -172,6 +172,35 @@ def test_objectives_that_share_a_teacher_have_one_row_of_it(tmp_path):
     assert row(over, "ban", "generation 1")["metrics"]["accuracy"]["difference"]["values"] == [-0.125]
     assert row(over, "label")["metrics"]["accuracy"]["difference"]["values"] == [-0.375]
     assert row(over, "label, label_smoothing_factor 0.1")["metrics"]["accuracy"]["difference"] is None
+
+
+def test_the_reference_may_be_an_ensemble_or_another_generation(tmp_path):
+    ensembles = {(1, 2): images(0.625), (0, 1, 2): images(0.875)}
+    out = lineage(tmp_path / "out", [images(0.5), images(0.25), images(0.75)], ensembles=ensembles)
+    for network, expected in (("ensemble", -0.125), ("gen1", 0.5), ("", None)):
+        comparison = compare_lineages([out], against=out / network)
+        difference = row(comparison, "ban", "generation 2")["metrics"]["accuracy"]["difference"]
+        assert (difference and difference["values"]) == (expected and [expected])
+    with pytest.raises(LineageError, match="against: .*out has no finished gen7, expected one; give another network"):
+        compare_lineages([out], against=out / "gen7")
+
+
+def test_independent_runs_have_the_same_teacher_as_reference(tmp_path):
+    students = lineage(tmp_path / "ban", [images(0.5), images(0.75)], weights=[weights_of("0"), weights_of("s")])
+    weights = [weights_of("0"), weights_of("1"), weights_of("2")]
+    runs, options = [images(0.5), images(0.625), images(0.375)], {"control": "seeds", "objective": "label"}
+    ensembles = {(0, 1, 2): images(0.875)}
+    control = lineage(tmp_path / "seeds", runs, weights=weights, ensembles=ensembles, **options)
+    comparison = compare_lineages([students, control])
+    assert [(own["experiment"], own["network"]) for own in comparison["rows"]] == [
+        ("label", "generation 0"),
+        ("ban", "generation 1"),
+        ("control: seeds", "run 1"),
+        ("control: seeds", "run 2"),
+        ("control: seeds", "mean of 0, 1, 2"),
+    ]
+    ensemble = row(comparison, "control: seeds", "mean of 0, 1, 2")["metrics"]["accuracy"]["difference"]
+    assert ensemble["values"] == [0.375]
 
 
 def test_a_text_is_compared_by_its_perplexity(tmp_path):
