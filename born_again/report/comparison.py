@@ -151,6 +151,8 @@ def compare_lineages(
     reference, network = _network_of(against)
     references = [] if reference is None else lineages_in(reference)
     resolved = {path.resolve() for path in paths}
+    # Of a folder with several seeds the lineages that are compared; all if none of them is.
+    references = [path for path in references if path.resolve() in resolved] or references
     extra = [path for path in references if path.resolve() not in resolved]
     lineages, notes = _read_all([*paths, *extra], allow_unfinished)
     _check_data(lineages)

@@ -1,0 +1,337 @@
+"""Trains what is missing of a list of lineages, in order, and writes their comparison into RESULTS.md.
+
+    python examples/recipes/evidence.py --data FOLDER_WITH_cifar10_AND_ptb --minutes 60
+
+It can be stopped at any time, also by the end of --minutes: the lineage that is being trained saves a checkpoint, and
+the next call goes on from there. All lineages run at the lowest priority. The table holds the finished lineages. Flags
+that are not listed by --help go to the training scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from born_again._files import write_atomically
+from born_again.lineage.manifest import MANIFEST_NAME, Manifest
+from born_again.lineage.status import lineage_status, seed_folder_name
+from born_again.report.comparison import compare_lineages
+from born_again.report.comparison_table import comparison_markdown
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+# Of the end of --minutes, for the last step, its checkpoint and a stop by force.
+GRACE_SECONDS = 120.0
+# The ensembles that a lineage of so many generations ends with, as LineageRunner evaluates them.
+ENSEMBLES = (2, 3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One experiment, of which there is a lineage for each seed.
+
+    Args:
+        name: of its folder.
+        flags: of the script, beside those of the suite.
+        teacher: entry whose generation 0 is taken as the teacher, of the same seed.
+    """
+
+    name: str
+    flags: str
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Experiments on the same data, compared with each other.
+
+    Args:
+        title: of its section in RESULTS.md.
+        script: of examples/.
+        data: folder in --data.
+        flags: of every entry.
+        seeds: far enough apart that no two lineages share one: generation k of seed s has seed s + k.
+        entries: in the order in which they are trained, seed by seed.
+        references: networks that the others are also compared with, in words, and as --against of compare takes them.
+        note: how the setting was chosen.
+    """
+
+    title: str
+    script: str
+    data: str
+    flags: str
+    seeds: tuple[int, ...]
+    entries: tuple[Entry, ...]
+    references: dict[str, str]
+    note: str = ""
+
+
+SEEDS = (0, 10, 20, 30, 40)
+LABELS = "--generations 0"
+TAUGHT = "--generations 1 --objective"
+
+SUITES = {
+    "images": Suite(
+        title="CIFAR-10, the first 5,000 training images, Wide-ResNet-16-1, 50 epochs",
+        script="run_cifar.py",
+        data="cifar10",
+        flags="--model wide_resnet16_1_cifar --max_train_samples 5000 --num_train_epochs 50",
+        seeds=SEEDS,
+        entries=(
+            Entry("labels", LABELS),
+            Entry("ban", "--generations 3 --objective ban", "labels"),
+            Entry("label-smoothing", f"{LABELS} --label_smoothing_factor 0.1"),
+            Entry("equal-compute-2", "--generations 1 --control equal-compute"),
+            Entry("ban+l", f"{TAUGHT} ban+l", "labels"),
+            Entry("cwtm", f"{TAUGHT} cwtm", "labels"),
+            Entry("dkpp", f"{TAUGHT} dkpp", "labels"),
+            Entry("equal-compute-4", "--generations 3 --control equal-compute"),
+            Entry("independent", "--generations 3 --control seeds"),
+        ),
+        references={
+            "twice the epochs": "equal-compute-2",
+            "4 x the epochs": "equal-compute-4",
+            "label smoothing": "label-smoothing",
+            "3 independent runs": "independent/ensemble",
+        },
+        note="The number of images and epochs was chosen before these runs, by one pair of runs that is not among them.",
+    ),
+    "text": Suite(
+        title="Penn Treebank, lstm-small, 9 epochs",
+        script="run_ptb.py",
+        data="ptb",
+        flags="--model lstm-small --num_train_epochs 9",
+        seeds=SEEDS[:2],
+        entries=(
+            Entry("labels", LABELS),
+            Entry("ban+l", f"{TAUGHT} ban+l", "labels"),
+            Entry("ban", f"{TAUGHT} ban", "labels"),
+            Entry("equal-compute-2", "--generations 1 --control equal-compute"),
+        ),
+        references={"twice the epochs": "equal-compute-2"},
+    ),
+    "gpu-images": Suite(
+        title="CIFAR-100, Wide-ResNet-28-10, 24 epochs",
+        script="run_cifar.py",
+        data="cifar100",
+        flags="--model wide_resnet28_10_cifar --dropout 0 --num_train_epochs 24",
+        seeds=SEEDS[1:],
+        entries=(
+            Entry("labels", LABELS),
+            Entry("ban", f"{TAUGHT} ban", "labels"),
+            Entry("ban+l", f"{TAUGHT} ban+l", "labels"),
+        ),
+        references={},
+    ),
+    "gpu-text": Suite(
+        title="Penn Treebank, lstm-large",
+        script="run_ptb.py",
+        data="ptb",
+        flags="--model lstm-large",
+        seeds=SEEDS[1:],
+        entries=(Entry("labels", LABELS), Entry("ban+l", f"{TAUGHT} ban+l", "labels")),
+        references={},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One lineage of a suite."""
+
+    suite: str
+    entry: Entry
+    seed: int
+    output_dir: Path
+
+    def folder(self, entry: str | None = None) -> Path:
+        """Of the lineage, or of that of another entry with the same seed."""
+        return self.output_dir / self.suite / (entry or self.entry.name) / seed_folder_name(self.seed)
+
+    def command(self, data: str, output_dir: str | None = None) -> list[str]:
+        """The script and its flags.
+
+        Args:
+            data: the folder with the data sets.
+            output_dir: shown instead of the real one.
+        """
+        suite = SUITES[self.suite]
+        own = Task(self.suite, self.entry, self.seed, Path(output_dir)) if output_dir else self
+        words = [f"examples/{suite.script}", "--dataset", str(Path(data) / suite.data), *shlex.split(suite.flags)]
+        words += shlex.split(self.entry.flags)
+        if self.entry.teacher is not None:
+            words += ["--teacher", str(own.folder(self.entry.teacher) / "gen0")]
+        return [*words, "--seed", str(self.seed), "--output_dir", str(own.folder())]
+
+
+def tasks(suites: Sequence[str], output_dir: Path) -> Iterator[Task]:
+    """All lineages in the order in which they are trained: every entry of a seed before the next seed."""
+    for name in suites:
+        for seed in SUITES[name].seeds:
+            for entry in SUITES[name].entries:
+                yield Task(name, entry, seed, output_dir)
+
+
+def is_finished(task: Task) -> bool:
+    """Whether all generations are trained and all ensembles evaluated."""
+    if not (task.folder() / MANIFEST_NAME).is_file():
+        return False
+    facts = lineage_status(task.folder())
+    networks = len(facts["generations"]) - (0 if "seeds" in task.entry.flags.split() else 1)
+    wanted = sum(count <= networks for count in ENSEMBLES)
+    # Weights may be elsewhere: the table needs the records alone.
+    return all(own["status"] == "finished" for own in facts["generations"]) and len(facts["ensembles"]) >= wanted
+
+
+def run(task: Task, data: str, deadline: float, extra: Sequence[str]) -> int | None:
+    """Trains one lineage until it is finished or the deadline has come; the exit status, None after the deadline."""
+    command = [sys.executable, *task.command(data), "--disable_tqdm", "True", *extra]
+    print(f"+ {shlex.join(command[1:])}", flush=True)
+    child = subprocess.Popen(command, cwd=HERE.parents[1], start_new_session=True)
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, child.pid, 19)  # all its threads are started after this
+    try:
+        return child.wait(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _stop(child)
+        return None
+    except BaseException:
+        _stop(child)
+        raise
+
+
+def _stop(child: subprocess.Popen) -> None:
+    child.send_signal(signal.SIGTERM)  # it finishes the step and saves a checkpoint
+    try:
+        child.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+# ---- RESULTS.md ----
+
+
+def write_results(suites: Sequence[str], output_dir: Path, path: Path = RESULTS) -> None:
+    """Replaces the sections of these suites; what else the file holds stays."""
+    text = path.read_text("utf-8") if path.is_file() else "# Results\n"
+    for name in suites:
+        content = section(name, output_dir)
+        if content is None:
+            continue
+        begin, end = f"<!-- {name}: written by evidence.py -->", f"<!-- end of {name} -->"
+        block = f"{begin}\n{content}\n{end}"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, block=block: block, text) if begin in text else f"{text.rstrip()}\n\n{block}\n"
+    write_atomically(path, text)
+
+
+def section(name: str, output_dir: Path) -> str | None:
+    """The Markdown section of a suite, None where no lineage is finished."""
+    suite = SUITES[name]
+    every = list(tasks([name], output_dir))
+    finished = [task for task in every if is_finished(task)]
+    if not finished:
+        return None
+    folders = [task.folder() for task in finished]
+    comparison = compare_lineages(folders)
+    lines = [f"## {suite.title}", "", comparison_markdown(comparison), ""]
+    lines += _over_references(suite, comparison, finished, output_dir / name)
+    missing = [f"{task.entry.name} of seed {task.seed}" for task in every if task not in finished]
+    lines += [f"Finished: {len(finished)} of {len(every)} lineages.", ""]
+    if missing:
+        lines += [f"Missing: {', '.join(missing)}.", ""]
+    lines += [_machine(folders), "", "Commands, of each seed:", "", "```bash"]
+    for entry in suite.entries:
+        shown = Task(name, entry, suite.seeds[0], output_dir).command("DATA", "OUT")
+        text = shlex.join(shown).replace(f"--seed {suite.seeds[0]} ", "--seed SEED ")
+        lines.append(f"python {text.replace(seed_folder_name(suite.seeds[0]), 'seedSEED')}")
+    seeds = ", ".join(map(str, suite.seeds))
+    lines += ["```", "", f"Seeds: {seeds}. {suite.note}".rstrip(), "No seed and no generation was selected."]
+    return "\n".join(lines)
+
+
+def _over_references(suite: Suite, comparison: dict[str, Any], finished: list[Task], folder: Path) -> list[str]:
+    """A table of the differences from each reference of which a lineage is finished, with their intervals."""
+    done = {task.entry.name for task in finished}
+    columns = {"the teacher": comparison}
+    for title, network in suite.references.items():
+        if network.split("/")[0] in done:
+            columns[title] = compare_lineages([task.folder() for task in finished], against=folder / network)
+    if len(columns) == 1:
+        return []
+    metric = comparison["metrics"][0]
+    header = ["trained by", "network", *(f"over {title}" for title in columns)]
+    lines = [f"Paired difference of {metric['title']} with its 95 % interval over runs (number of runs):", ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for place, row in enumerate(comparison["rows"]):
+        cells = [_difference(own["rows"][place]["metrics"][metric["title"]], metric) for own in columns.values()]
+        if any(cells):
+            lines.append("| " + " | ".join([row["experiment"], row["network"], *cells]) + " |")
+    return [*lines, ""]
+
+
+def _difference(values: dict[str, Any], metric: dict[str, Any]) -> str:
+    own, factor, form = values["difference"], metric["factor"], f"+.{metric['decimals']}f"
+    if own is None:
+        return ""
+    interval = "" if own["t"] is None else " [{}, {}]".format(*(format(factor * end, form) for end in own["t"]))
+    return f"{factor * own['mean']:{form}}{interval} ({own['runs']})"
+
+
+def _machine(folders: list[Path]) -> str:
+    """Hours, hardware and versions, from the records of what was trained."""
+    records = [record for folder in folders for record in Manifest.read(folder).generations]
+    trained = [record for record in records if record["seed"] is not None]
+    hours = sum(record["seconds"] for record in trained) / 3600
+    hardware = sorted({record.get("hardware") or "hardware not recorded" for record in trained})
+    versions = sorted({f"torch {record['versions'].get('torch', '?')}" for record in trained})
+    return f"{hours:.1f} hours of training on {'; '.join(hardware)}; {', '.join(versions)}."
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="Folder with cifar10, cifar100 and ptb.")
+    parser.add_argument("--minutes", type=float, required=True, help="Stop after so many minutes; 0 only writes.")
+    parser.add_argument("--suites", nargs="+", default=["images", "text"], choices=SUITES, help="In this order.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence"), help="Of all lineages.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="File that the tables are written into.")
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="Train these entries only, such as labels ban.")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Train these seeds of the list only.")
+    arguments, extra = parser.parse_known_args(words)  # what else is given goes to the training scripts
+    seconds = 60 * arguments.minutes
+    deadline = time.monotonic() + seconds - min(GRACE_SECONDS, seconds / 4)
+    output_dir = arguments.output_dir.resolve()
+    data = str(Path(arguments.data).resolve())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped too
+    status = 0
+    try:
+        for task in tasks(arguments.suites, output_dir):
+            is_chosen = not (arguments.only and task.entry.name not in arguments.only)
+            is_chosen = is_chosen and not (arguments.seeds and task.seed not in arguments.seeds)
+            if not is_chosen or is_finished(task):
+                continue
+            if time.monotonic() >= deadline:
+                break
+            status = run(task, data, deadline, extra) or 0
+            if status:
+                print(f"The command above ended with status {status}; nothing else is trained.", file=sys.stderr)
+                break
+    finally:
+        write_results(arguments.suites, output_dir, arguments.results)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

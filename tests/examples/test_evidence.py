@@ -1,0 +1,126 @@
+"""examples/recipes/evidence.py: what is trained, in which order, what it writes, and that it can be stopped."""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+
+import pytest
+from compared_lineages import images, lineage, weights_of
+from example_scripts import EXAMPLES, load_example
+
+from born_again.lineage.manifest import Manifest
+from born_again.lineage.status import lineage_status
+
+ACCURACIES = {"labels": 0.5, "label-smoothing": 0.625, "equal-compute-2": 0.625, "equal-compute-4": 0.75}
+
+
+@pytest.fixture
+def evidence():
+    return load_example("recipes/evidence")
+
+
+def finish(task) -> None:
+    """A lineage as the command of a task leaves it, as far as the table reads it."""
+    seed, name = task.seed, task.entry.name
+    teacher = weights_of(f"labels {seed}")
+    if name == "labels":
+        lineage(task.folder(), [images(0.5)], seed=seed, weights=[teacher])
+    elif task.entry.teacher:
+        count = 4 if name == "ban" else 2
+        weights = [teacher, *(weights_of(f"{name} {seed} {index}") for index in range(1, count))]
+        ensembles = {(2, 3): images(0.75), (1, 2, 3): images(0.875)} if name == "ban" else {}
+        options = {"objective": name, "teacher": "labels/gen0", "weights": weights, "ensembles": ensembles}
+        lineage(task.folder(), [images(0.5)] + [images(0.625)] * (count - 1), seed=seed, **options)
+    elif name == "independent":
+        weights = [teacher, weights_of(f"one {seed}"), weights_of(f"two {seed}")]
+        ensembles = {(1, 2): images(0.625), (0, 1, 2): images(0.75)}
+        options = {"control": "seeds", "objective": "label", "weights": weights, "ensembles": ensembles}
+        lineage(task.folder(), [images(0.5)] * 3, seed=seed, **options)
+    elif name == "label-smoothing":
+        training = {"label_smoothing_factor": 0.1}
+        lineage(task.folder(), [images(ACCURACIES[name])], seed=seed, training=training)
+    else:
+        factor = int(name[-1])
+        options = {"control": "equal-compute", "control_generations": factor - 1, "objective": "label"}
+        training = {"num_train_epochs": 50.0 * factor}
+        lineage(task.folder(), [images(ACCURACIES[name])], seed=seed, training=training, **options)
+
+
+def test_what_is_missing_is_trained_in_order_and_the_table_holds_what_is_finished(evidence, tmp_path, monkeypatch):
+    commands, out, results = [], tmp_path / "out", tmp_path / "RESULTS.md"
+    results.write_text("# Results\n\nBy hand.\n")
+    stop_after = 12
+
+    def run(task, data, deadline, extra):
+        commands.append(task.command(data))
+        if len(commands) == stop_after:
+            return None  # the deadline
+        finish(task)
+        return 0
+
+    monkeypatch.setattr(evidence, "run", run)
+    words = ["--data", str(tmp_path), "--suites", "images", "--output_dir", str(out), "--results", str(results)]
+    monkeypatch.setattr(evidence.time, "monotonic", lambda: 1e9 if len(commands) == stop_after else 0.0)
+    assert evidence.main([*words, "--minutes", "9"]) == 0
+    names = [entry.name for entry in evidence.SUITES["images"].entries]
+    folders = [Path(command[command.index("--output_dir") + 1]) for command in commands]
+    expected = [out / "images" / name / f"seed{seed}" for seed in (0, 10) for name in names]
+    assert folders == expected[:stop_after]
+    # The teacher is that of the same seed.
+    ban = commands[folders.index(out / "images/ban/seed10")]
+    assert ban[ban.index("--teacher") + 1] == str(out / "images/labels/seed10/gen0")
+
+    text = results.read_text()
+    assert "By hand." in text and text.count("## CIFAR-10") == 1
+    assert "Finished: 11 of 45 lineages." in text and "label-smoothing of seed 10" in text
+    rows = {tuple(cells[:2]): cells[2:] for cells in map(split_row, text.splitlines()) if len(cells) == 7}
+    assert rows["ban", "generation 3"][0].endswith("(2)") and "over 4 x the epochs" in rows["trained by", "network"][2]
+    assert rows["ban", "mean of 1, 2, 3"][2:] == ["+12.50 (1)", "+25.00 (1)", "+12.50 (1)"]
+    assert "--seed SEED --output_dir OUT/images/ban/seedSEED" in text and str(tmp_path) not in text
+
+    # The next call goes on where this one stopped, and replaces its own section only.
+    stop_after = 13
+    commands.clear()
+    assert evidence.main([*words, "--minutes", "9"]) == 0
+    assert commands[0][-1] == str(expected[11])
+    assert results.read_text().count("## CIFAR-10") == 1 and "By hand." in results.read_text()
+
+
+def split_row(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+
+
+def test_every_flag_of_the_list_is_one_of_its_script(evidence, tmp_path):
+    for suite in evidence.SUITES:
+        script = load_example(evidence.SUITES[suite].script.removesuffix(".py"))
+        for task in evidence.tasks([suite], tmp_path):
+            if task.seed != evidence.SUITES[suite].seeds[0]:
+                continue
+            lineage_flags, training = script.parse_arguments(
+                (script.LineageArguments, script.BornAgainTrainingArguments), script.recipe, task.command("data")[1:]
+            )
+            assert training.output_dir == str(task.folder()) and training.seed == task.seed
+            assert lineage_flags.generations + 1 <= 10  # the distance of the seeds
+        assert (EXAMPLES / evidence.SUITES[suite].script).is_file()
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_in_the_next_call(evidence, tmp_path, monkeypatch):
+    tiny = "--smoke --max_train_samples 512 --max_eval_samples 48 --threads 1 --logging_steps 999"
+    suite = evidence.SUITES["images"]
+    entries = (evidence.Entry("labels", f"{evidence.LABELS} --num_train_epochs 400"),)
+    changed = dataclasses.replace(suite, data="", flags=f"{tiny} --dataset digits", seeds=(0,), entries=entries)
+    monkeypatch.setitem(evidence.SUITES, "images", changed)
+    (task,) = evidence.tasks(["images"], tmp_path)
+    folder, begun = task.folder(), time.monotonic()
+    while not list(folder.glob("checkpoints/gen0/checkpoint-*")):
+        assert evidence.run(task, "digits", time.monotonic() + 15, ()) is None  # stopped
+        assert time.monotonic() < begun + 200
+    assert lineage_status(folder)["next"]["action"] == "resume" and not evidence.is_finished(task)
+    shorter = dataclasses.replace(task, entry=evidence.Entry("labels", evidence.LABELS), output_dir=tmp_path / "2")
+    assert evidence.run(shorter, "digits", time.monotonic() + 200, ()) == 0 and evidence.is_finished(shorter)
+    assert Manifest.read(shorter.folder()).generations[0]["status"] == "finished"
+    results = tmp_path / "RESULTS.md"
+    evidence.write_results(["images"], tmp_path / "2", results)
+    assert re.search("Finished: 1 of 1 lineages", results.read_text())
