@@ -172,10 +172,22 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
 
     Args:
         content: of lineage.json.
-        folder: of the generation; config.json tells the task, and training.png is shown if it exists.
+        folder: of the generation; config.json tells the task (the metrics do where it is missing, as where records
+            are kept without weights), and training.png is shown if it exists.
         index: of the generation.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
-    is_image = read_settings(folder).get("model_type") == "timm_wrapper"
+    if (folder / "config.json").is_file():
+        is_image = read_settings(folder).get("model_type") == "timm_wrapper"
+    elif folder.is_dir():
+        is_image = all("perplexity" not in values for values in content["generations"][index]["metrics"].values())
+    else:
+        raise FileNotFoundError(
+            f"{folder}: is missing, expected the folder of generation {index}; put it back, or make an empty one to "
+            "render the card alone."
+        )
     write = image_classifier_card if is_image else language_model_card
     return write(content, index, curve=CURVE_NAME if (folder / CURVE_NAME).is_file() else None)
 

@@ -105,7 +105,7 @@ SUITES = {
             "label smoothing": "label-smoothing",
             "3 independent runs": "independent/ensemble",
         },
-        note="The number of images and epochs was chosen before these runs, by one pair of runs that is not among them.",
+        note="Images and epochs were chosen before these runs, by one pair of runs that is not among them.",
     ),
     "text": Suite(
         title="Penn Treebank, lstm-small, 9 epochs",
