@@ -196,7 +196,9 @@ def _seeds_text(output_dir: str, found: Sequence[Mapping[str, Any]]) -> str:
                 facts["next"]["text"],
             ]
         )
-    return "\n".join([f"{output_dir}: {len(found)} lineages, one a seed", *_aligned(rows)])
+    return "\n".join(
+        [f"{output_dir}: {len(found)} lineage{'s' if len(found) > 1 else ''}, one a seed", *_aligned(rows)]
+    )
 
 
 def _status_text(facts: Mapping[str, Any]) -> str:

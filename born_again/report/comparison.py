@@ -337,6 +337,7 @@ def _rows(lineages: Sequence[_Lineage], select_on_validation: bool) -> list[_Row
             later.append(_Row(name, "best on validation", [_best(lineage) for lineage in group if lineage.students]))
     short = Counter(row.short_name for row in firsts)
     for row in firsts:
+        row.runs = list({run.weights: run for run in reversed(row.runs)}.values())[::-1]  # one teacher of all seeds
         if row.short_name is not None and short[row.short_name] == 1:
             row.experiment = row.short_name
     return [*firsts, *later]
@@ -473,22 +474,28 @@ def _notes(rows: Sequence[Mapping[str, Any]], lineages: Sequence[_Lineage]) -> l
         notes.append(
             f"Fewer than {_FEW} runs: the interval over runs is very wide, and says little; train more with --seeds."
         )
-    shared = _shared_weights(lineages)
-    if shared:
+    if _shared(lineages, is_external=True):
         notes.append(
-            f"{shared} networks are in more than one lineage of the same experiment, so these are not independent: "
-            "generation k of seed s has seed s + k. Give seeds further apart, such as --seeds 0 10 20."
+            "Lineages of the same experiment have the same teacher, so the intervals over runs say nothing about other "
+            "teachers; --teacher 'DIR/seed{seed}/gen0' takes one for each seed."
+        )
+    if shared := _shared(lineages, is_external=False):
+        notes.append(
+            f"Networks that are in more than one lineage of the same experiment: {shared}; these lineages are not "
+            "independent: generation k of seed s has seed s + k. Give seeds further apart, such as --seeds 0 10 20."
         )
     if any(own.content["spec"]["training"].get("load_best_model_at_end") for own in lineages):
         notes.append("Weights are those of the epoch that was best on the validation split, not of the last one.")
     return notes
 
 
-def _shared_weights(lineages: Sequence[_Lineage]) -> int:
+def _shared(lineages: Sequence[_Lineage], is_external: bool) -> int:
+    """The number of networks that two lineages of one experiment share, those taken from elsewhere or the others."""
     owners: dict[Any, list[_Lineage]] = {}
     for lineage in lineages:
         for _, run in lineage.generations:
-            owners.setdefault(run.weights, []).append(lineage)
+            if (run.objective == EXTERNAL) == is_external:
+                owners.setdefault(run.weights, []).append(lineage)
     return sum(
         any(one.fields == other.fields for index, one in enumerate(own) for other in own[:index])
         for own in owners.values()

@@ -53,7 +53,7 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
         lines.append(f"{', '.join(percent)} in percent, their differences in points.")
     lines.append(
         "95 % over runs: Student's t of the paired differences. 95 % over items: bootstrap over the items of the test "
-        "split, for these networks."
+        "split, for these networks; empty where their predictions were not kept."
     )
     return [*lines, *comparison["notes"]]
 

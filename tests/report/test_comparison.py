@@ -168,7 +168,16 @@ def test_networks_that_two_lineages_share_are_named(tmp_path):
     for seed in (0, 1):
         lineage(tmp_path / f"{seed}", [images(0.5)] * 2, seed=seed, weights=weights[seed : seed + 2])
     notes = compare_lineages([tmp_path / "0", tmp_path / "1"])["notes"]
-    assert notes[-1].startswith("1 networks are in more than one lineage of the same experiment")
+    assert notes[-1].startswith("Networks that are in more than one lineage of the same experiment: 1;")
+
+
+def test_one_teacher_of_all_seeds_is_one_network(tmp_path):
+    for seed in (0, 10, 20):
+        both, weights = [images(0.5), images(0.75)], [weights_of("teacher"), weights_of(f"student {seed}")]
+        lineage(tmp_path / f"out/seed{seed}", both, seed=seed, teacher="elsewhere", weights=weights)
+    comparison = compare_lineages([tmp_path / "out"])
+    assert row(comparison, "external")["runs"] == 1 and row(comparison, "ban", "generation 1")["runs"] == 3
+    assert comparison["notes"][-1].startswith("Lineages of the same experiment have the same teacher, so the interval")
 
 
 def test_a_student_is_selected_by_validation_alone_and_when_asked(tmp_path):
