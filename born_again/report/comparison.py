@@ -476,8 +476,8 @@ def _notes(rows: Sequence[Mapping[str, Any]], lineages: Sequence[_Lineage]) -> l
         )
     if _shared(lineages, is_external=True):
         notes.append(
-            "Lineages of the same experiment have the same teacher, so the intervals over runs say nothing about other "
-            "teachers; --teacher 'DIR/seed{seed}/gen0' takes one for each seed."
+            "Lineages of the same experiment have the same teacher, so the intervals over runs say nothing about "
+            "other teachers; --teacher 'DIR/seed{seed}/gen0' takes one for each seed."
         )
     if shared := _shared(lineages, is_external=False):
         notes.append(

@@ -86,6 +86,12 @@ def test_what_is_missing_is_trained_in_order_and_the_table_holds_what_is_finishe
     assert commands[0][-1] == str(expected[11])
     assert results.read_text().count("## CIFAR-10") == 1 and "By hand." in results.read_text()
 
+    # The table can be written from the records alone.
+    (out / "images/labels/seed0/gen0/model.safetensors").write_text("weights")
+    evidence.copy_records(["images"], out, tmp_path / "records")
+    assert not list((tmp_path / "records").rglob("model.safetensors"))
+    assert evidence.section("images", tmp_path / "records") == evidence.section("images", out)
+
 
 def split_row(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
