@@ -8,6 +8,7 @@ from example_scripts import load_example
 from safetensors.torch import load_file
 
 from born_again import LineageEnsemble, load_generation
+from born_again.cli import main as cli
 from born_again.hub.launch import apply_budget
 from born_again.lineage.arguments import parse_mapping
 from born_again.lineage.reevaluation import reevaluate
@@ -38,6 +39,8 @@ def test_a_lineage_whose_students_have_another_architecture(tmp_path, capsys):
         assert name.replace("_", "\\_") in (folder / f"gen{index}" / "README.md").read_text().split("## Use")[0]
         result = reevaluate(folder / f"gen{index}")
         assert (result["model"], result["agrees"]) == (name, True)
+    assert cli(["status", str(folder)]) == 0
+    assert "test_wide_resnet_cifar on digits, teacher + 2 (test_densenet_cifar) by ban" in capsys.readouterr().out
     records = json.loads((folder / "lineage.json").read_text())["generations"]
     assert records[0]["parameters"] != records[1]["parameters"] == records[2]["parameters"]
     assert len(LineageEnsemble.from_pretrained(folder / "ensemble").members) == 2
