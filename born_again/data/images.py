@@ -239,7 +239,10 @@ def _hold_out(name: str, train: ImageSplit, fraction: float) -> tuple[ImageSplit
             f"dataset {name!r}: --validation_fraction {fraction} holds {count:,} of {len(labels):,} training images "
             "out; expected at least one, and one training image of every class left: give another fraction"
         )
-    return tuple(ImageSplit(train.pixels[rows], train.labels[rows]) for rows in (kept, held_out))
+    return (
+        ImageSplit(train.pixels[kept], train.labels[kept]),
+        ImageSplit(train.pixels[held_out], train.labels[held_out]),
+    )
 
 
 def _read_digits(
