@@ -116,27 +116,29 @@ def _reasons(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> list[str
     reasons = []
     if theirs is not None and theirs < _FITTED_ACCURACY and is_built_in and not reads_labels:
         reasons.append(
-            f"Likely reason: the teacher is right on {theirs:.1%} of a sample of its training set, and objective "
+            f"the teacher is right on {theirs:.1%} of a sample of its training set, and objective "
             f"{objective!r} has no term with the labels to correct it; train the teacher longer (num_train_epochs), "
             "or use objective 'ban+l'."
         )
     if ours is not None and theirs is not None and ours < theirs - _FIT_GAP:
         reasons.append(
-            f"Likely reason: after {steps or 'its'} steps the student is right on {ours:.1%} of a sample of the "
+            f"after {steps or 'its'} steps the student is right on {ours:.1%} of a sample of the "
             f"training set, its teacher on {theirs:.1%}; train longer (num_train_epochs)"
             + ("." if reads_labels or not is_built_in else ", or use objective 'ban+l'.")
         )
     if "perplexity" in teacher and is_built_in and not reads_labels:
         reasons.append(
-            f"Likely reason: objective {objective!r} has no term with the labels; in the paper only 'ban+l' worked "
+            f"objective {objective!r} has no term with the labels; in the paper only 'ban+l' worked "
             "for language models; use it."
         )
     if not reasons and objective == "dkpp":
         reasons.append(
-            "Likely reason: 'dkpp' permutes what the teacher knows of the other classes; it is an ablation of the "
+            "'dkpp' permutes what the teacher knows of the other classes; it is an ablation of the "
             "paper; use objective 'ban' or 'ban+l'."
         )
-    return reasons or [
+    if reasons:
+        return [f"{'And' if number else 'Likely reason'}: {reason}" for number, reason in enumerate(reasons)]
+    return [
         f"What was recorded shows no reason ({steps or 'unknown'} steps, objective {objective!r}); another seed tells "
         "whether it is chance, and longer training or another objective whether it can be mended."
     ]

@@ -65,6 +65,16 @@ def test_seeds_are_independent_runs_on_labels_and_their_ensemble(tmp_path, capsy
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
 
 
+def test_labels_are_smoothed_in_generation_0_alone_where_students_do_not_read_them(tmp_path, capsys):
+    words = [word for word in CIFAR if word not in ("--label_weight", "0.5")]
+    words += ["--objective", "ban", "--label_smoothing_factor", "0.1", "--generations", "1"]
+    load_example("run_cifar").start([*words, "--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "Labels are smoothed by 0.1, in generation 0 alone, since objective 'ban' has no term with" in printed
+    assert content(tmp_path / "out")["spec"]["training"]["label_smoothing_factor"] == 0.1
+    assert "(in generation 0 alone" in (tmp_path / "out" / "gen1" / "README.md").read_text()
+
+
 def test_a_control_of_students_of_another_architecture_has_theirs(monkeypatch):
     example, found = load_example("run_cifar"), []
     monkeypatch.setattr(
