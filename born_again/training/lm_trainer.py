@@ -87,7 +87,13 @@ class BornAgainLMTrainer(BornAgainTrainer):
     which is a word where the tokenizer's tokens are words) and eval_tokens. No logits are stored: predict() gives the
     negative log-likelihood of every token, (windows, time), instead, and a compute_metrics is handed that.
 
-    Its arguments are those of `BornAgainTrainer`.
+    Its arguments are those of `BornAgainTrainer`. Of 20 contiguous streams, 35 steps at a time:
+
+        args = BornAgainTrainingArguments("student", remove_unused_columns=False)
+        train = TokenStreams(tokens, streams=20, window=35, before=tokenizer.eos_token_id)
+        trainer = BornAgainLMTrainer(
+            student, args, train_dataset=train, data_collator=collate_windows, teacher=teacher
+        )
 
     Raises:
         ValueError: as BornAgainTrainer does; a teacher with another vocabulary; when the training or evaluation
