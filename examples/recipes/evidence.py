@@ -298,13 +298,21 @@ def _difference(values: dict[str, Any], metric: dict[str, Any]) -> str:
 
 
 def _machine(folders: list[Path]) -> str:
-    """Hours, hardware and versions, from the records of what was trained."""
+    """Hours, hardware, versions and whether teachers fit, from the records of what was trained."""
     records = [record for folder in folders for record in Manifest.read(folder).generations]
     trained = [record for record in records if record["seed"] is not None]
     hours = sum(record["seconds"] for record in trained) / 3600
     hardware = sorted({record.get("hardware") or "hardware not recorded" for record in trained})
     versions = sorted({f"torch {record['versions'].get('torch', '?')}" for record in trained})
-    return f"{hours:.1f} hours of training on {'; '.join(hardware)}; {', '.join(versions)}."
+    fits = [
+        record["teacher_fit"]["accuracy"] for record in records if (record.get("teacher_fit") or {}).get("accuracy")
+    ]
+    fit = (
+        f" Teachers are right on {100 * min(fits):.1f} to {100 * max(fits):.1f} % of their training images."
+        if fits
+        else ""
+    )
+    return f"{hours:.1f} hours of training on {'; '.join(hardware)}; {', '.join(versions)}.{fit}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
