@@ -4,13 +4,15 @@
 
 It can be stopped at any time, also by the end of --minutes: the lineage that is being trained saves a checkpoint, and
 the next call goes on from there. All lineages run at the lowest priority. The table holds the finished lineages. Flags
-that are not listed by --help go to the training scripts.
+that are not listed by --help go to the training scripts. Those that may change what is trained need a --results of
+their own, are the same in every call of an --output_dir, and stand in the title and in the commands.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -36,6 +38,15 @@ RESULTS = HERE / "RESULTS.md"
 GRACE_SECONDS = 120.0
 # The ensembles that a lineage of so many generations ends with, as LineageRunner evaluates them.
 ENSEMBLES = (2, 3)
+# In --output_dir: the passed flags that may change what is trained.
+PASSED_NAME = "passed_flags.json"
+# Passed flags that change neither data nor weights; any other may.
+HARMLESS = frozenset(
+    "--threads --tune_process --logging_steps --logging_strategy --disable_tqdm --report_to --save_steps "
+    "--save_strategy --keep_checkpoints --dataloader_num_workers --teacher_cache --teacher_cache_dir".split()
+)
+# What tells the lineages of a suite apart: none of it can be passed to all of them.
+OWN = frozenset("--seed --teacher --generations --objective --control --from_generation --name".split())
 
 
 @dataclass(frozen=True)
@@ -225,6 +236,47 @@ def copy_records(suites: Sequence[str], output_dir: Path, target: Path) -> None:
             copy = target / path.relative_to(output_dir)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+    if (output_dir / PASSED_NAME).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(output_dir / PASSED_NAME, target / PASSED_NAME)
+
+
+# ---- Flags for the training scripts ----
+
+
+def changing(extra: Sequence[str]) -> list[str]:
+    """The words of the passed flags that may change what is trained."""
+    flags: list[list[str]] = []
+    for word in extra:
+        if word.startswith("--") or not flags:
+            flags.append([])
+        flags[-1].append(word)
+    return [word for words in flags if words[0].partition("=")[0] not in HARMLESS for word in words]
+
+
+def passed_flags(output_dir: Path) -> list[str]:
+    """Those that the lineages in a folder were trained with."""
+    path = output_dir / PASSED_NAME
+    return json.loads(path.read_text("utf-8")) if path.is_file() else []
+
+
+def passed_problem(extra: Sequence[str], output_dir: Path, results: Path) -> str | None:
+    """Why the passed flags are refused, None where they are not."""
+    flags = changing(extra)
+    if own := [word for word in flags if word.partition("=")[0] in OWN]:
+        return f"{own[0]} differs between the lineages of a suite, so it cannot be passed to all; leave it out."
+    if flags and results.resolve() == RESULTS.resolve():
+        return (
+            f"{shlex.join(flags)} may change what is trained, so it is not the suite that {RESULTS.name} describes; "
+            "give another --results and --output_dir too, or leave it out."
+        )
+    is_begun = any((task.folder() / MANIFEST_NAME).is_file() for task in tasks(SUITES, output_dir))
+    if is_begun and flags != passed_flags(output_dir):
+        return (
+            f"{output_dir} holds lineages that were begun with other flags ({shlex.join(passed_flags(output_dir))}), "
+            f"got ({shlex.join(flags)}); give the same ones, or another --output_dir."
+        )
+    return None
 
 
 # ---- RESULTS.md ----
@@ -253,7 +305,9 @@ def section(name: str, output_dir: Path) -> str | None:
         return None
     folders = [task.folder() for task in finished]
     comparison = compare_lineages(folders)
-    lines = [f"## {suite.title}", "", comparison_markdown(comparison), ""]
+    passed = passed_flags(output_dir)
+    override = f"; these flags override the suite's: `{shlex.join(passed)}`" if passed else ""
+    lines = [f"## {suite.title}{override}", "", comparison_markdown(comparison), ""]
     lines += _over_references(suite, comparison, finished, output_dir / name)
     missing = [f"{task.entry.name} of seed {task.seed}" for task in every if task not in finished]
     lines += [f"Finished: {len(finished)} of {len(every)} lineages.", ""]
@@ -261,7 +315,7 @@ def section(name: str, output_dir: Path) -> str | None:
         lines += [f"Missing: {', '.join(missing)}.", ""]
     lines += [_machine(folders), "", "Commands, of each seed:", "", "```bash"]
     for entry in suite.entries:
-        shown = Task(name, entry, suite.seeds[0], output_dir).command("DATA", "OUT")
+        shown = Task(name, entry, suite.seeds[0], output_dir).command("DATA", "OUT") + passed
         text = shlex.join(shown).replace(f"--seed {suite.seeds[0]} ", "--seed SEED ")
         lines.append(f"python {text.replace(seed_folder_name(suite.seeds[0]), 'seedSEED')}")
     seeds = ", ".join(map(str, suite.seeds))
@@ -316,7 +370,9 @@ def _machine(folders: list[Path]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--data", required=True, help="Folder with cifar10, cifar100 and ptb.")
     parser.add_argument("--minutes", type=float, required=True, help="Stop after so many minutes; 0 only writes.")
     parser.add_argument("--suites", nargs="+", default=["images", "text"], choices=SUITES, help="In this order.")
@@ -328,9 +384,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="ENTRY", help="Train these entries only, such as labels ban.")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Train these seeds of the list only.")
     arguments, extra = parser.parse_known_args(words)  # what else is given goes to the training scripts
+    output_dir = arguments.output_dir.resolve()
+    if (arguments.minutes or extra) and (problem := passed_problem(extra, output_dir, arguments.results)) is not None:
+        parser.error(problem)
+    if flags := changing(extra):
+        write_atomically(output_dir / PASSED_NAME, json.dumps(flags))
     seconds = 60 * arguments.minutes
     deadline = time.monotonic() + seconds - min(GRACE_SECONDS, seconds / 4)
-    output_dir = arguments.output_dir.resolve()
     data = str(Path(arguments.data).resolve())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped too
     status = 0

@@ -101,6 +101,32 @@ def split_row(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
 
 
+def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_results(
+    evidence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evidence, "run", lambda task, *_: finish(task) or 0)
+    out, results = tmp_path / "out", tmp_path / "RESULTS.md"
+    words = ["--data", str(tmp_path), "--suites", "images", "--only", "labels", "--seeds", "0", "--minutes", "9"]
+    words += ["--output_dir", str(out)]
+    passed = ["--num_train_epochs", "1"]
+    for more, message in (
+        (passed, "--num_train_epochs 1 may change what is trained"),
+        (["--results", str(results), "--seed", "3"], "--seed differs between the lineages of a suite"),
+    ):
+        with pytest.raises(SystemExit):
+            evidence.main([*words, *more])
+        assert message in capsys.readouterr().err and not out.exists()
+    words += ["--results", str(results)]
+    assert evidence.main([*words, *passed, "--threads", "1"]) == 0
+    title = "Wide-ResNet-16-1, 50 epochs; these flags override the suite's: `--num_train_epochs 1`"
+    assert title in results.read_text() and "seedSEED --num_train_epochs 1\n" in results.read_text()
+    evidence.copy_records(["images"], out, tmp_path / "records")
+    assert evidence.section("images", tmp_path / "records") == evidence.section("images", out)
+    with pytest.raises(SystemExit):
+        evidence.main(words)
+    assert "begun with other flags (--num_train_epochs 1), got ()" in capsys.readouterr().err
+
+
 def test_every_flag_of_the_list_is_one_of_its_script(evidence, tmp_path):
     for suite in evidence.SUITES:
         script = load_example(evidence.SUITES[suite].script.removesuffix(".py"))
