@@ -157,7 +157,7 @@ def _add_compare(commands: Any) -> None:
         "--allow_unfinished", action="store_true", help="Take what is finished of unfinished lineages."
     )
     parser.add_argument("--csv", metavar="FILE", help="Also write the table as CSV, with every number.")
-    parser.add_argument("--figure", metavar="FILE", help="Also draw the differences, as a PNG.")
+    parser.add_argument("--figure", metavar="FILE", help="Also draw the differences, as a .png, .svg or .pdf.")
     parser.add_argument("--json", action="store_true", help="Print the comparison as one JSON object.")
     parser.set_defaults(run=_compare)
 
@@ -374,8 +374,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     from born_again._files import write_atomically
     from born_again.report.comparison import compare_lineages
     from born_again.report.comparison_table import comparison_csv, comparison_markdown
-    from born_again.report.figures import draw_comparison
+    from born_again.report.figures import draw_comparison, figure_format
 
+    if arguments.figure is not None:
+        figure_format(arguments.figure)
+    for name in ("csv", "figure"):
+        path = getattr(arguments, name)
+        if path is not None and os.path.isdir(path):
+            raise ValueError(f"{name}: got {path!r}, which is a folder, expected a file; give one in it.")
     comparison = compare_lineages(
         arguments.folders,
         against=arguments.against,

@@ -47,6 +47,13 @@ STYLE = {
     "lines.markersize": 6,
     "legend.frameon": False,
     "agg.path.chunksize": 20_000,
+    "svg.hashsalt": "born-again",
+}
+# With what is left out of the file, so that equal figures have equal bytes.
+_FORMATS: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
 }
 _LARGEST = 1e30  # larger values would hide all others
 _LOG_FROM = 50  # ratio of largest to smallest loss
@@ -169,14 +176,16 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> bool:
 
     Args:
         comparison: as `born_again.report.comparison.compare_lineages` returns it.
-        path: of the PNG; written atomically.
+        path: ends in .png, .svg or .pdf, which is its format; written atomically.
 
     Returns:
         Whether there was anything to draw; otherwise nothing is written.
 
     Raises:
+        ValueError: see `figure_format`.
         OSError: the file cannot be written; an older one is intact.
     """
+    form = figure_format(path)
     if not comparison["metrics"]:
         return False
     metric = comparison["metrics"][0]
@@ -190,12 +199,31 @@ def draw_comparison(comparison: Mapping[str, Any], path: Path) -> bool:
         " in points" if metric["factor"] == 100 and is_difference else " in percent" if metric["factor"] == 100 else ""
     )
     title = f"{metric['title']}{unit}" + (f", difference from {comparison['against']}" if is_difference else "")
-    write_atomically(path, _comparison_png(shown, metric["factor"], title, is_difference))
+    write_atomically(path, _comparison_figure(shown, metric["factor"], title, is_difference, form))
     return True
 
 
-def _comparison_png(
-    shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], factor: float, title: str, is_difference: bool
+def figure_format(path: str | Path) -> str:
+    """The format of a figure by the end of its path: "png", "svg" or "pdf".
+
+    Raises:
+        ValueError: another one.
+    """
+    form = Path(path).suffix.lower().removeprefix(".")
+    if form not in _FORMATS:
+        raise ValueError(
+            f"figure: got {str(path)!r}, expected a file that ends in {', '.join(f'.{own}' for own in _FORMATS)}; "
+            "rename it."
+        )
+    return form
+
+
+def _comparison_figure(
+    shown: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    factor: float,
+    title: str,
+    is_difference: bool,
+    form: str,
 ) -> bytes:
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -223,5 +251,6 @@ def _comparison_png(
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)  # the first row on top
         axes.set_xlabel(title)
-        figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
+        options = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        figure.savefig(content, format=form, metadata=_FORMATS[form], **options)
     return content.getvalue()
