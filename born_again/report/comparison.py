@@ -6,7 +6,6 @@ Reads lineage.json and the kept predictions alone; torch is not imported.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,9 @@ from born_again.lineage.predictions import (
     ensemble_predictions_name,
     read_predictions,
 )
-from born_again.lineage.spec import DATA_SOURCE, EXTERNAL, TEACHER_OBJECTIVE, data_differences, flat_spec
+from born_again.lineage.spec import EXTERNAL, data_differences
 from born_again.lineage.status import lineages_in
+from born_again.report.experiments import TEACHER, experiment_names, spec_fields, teacher_experiments, unequal_compute
 from born_again.report.statistics import ItemBootstrap, mean_and_deviation, percentile_interval, t_interval
 
 
@@ -58,8 +58,6 @@ METRICS = (
     Metric("valid. accuracy", "validation", "accuracy", 100, 2, True),
     Metric("valid. ppl", "validation", "perplexity", 1, 2),
 )
-# Do not make another experiment: which run it is, where it and its data are, how many generations there are.
-_NOT_COMPARED = frozenset({"name", "seed", "generations", "teacher", "teacher_revision", "control_generations"})
 _FEW = 3
 _NETWORK = re.compile("gen[0-9]{1,6}|ensemble")
 
@@ -86,7 +84,7 @@ class _Lineage:
 
     folder: Path
     content: Mapping[str, Any]
-    fields: dict[str, Any]  # of the spec, those that make an experiment
+    fields: dict[str, Any]  # of the spec, those that make an experiment, and the experiment of the teacher
     seed: int
     runs: dict[tuple[str, Any], _Run] = field(default_factory=dict)
 
@@ -116,7 +114,9 @@ def compare_lineages(
 ) -> dict[str, Any]:
     """Compares lineages that were trained and tested on the same data.
 
-    A row is a generation or an ensemble of all lineages that differ by nothing but their seed. The weights of every
+    A row is a generation or an ensemble of all lineages that differ by nothing but their seed. Their
+    teachers have to be of one experiment too; one trained elsewhere is of the experiment of its own lineage, which is
+    found if it is compared or beside the teacher's folder, and of none but its weights otherwise. The weights of every
     generation are those of its record, after the last step (or, with load_best_model_at_end, those that were best on
     validation): no generation is chosen by its test metrics. Differences are paired by seed: each network with
     generation 0 of its own lineage, or, for a lineage without students, with the generation 0 that taught the students
@@ -135,8 +135,9 @@ def compare_lineages(
             metrics: a list of the fields of `Metric`, for display; values are unscaled.
             rows: a list of experiment, network, runs (their number), seeds, seconds (mean of the training, None where
                 it is not known), and metrics: {title: {values, mean, deviation, difference}}, where deviation is the
-                sample standard deviation and difference is None or {values, mean, runs, t, items}: t the 95 % interval
-                over runs, items that over resampled test items for these networks, None where it cannot be given.
+                sample standard deviation and difference is None or {values, mean, runs, t, items}: runs those with a
+                reference, t the 95 % interval over runs, items that over resampled test items for these networks, None
+                where it cannot be given.
             notes: sentences on what the numbers cannot say.
 
     Raises:
@@ -156,11 +157,12 @@ def compare_lineages(
     extra = [path for path in references if path.resolve() not in resolved]
     lineages, notes = _read_all([*paths, *extra], allow_unfinished)
     _check_data(lineages)
+    _set_teachers(lineages)
     _check_seeds(lineages)
     if against is None:
         _pair_with_teachers(lineages)
     else:
-        _pair_with(network, lineages, {path.resolve() for path in references})
+        notes += _pair_with(network, lineages, {path.resolve() for path in references}, against)
     rows = _rows(lineages, select_on_validation)
     metrics = [metric for metric in METRICS if any(run.value(metric) is not None for row in rows for run in row.runs)]
     bootstrap = _Bootstrap()
@@ -171,7 +173,7 @@ def compare_lineages(
         "against": f"{what} of the same seed",
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
         "rows": described,
-        "notes": [*notes, *_notes(described, lineages)],
+        "notes": [*notes, *bootstrap.notes, *_notes(described, lineages)],
     }
 
 
@@ -210,10 +212,7 @@ def _read_all(paths: Sequence[Path], allow_unfinished: bool) -> tuple[list[_Line
 
 def _lineage(path: Path, manifest: Manifest) -> _Lineage:
     spec = manifest.spec
-    fields = {name: value for name, value in flat_spec(spec).items() if name not in (*_NOT_COMPARED, *DATA_SOURCE)}
-    if not spec.generations:
-        fields["objective"] = TEACHER_OBJECTIVE  # that of students it does not have
-    found = _Lineage(path, manifest.content, fields, spec.seed)
+    found = _Lineage(path, manifest.content, spec_fields(spec), spec.seed)
     for record in manifest.generations:
         if record["status"] == "finished":
             is_external = record["objective"] == EXTERNAL
@@ -246,6 +245,25 @@ def _check_data(lineages: Sequence[_Lineage]) -> None:
                 f"folders: {other.folder} and {first.folder} were not trained and tested on the same data (other "
                 f"{', '.join(changed)}); expected the same training, validation and test items; compare them apart."
             )
+
+
+def _set_teachers(lineages: Sequence[_Lineage]) -> None:
+    """Adds the experiment of the teacher to the fields: with other teachers it is another experiment."""
+    found = teacher_experiments([(own.folder, own.content) for own in lineages])
+    for lineage, experiment in zip(lineages, found, strict=True):
+        lineage.fields[TEACHER] = experiment
+    weights = [own.runs["generation", 0].weights for own in lineages]
+    # Where one seed has several teachers of one experiment, seeds do not tell them apart.
+    clashes = [
+        one.fields
+        for index, one in enumerate(lineages)
+        for place, other in enumerate(lineages[:index])
+        if (one.fields, one.seed) == (other.fields, other.seed) and weights[index] != weights[place] and one.students
+    ]
+    split = [any(own.fields == fields for fields in clashes) for own in lineages]
+    for lineage, own, is_split in zip(lineages, weights, split, strict=True):
+        if is_split:
+            lineage.fields = {**lineage.fields, TEACHER: f"weights {own}"}
 
 
 def _check_seeds(lineages: Sequence[_Lineage]) -> None:
@@ -284,12 +302,30 @@ def _network_of(against: str | Path | None) -> tuple[Path | None, str | None]:
     return (path.parent, path.name) if _NETWORK.fullmatch(path.name) else (path, None)
 
 
-def _pair_with(network: str | None, lineages: Sequence[_Lineage], references: set[Path]) -> None:
+def _pair_with(
+    network: str | None, lineages: Sequence[_Lineage], references: set[Path], against: str | Path
+) -> list[str]:
+    """Sets the references; a note where some lineages have none."""
     by_seed = {own.seed: _reference(network, own) for own in lineages if own.folder.resolve() in references}
     for lineage in lineages:
         for run in lineage.runs.values():
             reference = by_seed.get(lineage.seed)
             run.reference = None if reference is None or reference.weights == run.weights else reference
+    others = [own for own in lineages if own.folder.resolve() not in references]
+    alone = [f"{own.folder} (seed {own.seed})" for own in others if own.seed not in by_seed]
+    seeds = ", ".join(map(str, sorted(by_seed)))
+    if others and len(alone) == len(others):
+        raise LineageError(
+            f"against: {against} has no lineage of the same seed as {', '.join(alone)}, expected one, since "
+            f"differences are paired by seed, got seeds {seeds}; train it with the same "
+            "--seeds, or leave --against out."
+        )
+    if not alone:
+        return []
+    return [
+        f"Without a reference of the same seed, and so in no difference: {', '.join(alone)}; the reference has seeds "
+        f"{seeds}."
+    ]
 
 
 def _reference(network: str | None, lineage: _Lineage) -> _Run:
@@ -319,7 +355,7 @@ def _rows(lineages: Sequence[_Lineage], select_on_validation: bool) -> list[_Row
         if own is None:
             groups.append(own := [])
         own.append(lineage)
-    names = _experiment_names([group[0].fields for group in groups])
+    names = experiment_names([group[0].fields for group in groups], [_teacher_of(group) for group in groups])
     firsts: list[_Row] = []
     later: list[_Row] = []
     for name, group in zip(names, groups, strict=True):
@@ -343,18 +379,11 @@ def _rows(lineages: Sequence[_Lineage], select_on_validation: bool) -> list[_Row
     return [*firsts, *later]
 
 
-def _experiment_names(fields: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The objective (or control) of each experiment, and the other fields in which it differs from most."""
-    known = sorted({name for own in fields for name in own} - {"objective", "control"})
-    values = {name: [json.dumps(own.get(name)) for own in fields] for name in known}
-    usual = {name: Counter(own).most_common(1)[0][0] for name, own in values.items()}
-    names = []
-    for index, own in enumerate(fields):
-        control = own.get("control")
-        differing = [name for name in known if values[name][index] != usual[name]]
-        shown = [f"{name.rpartition('.')[2]} {own.get(name, 'default')}" for name in differing]
-        names.append(", ".join([own["objective"] if control is None else f"control: {control}", *shown]))
-    return names
+def _teacher_of(group: Sequence[_Lineage]) -> tuple[str | None, str]:
+    """The path of the teacher and its weights, of the first lineage that takes one."""
+    taken = [own for own in group if own.content["spec"].get("teacher") is not None] or group
+    first = taken[0].runs["generation", 0].weights
+    return taken[0].content["spec"].get("teacher"), first if isinstance(first, str) else first[0]
 
 
 def _merged(rows: Sequence[_Row], runs: Sequence[_Run]) -> bool:
@@ -403,6 +432,7 @@ class _Bootstrap:
         self._by_size: dict[int, ItemBootstrap] = {}
         self._predictions: dict[Path, dict[str, Predictions]] = {}
         self._metrics: dict[tuple[Path, str], dict[str, np.ndarray]] = {}
+        self.notes: list[str] = []
 
     def difference(self, pairs: Sequence[tuple[_Run, _Run]], metric: Metric) -> tuple[float, float] | None:
         """The interval of the mean difference over the pairs; None where predictions are missing."""
@@ -414,7 +444,11 @@ class _Bootstrap:
 
     def _sampled(self, run: _Run, metric: Metric) -> np.ndarray | None:
         if run.path not in self._predictions:
-            self._predictions[run.path] = read_predictions(run.path, run.weights)
+            try:
+                self._predictions[run.path] = read_predictions(run.path, run.weights)
+            except LineageError as error:
+                self._predictions[run.path] = {}
+                self.notes.append(f"Left out of the intervals over items: {error}")
         own = self._predictions[run.path].get(metric.split)
         if own is None:
             return None
@@ -474,29 +508,52 @@ def _notes(rows: Sequence[Mapping[str, Any]], lineages: Sequence[_Lineage]) -> l
         notes.append(
             f"Fewer than {_FEW} runs: the interval over runs is very wide, and says little; train more with --seeds."
         )
-    if _shared(lineages, is_external=True):
+    if unknown := [own for own in lineages if _is_apart(own, lineages)]:
+        notes.append(
+            f"The lineages of the teachers of {', '.join(str(own.folder) for own in unknown)} are not found, so it is "
+            "not known whether they are of one experiment: each teacher has rows of its own. Give their lineages too."
+        )
+    teachers, others = _shared(lineages)
+    if teachers:
         notes.append(
             "Lineages of the same experiment have the same teacher, so the intervals over runs say nothing about "
             "other teachers; --teacher 'DIR/seed{seed}/gen0' takes one for each seed."
         )
-    if shared := _shared(lineages, is_external=False):
+    if others:
         notes.append(
-            f"Networks that are in more than one lineage of the same experiment: {shared}; these lineages are not "
+            f"Networks that are in more than one lineage of the same experiment: {others}; these lineages are not "
             "independent: generation k of seed s has seed s + k. Give seeds further apart, such as --seeds 0 10 20."
         )
+    notes += unequal_compute([own.content for own in lineages])
     if any(own.content["spec"]["training"].get("load_best_model_at_end") for own in lineages):
         notes.append("Weights are those of the epoch that was best on the validation split, not of the last one.")
     return notes
 
 
-def _shared(lineages: Sequence[_Lineage], is_external: bool) -> int:
-    """The number of networks that two lineages of one experiment share, those taken from elsewhere or the others."""
-    owners: dict[Any, list[_Lineage]] = {}
+def _is_apart(own: _Lineage, lineages: Sequence[_Lineage]) -> bool:
+    """Whether a lineage is another experiment only since nothing but the weights of its teacher is known."""
+    if own.fields[TEACHER] != own.runs["generation", 0].weights:
+        return False
+    return any(
+        {**other.fields, TEACHER: None} == {**own.fields, TEACHER: None} and other.fields != own.fields
+        for other in lineages
+    )
+
+
+def _shared(lineages: Sequence[_Lineage]) -> tuple[int, int]:
+    """The numbers of networks that lineages of one experiment share: those that one took from elsewhere, others."""
+    owners: dict[Any, list[_Run]] = {}
     for lineage in lineages:
         for _, run in lineage.generations:
-            if (run.objective == EXTERNAL) == is_external:
-                owners.setdefault(run.weights, []).append(lineage)
-    return sum(
-        any(one.fields == other.fields for index, one in enumerate(own) for other in own[:index])
-        for own in owners.values()
-    )
+            owners.setdefault(run.weights, []).append(run)
+    counts = Counter()
+    for own in owners.values():
+        pairs = [
+            (one, other)
+            for index, one in enumerate(own)
+            for other in own[:index]
+            if one.lineage.fields == other.lineage.fields
+        ]
+        if pairs:
+            counts[any(EXTERNAL in (one.objective, other.objective) for one, other in pairs)] += 1
+    return counts[True], counts[False]

@@ -29,7 +29,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
         for metric in test:
             difference = row["metrics"][metric["title"]]["difference"] or {}
-            cells.append("" if not difference else _signed(difference["mean"], metric))
+            cells.append("" if not difference else f"{_signed(difference['mean'], metric)}{_pairs(difference, row)}")
             cells += [_interval(difference.get(kind), metric) for kind in ("t", "items")]
         lines.append([cell.replace("|", "\\|") for cell in cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -60,7 +60,7 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
 
 def comparison_csv(comparison: Mapping[str, Any]) -> str:
     """A CSV table: a line for each row, columns for every number of every metric, unscaled."""
-    numbers = ("mean", "deviation", "difference", "t_low", "t_high", "items_low", "items_high")
+    numbers = ("mean", "deviation", "difference", "pairs", "t_low", "t_high", "items_low", "items_high")
     titles = [metric["title"] for metric in comparison["metrics"]]
     columns = [f"{title} {number}" for title in titles for number in numbers]
     text = io.StringIO()
@@ -71,7 +71,7 @@ def comparison_csv(comparison: Mapping[str, Any]) -> str:
         for title in titles:
             own = row["metrics"][title]
             difference = own["difference"] or {}
-            cells += [own["mean"], own["deviation"], difference.get("mean")]
+            cells += [own["mean"], own["deviation"], difference.get("mean"), difference.get("runs")]
             cells += [*(difference.get("t") or (None, None)), *(difference.get("items") or (None, None))]
         seeds = " ".join(map(str, row["seeds"]))
         writer.writerow([row["experiment"], row["network"], row["runs"], seeds, row["seconds"], *cells])
@@ -89,6 +89,12 @@ def _mean(values: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
 
 def _signed(value: float, metric: Mapping[str, Any]) -> str:
     return f"{metric['factor'] * value:+.{metric['decimals']}f}"
+
+
+def _pairs(difference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The number of pairs, where not every run has a reference."""
+    count = difference["runs"]
+    return "" if count == row["runs"] else f" ({count} pair{'s' if count > 1 else ''})"
 
 
 def _interval(interval: Sequence[float] | None, metric: Mapping[str, Any]) -> str:

@@ -325,10 +325,11 @@ def section(name: str, output_dir: Path) -> str | None:
 
 def _over_references(suite: Suite, comparison: dict[str, Any], finished: list[Task], folder: Path) -> list[str]:
     """A table of the differences from each reference of which a lineage is finished, with their intervals."""
-    done = {task.entry.name for task in finished}
     columns = {"the teacher": comparison}
     for title, network in suite.references.items():
-        if network.split("/")[0] in done:
+        entry = network.split("/")[0]
+        seeds = {task.seed for task in finished if task.entry.name == entry}
+        if any(task.seed in seeds for task in finished if task.entry.name != entry):
             columns[title] = compare_lineages([task.folder() for task in finished], against=folder / network)
     if len(columns) == 1:
         return []

@@ -12,9 +12,9 @@ from PIL import Image
 from scipy import stats
 
 from born_again.cli import main
-from born_again.lineage.manifest import LineageError
+from born_again.lineage.manifest import LineageError, Manifest
 from born_again.report.comparison import compare_lineages
-from born_again.report.comparison_table import comparison_markdown
+from born_again.report.comparison_table import comparison_csv, comparison_markdown
 from born_again.report.statistics import ItemBootstrap, t_interval
 
 
@@ -180,6 +180,106 @@ def test_one_teacher_of_all_seeds_is_one_network(tmp_path):
     assert comparison["notes"][-1].startswith("Lineages of the same experiment have the same teacher, so the interval")
 
 
+def test_external_teachers_are_one_experiment_where_their_lineages_are(tmp_path):
+    """Found beside the teacher's folder or among those compared; otherwise only equal weights are one teacher."""
+    students = []
+    for seed in (0, 10):
+        for name, options in (("labels", {}), ("smooth", {"training": {"label_smoothing_factor": 0.1}})):
+            weights = [weights_of(f"{name} {seed}")]
+            labels = lineage(tmp_path / f"{name}/seed{seed}", [images(0.5)], seed=seed, weights=weights, **options)
+            weights.append(weights_of(f"{name} {seed} student"))
+            folder, both = tmp_path / f"ban {name}/seed{seed}", [images(0.5), images(0.75)]
+            students.append(lineage(folder, both, seed=seed, weights=weights, teacher=str(labels / "gen0")))
+    comparison = compare_lineages(students)  # the same seeds twice, of two teachers
+    expected = [
+        (f"ban, teacher {tmp_path / name / 'seed0/gen0'}", network, [0, 10])
+        for network in ("generation 0", "generation 1")
+        for name in ("labels", "smooth")
+    ]
+    assert [(own["experiment"], own["network"], own["seeds"]) for own in comparison["rows"]] == expected
+    assert len(comparison["notes"]) == 1  # fewer than 3 runs
+    one = students[::2]
+    for name in ("labels", "smooth"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    assert [own["runs"] for own in compare_lineages([*one, tmp_path / "moved labels"])["rows"]] == [2, 2]
+    alone = compare_lineages(one)
+    assert [own["seeds"] for own in alone["rows"]] == [[0], [10], [0], [10]]
+    assert "ban labels/seed10 are not found, so it is not known" in " ".join(alone["notes"])
+
+
+def test_two_teachers_of_one_seed_are_two_experiments(tmp_path):
+    teachers = [lineage(tmp_path / f"labels/seed{seed}", [images(0.5)], seed=seed) for seed in (0, 10)]
+    for place, teacher in enumerate(teachers):
+        weights = [weights_of(f"{teacher} 0"), weights_of(f"student {place}")]
+        folder, both = tmp_path / f"ban{place}", [images(0.5), images(0.75)]
+        lineage(folder, both, seed=0, weights=weights, teacher=str(teacher / "gen0"))
+    rows = compare_lineages([tmp_path / "ban0", tmp_path / "ban1"])["rows"]
+    assert [own["experiment"] for own in rows[2:]] == [f"ban, teacher {teacher / 'gen0'}" for teacher in teachers]
+
+
+def test_a_teacher_trained_in_one_lineage_and_taken_by_another_is_named(tmp_path):
+    shared, both = weights_of("teacher"), [images(0.5), images(0.75)]
+    one = lineage(tmp_path / "one", both, seed=0, weights=[shared, weights_of("a")])
+    options = {"seed": 10, "weights": [shared, weights_of("b")], "teacher": str(one / "gen0")}
+    comparison = compare_lineages([one, lineage(tmp_path / "other", both, **options)])
+    assert row(comparison, "ban", "generation 1")["runs"] == 2 and row(comparison, "label")["runs"] == 1
+    assert comparison["notes"][-1].startswith("Lineages of the same experiment have the same teacher")
+
+
+def test_a_reference_of_other_seeds_is_refused_and_the_pairs_are_counted(tmp_path):
+    for seed in (0, 10, 20):
+        lineage(tmp_path / f"out/seed{seed}", [images(0.5), images(0.75)], seed=seed)
+    smooth = {"training": {"label_smoothing_factor": 0.1}}
+    reference = lineage(tmp_path / "smooth/seed0", [images(0.625)], seed=0, **smooth).parent
+    comparison = compare_lineages([tmp_path / "out"], against=reference)
+    student = row(comparison, "ban", "generation 1")["metrics"]["accuracy"]["difference"]
+    assert student["runs"] == 1 and student["values"] == [0.125]
+    assert "| +12.50 (1 pair) " in comparison_markdown(comparison)
+    assert next(csv.DictReader(comparison_csv(comparison).splitlines()))["accuracy pairs"] == "1"
+    assert row(comparison, "label, label_smoothing_factor 0.1")["metrics"]["accuracy"]["difference"] is None
+    (note,) = [note for note in comparison["notes"] if "in no difference" in note]
+    assert "out/seed10 (seed 10)" in note and "seed20" in note and note.endswith("the reference has seeds 0.")
+    with pytest.raises(
+        LineageError, match=r"against: .*smooth has no lineage of the same seed as .*seed10 \(seed 10\)"
+    ):
+        compare_lineages([tmp_path / "out/seed10"], against=reference)
+
+
+def test_a_control_of_other_compute_is_named(tmp_path):
+    def steps(folder, *counts):
+        manifest = Manifest.read(folder)
+        for index, count in enumerate(counts):
+            manifest.update(index, steps=count)
+        manifest.save()
+        return folder
+
+    epochs = {"training": {"num_train_epochs": 5.0}, "model_args": {"depth": 10}}
+    ban = steps(lineage(tmp_path / "ban", [images(0.5), images(0.75)], **epochs), 100, 100)
+    options = {"objective": "label", "control": "equal-compute", "control_generations": 1}
+    control = lineage(tmp_path / "control", [images(0.625)], training={"num_train_epochs": 10.0}, **options)
+    names = [own["experiment"] for own in compare_lineages([ban, control])["rows"]]
+    # The value that only one has is shown there, and the lengths are what equal compute means.
+    assert names == ["label", "control: equal-compute", "ban, depth 10"]
+    for count, is_said in ((200, False), (150, True)):
+        steps(control, count)
+        notes = " ".join(compare_lineages([ban, control])["notes"])
+        assert ("Not of equal compute: steps of the controls 150 (as long as 2 gener" in notes) == is_said
+    longer = {**options, "control_generations": 3, "training": {"num_train_epochs": 20.0}}
+    third = lineage(tmp_path / "longer", [images(0.625)], **longer)
+    names = [own["experiment"] for own in compare_lineages([ban, control, third])["rows"]]
+    assert names[1:3] == [f"control: equal-compute of {count} generations" for count in (2, 4)]
+
+
+def test_damaged_predictions_are_named_and_the_other_intervals_stay(tmp_path):
+    out = lineage(tmp_path / "out", [images(0.5), images(0.25), images(0.75)])
+    (out / "gen1/predictions.safetensors").write_bytes(b"damaged")
+    comparison = compare_lineages([out])
+    items = [row(comparison, "ban", f"generation {k}")["metrics"]["accuracy"]["difference"]["items"] for k in (1, 2)]
+    assert items[0] is None and items[1] is not None
+    (note,) = [note for note in comparison["notes"] if "gen1/predictions.safetensors" in note]
+    assert note.startswith("Left out of the intervals over items: ")
+
+
 def test_a_student_is_selected_by_validation_alone_and_when_asked(tmp_path):
     def splits(validation, test):
         return {"validation": images(validation), "test": images(test)}
@@ -249,6 +349,16 @@ def test_the_command_prints_and_writes_the_table(tmp_path, capsys):
     assert comparison_markdown(comparison).splitlines() == lines
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
     assert "nowhere has no lineage.json" in capsys.readouterr().err
+    for suffix, begin in ((".svg", b"<?xml"), (".pdf", b"%PDF")):
+        assert main(["compare", str(tmp_path / "out"), "--figure", str(tmp_path / f"table{suffix}")]) == 0
+        assert (tmp_path / f"table{suffix}").read_bytes().startswith(begin)
+    capsys.readouterr()
+    for words, message in (
+        (["--figure", "table.jpg"], "figure: got 'table.jpg', expected a file that ends in .png, .svg, .pdf; rename"),
+        (["--csv", str(tmp_path)], f"csv: got '{tmp_path}', which is a folder, expected a file"),
+    ):
+        assert main(["compare", str(tmp_path / "out"), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_comparison_does_not_import_torch(tmp_path):
