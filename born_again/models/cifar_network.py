@@ -218,6 +218,27 @@ class CifarNetwork(nn.Module):
                 break
         return intermediates if intermediates_only else (x, intermediates)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what comes after the last of the wanted outputs of `forward_intermediates`.
+
+        Args:
+            indices: as there.
+            prune_norm: Without effect: the final norm is one of the outputs, dropped like the others.
+            prune_head: Whether to drop pooling and classifier too.
+
+        Returns:
+            The indices that were taken.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        names = [name for name, _ in self.named_children() if name != "head"]
+        for name in names[names.index(self.feature_info[last]["module"]) + 1 :]:
+            setattr(self, name, nn.Identity())
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Maps features to logits (batch, num_classes), with pre_logits to their pooled (batch, head_hidden_size)."""
         return self.head(x, pre_logits=pre_logits)

@@ -176,7 +176,7 @@ def resnet_student_pre14_05_cifar(pretrained: bool = False, **kwargs: Any) -> Re
 
 @register_model
 def resnet_student_pre14_1_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetStudentCifar:
-    """Pre-ResNet-14-1 of 1805.04770 (table 5), 17.9 M parameters; 17.7 M there."""
+    """Pre-ResNet-14-1 of 1805.04770 (table 5), 17.8 M parameters; 17.7 M there."""
     return _create("resnet_student_pre14_1_cifar", pretrained, **kwargs)
 
 

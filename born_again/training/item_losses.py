@@ -168,7 +168,8 @@ class ItemLossesMixin:
         if not self.accelerator.sync_gradients:
             return loss
         weight = at_least_tiny(self._sum_over_processes(self._weight_so_far))
-        factor = (num_items_in_batch / weight).to(loss.dtype)
+        # Finite also where no item weighs anything: the step then has gradients of 0.
+        factor = (num_items_in_batch / weight).clamp(max=torch.finfo(loss.dtype).max).to(loss.dtype)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)

@@ -18,7 +18,7 @@ from born_again.lineage import machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-GENERATIONS = 4  # students
+GENERATIONS = 6  # students
 WEIGHTS = 20 << 20  # bytes of one network; as many again for its gradients, twice as many for Adam
 GROWTH = 1.05
 

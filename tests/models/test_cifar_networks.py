@@ -304,6 +304,10 @@ def test_features(name):
     assert len(timm.create_model(name, features_only=True, out_indices=(-1,))(x)) == 1
     with pytest.raises(ValueError, match="output_fmt='NLC' is not available .* give 'NCHW'"):
         network.forward_intermediates(x, output_fmt="NLC")
+    for index in (2, 1, 0):  # each prunes what the one before has left
+        network.prune_intermediate_layers([index], prune_head=index < 2)
+        assert torch.equal(network.forward_features(x), maps[index])
+    assert network.num_classes == 0 and not any("head" in key or "norm.weight" == key for key in network.state_dict())
 
 
 @pytest.mark.parametrize("name", TINY)

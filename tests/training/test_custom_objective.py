@@ -82,6 +82,17 @@ def test_weights_of_the_student_are_normalised_over_the_whole_step(tmp_path, tas
         torch.testing.assert_close(found[1], whole[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_of_items_without_weight_changes_nothing(tmp_path):
+    def none(student_logits, teacher_logits, labels):
+        losses, weights = ban(student_logits, teacher_logits, labels)
+        return losses, 0 * weights
+
+    before = torch.cat([parameter.detach().flatten() for parameter in Network(1).parameters()])
+    for parts in ({}, PARTS):
+        weights, losses = found_by(trained(tmp_path, none, weight_decay=0.0, **parts))
+        assert torch.equal(weights, before) and torch.equal(losses, torch.zeros(6))
+
+
 def test_resumed_it_trains_the_same_weights(tmp_path):
     whole = trained(tmp_path, of_the_student, save_strategy="steps", save_steps=3, **PARTS)
     again = BornAgainTrainer(
