@@ -110,6 +110,10 @@ class _Restart(_Fields):
     from_generation: _Count
 
 
+class _Stopped(_Fields):
+    generations: _Count
+
+
 class _Computation(_Fields):
     mixed_precision: _Text
 
@@ -163,6 +167,7 @@ class _Manifest(_Fields):
     ensembles: list[Any] = Field([], description="a list")
     hub: dict[str, Any] = Field({}, description="an object")
     restart: _Restart = Field(_MISSING, description=f"an object with from_generation, {_COUNT}")
+    stopped_when_worse: _Stopped = Field(_MISSING, description=f"an object with generations, {_COUNT}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -350,7 +355,8 @@ class Manifest:
 
     Layout: {"format", "version", "name", "spec", "spec_sha256", "data", "generations": [{"index", "status", "seed",
     "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split;
-    accuracy and error are fractions, nll is nats per item, seconds are of training, over all runs.
+    accuracy and error are fractions, nll is nats per item, seconds are of training, over all runs. Where a student that
+    is clearly worse than its teacher ended it, "stopped_when_worse": {"generations"} holds how many were asked for.
 
     Args:
         path: of lineage.json.

@@ -310,6 +310,8 @@ class LineageRunner:
             last = len(manifest.generations) - 1
             if not (self.stop_when_worse and last > 0 and is_clearly_worse(manifest.content, last)):
                 last = max(self.spec.generations, manifest.spec.generations)
+                if last >= len(manifest.generations):
+                    manifest.content.pop("stopped_when_worse", None)
             manifest.content["spec"]["generations"] = last
             return manifest
         if folder.exists() and not (folder.is_dir() and all(map(_is_ignorable, folder.iterdir()))):
@@ -514,9 +516,10 @@ class LineageRunner:
 
         on_first_process(finish)
         self.manifest.update(generation.index, **facts)  # only now: a finished record must have its folder
-        if is_worse and self.stop_when_worse:
+        if is_worse and self.stop_when_worse and generation.index < self.spec.generations:
             with self.manifest.lock:
                 self.manifest.content["spec"]["generations"] = generation.index
+                self.manifest.content["stopped_when_worse"] = {"generations": self.spec.generations}
         self._save_manifest()
         if is_worse and self._processes.is_main_process:
             logger.warning("%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))

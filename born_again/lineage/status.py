@@ -16,7 +16,7 @@ from typing import Any
 from born_again.lineage.checkpoints import last_checkpoint
 from born_again.lineage.lock import LOCK_NAME, lock_holder
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
-from born_again.lineage.spec import EXTERNAL, LineageSpec
+from born_again.lineage.spec import EXTERNAL
 from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
 
 Metrics = Mapping[str, Mapping[str, float | None]]
@@ -76,6 +76,8 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         name, model, student_model, dataset, objective, seed: of the spec; None where there is no lineage.json yet.
         control: of the spec, "equal-compute" or "seeds"; None for a lineage.
         students: their number in the spec, without the teacher; None likewise.
+        stopped_when_worse: None, or generations, the number of students that were asked for before the last was found
+            clearly worse than its teacher.
         running: None, or the process that holds the folder: pid, host, since (ISO 8601, UTC), command, each None where
             it is not known, and certain (False where the system has no locks, so the run may have ended).
         generations: a list of all that the spec asks for:
@@ -124,6 +126,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         "seed": spec and spec.seed,
         "control": spec and spec.control,
         "students": spec and spec.generations,
+        "stopped_when_worse": None if manifest is None else manifest.content.get("stopped_when_worse"),
         "running": running,
         "generations": generations,
         "ensembles": []
@@ -133,7 +136,7 @@ def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, An
         "missing_weights": [facts["index"] for facts in finished if facts["weights"] == "missing"],
         "changed_weights": [facts["index"] for facts in finished if facts["weights"] == "changed"],
         "set_aside": _set_aside(folder),
-        "next": _next_action(generations, spec),
+        "next": _next_action(generations, manifest),
     }
 
 
@@ -232,11 +235,18 @@ def _ensemble(entry: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     return {**{name: entry.get(name) for name in known}, "published": published}
 
 
-def _next_action(generations: Sequence[Mapping[str, Any]], spec: LineageSpec | None) -> dict[str, Any]:
+def _next_action(generations: Sequence[Mapping[str, Any]], manifest: Manifest | None) -> dict[str, Any]:
     action, index, checkpoint = "nothing", None, None
-    if spec is None:
+    spec = None if manifest is None else manifest.spec
+    if manifest is None:
         action, index = "train", 0
         text = "train generation 0 from its start"
+    elif "stopped_when_worse" in manifest.content:
+        text = (
+            f"nothing: stopped after generation {len(generations) - 1} of "
+            f"{manifest.content['stopped_when_worse']['generations']}, which is clearly worse than its teacher "
+            "(--stop_when_worse); without that flag the same command goes on"
+        )
     else:
         count = len(generations)
         text = f"nothing: all {count} generations are trained" if count > 1 else "nothing: the teacher is trained"

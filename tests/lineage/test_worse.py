@@ -160,7 +160,8 @@ def test_a_lineage_ends_after_a_student_that_is_clearly_worse_and_goes_on_withou
     fit = read.record(1)["train_fit"]
     assert fit["samples"] == 22 and 0 <= fit["accuracy"] <= 1 and read.record(0).get("train_fit") is None
     status = lineage_status(folder)
-    assert status["next"]["action"] == "nothing"
+    assert status["next"]["action"] == "nothing" and status["stopped_when_worse"] == {"generations": 2}
+    assert "stopped after generation 1 of 2" in status["next"]["text"]
     assert "clearly worse" in status["generations"][1]["worse"] and status["generations"][0]["worse"] is None
     again = lineage(folder, [], stop_when_worse=True, built=(built := []))
     assert again.is_finished()
@@ -168,6 +169,7 @@ def test_a_lineage_ends_after_a_student_that_is_clearly_worse_and_goes_on_withou
     assert built == []
     lineage(folder, [0.6]).run()
     assert len(hashes(folder)) == 3 and Manifest.read(folder).spec.generations == 2
+    assert "stopped_when_worse" not in Manifest.read(folder).content
     # As one that was never stopped.
     lineage(tmp_path / "whole", [0.9, 0.5, 0.6]).run()
     assert hashes(tmp_path / "whole") == hashes(folder)
