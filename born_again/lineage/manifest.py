@@ -355,8 +355,8 @@ class Manifest:
 
     Layout: {"format", "version", "name", "spec", "spec_sha256", "data", "generations": [{"index", "status", "seed",
     "parent", "objective", "weights_sha256", "metrics", "seconds", "versions", "hub", ...}]}; metrics by split;
-    accuracy and error are fractions, nll is nats per item, seconds are of training, over all runs. Where a student that
-    is clearly worse than its teacher ended it, "stopped_when_worse": {"generations"} holds how many were asked for.
+    accuracy and error are fractions, nll is nats per item, seconds are of training, over all runs. Where a student
+    clearly worse than its teacher ended it, "stopped_when_worse": {"generations"} holds how many were asked for.
 
     Args:
         path: of lineage.json.

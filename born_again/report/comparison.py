@@ -524,6 +524,12 @@ def _notes(rows: Sequence[Mapping[str, Any]], lineages: Sequence[_Lineage]) -> l
             f"Networks that are in more than one lineage of the same experiment: {others}; these lineages are not "
             "independent: generation k of seed s has seed s + k. Give seeds further apart, such as --seeds 0 10 20."
         )
+    stopped = [str(own.folder) for own in lineages if "stopped_when_worse" in own.content]
+    if stopped:
+        notes.append(
+            f"--stop_when_worse ended {', '.join(stopped)} early: the rows after that hold the other lineages alone, "
+            "which is biased in their favour."
+        )
     notes += unequal_compute([own.content for own in lineages])
     if any(own.content["spec"]["training"].get("load_best_model_at_end") for own in lineages):
         notes.append("Weights are those of the epoch that was best on the validation split, not of the last one.")

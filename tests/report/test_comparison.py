@@ -296,6 +296,15 @@ def test_a_student_is_selected_by_validation_alone_and_when_asked(tmp_path):
 # ---- What is refused ----
 
 
+def test_lineages_that_ended_early_are_named(tmp_path):
+    lineage(tmp_path / "out/seed0", [images(0.5), images(0.75), images(0.75)], seed=0)
+    lineage(tmp_path / "out/seed10", [images(0.5), images(0.25)], seed=10)
+    path = tmp_path / "out/seed10/lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stopped_when_worse": {"generations": 2}}))
+    (note,) = [note for note in compare_lineages([tmp_path / "out"])["notes"] if "--stop_when_worse" in note]
+    assert "out/seed10 early" in note and "seed0 " not in note
+
+
 def test_unfinished_lineages_are_named(tmp_path):
     done = lineage(tmp_path / "done", [images(0.5), images(0.75)])
     begun = lineage(tmp_path / "begun", [images(0.5)], seed=2, generations=2)
