@@ -8,10 +8,13 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from born_again.hub.client import HTTP_LIBRARY, HubError
 from born_again.hub.files import HubSettings
@@ -28,7 +31,7 @@ from born_again.lineage.machine import (
     precision_name,
     precision_problem,
 )
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, check_one_lineage, is_repo_id
 from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import CONTROLS, TEACHER_OBJECTIVE, LineageSpec
@@ -36,6 +39,8 @@ from born_again.lineage.status import results_table, seed_folder_name
 from born_again.lineage.worse import worse_than_teacher
 from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
+
+_Loaded = TypeVar("_Loaded")
 
 
 @dataclass
@@ -125,20 +130,31 @@ def run_for_each_seed(
         The largest exit status.
 
     Raises:
-        ValueError: seeds that are repeated or negative, or given beside --seed or --from_generation.
+        ValueError: seeds that are repeated or negative, nearer than the generations of a lineage beside --control
+            seeds, or given beside --seed or --from_generation; or a teacher of one of them that cannot be loaded. All
+            are found before the first training.
         LineageError: output_dir holds a lineage itself.
     """
     if flags.seeds is None:
         return main(flags, training)
     _check_seeds(flags, training)
     folder, status = Path(training.output_dir), 0
-    for seed in flags.seeds:
+    teachers = {seed: flags.teacher and flags.teacher.replace("{seed}", str(seed)) for seed in flags.seeds}
+    for seed, teacher in teachers.items():
+        is_begun = (folder / seed_folder_name(seed) / MANIFEST_NAME).is_file()
+        if teacher is not None and not is_begun:  # whose own copy may be all that is left of it
+            check_external_teacher(teacher, flags.teacher_revision)
+    for seed, teacher in teachers.items():
         own_flags, own = copy.copy(flags), copy.copy(training)
         own.seed, own.output_dir = seed, str(folder / seed_folder_name(seed))
         own_flags.name = f"{flags.name}-seed{seed}"  # repositories and collections are named after it
-        if flags.teacher is not None:
-            own_flags.teacher = flags.teacher.replace("{seed}", str(seed))
-        status = max(status, main(own_flags, own))
+        own_flags.teacher = teacher
+        try:
+            status = max(status, main(own_flags, own))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(own.output_dir).rmdir()  # if nothing was written, so that nothing stands for a lineage
+            raise
     if training.process_index == 0:
         print(f"All {len(flags.seeds)} lineages are in {folder}; born-again compare {folder} compares them.")
     return status
@@ -148,7 +164,16 @@ def _check_seeds(flags: LineageFlags, training: BornAgainTrainingArguments) -> N
     seeds = flags.seeds or []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(
-            f"seeds: got {seeds}, expected one or more whole numbers from 0 on, each once, such as --seeds 1 2 3."
+            f"seeds: got {seeds}, expected one or more whole numbers from 0 on, each once, such as --seeds 0 10 20."
+        )
+    spacing, ordered = flags.generations + 1, sorted(seeds)
+    nearest = min((after - before for before, after in pairwise(ordered)), default=spacing)
+    if flags.control == "seeds" and nearest < spacing:
+        step = max(10, spacing)
+        raise ValueError(
+            f"seeds: got {' '.join(map(str, seeds))} beside --control seeds with --generations {flags.generations}, "
+            f"expected seeds at least {spacing} apart, since run k of seed s has seed s + k, and lineages of nearer "
+            f"seeds would train the same networks; give --seeds 0 {step} {2 * step}, for one."
         )
     if "seed" in flags.given:
         raise ValueError(
@@ -309,6 +334,7 @@ def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) ->
     """
     check_arguments(training)
     settings = hub_settings(flags, training)
+    _check_not_of_seeds(training)
     if settings is not None and flags.from_generation is None:
         on_first_process(lambda: _restore(flags, training, settings))
     try:
@@ -320,6 +346,16 @@ def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) ->
     if {"bf16", "fp16"}.isdisjoint(flags.given) and not launcher_chooses_precision():
         _use_recorded_precision(spec, training)
     return spec
+
+
+def _check_not_of_seeds(training: BornAgainTrainingArguments) -> None:
+    try:
+        check_one_lineage("output_dir", training.output_dir)
+    except FileNotFoundError as error:
+        raise LineageError(
+            f"{error} To train another seed beside them, give --seeds {training.seed}, or --output_dir "
+            f"{str(Path(training.output_dir) / seed_folder_name(training.seed))!r}."
+        ) from None
 
 
 def _use_recorded_precision(spec: LineageSpec, training: BornAgainTrainingArguments) -> None:
@@ -349,7 +385,29 @@ def _restore(flags: LineageFlags, training: BornAgainTrainingArguments, settings
         logging.getLogger(__name__).warning("%s A new lineage is begun.", error)
 
 
-def load_external_teacher(source: str, load: Callable[[], nn.Module]) -> nn.Module:
+def check_external_teacher(source: str, revision: str | None = None) -> None:
+    """Looks at the files of --teacher without loading it, so that what is missing is said before a training.
+
+    Args:
+        source: folder or Hub id.
+        revision: of the Hub repository.
+
+    Raises:
+        ValueError: see `load_external_teacher`.
+    """
+
+    def look() -> None:
+        if not Path(source).is_dir() and not is_repo_id(source):
+            raise OSError("there is no such folder")
+        PretrainedConfig.get_config_dict(source, revision=revision)
+        path = Path(source)
+        if path.is_dir() and not (path / SAFE_WEIGHTS_NAME).is_file() and not list(path.glob("*.index.json")):
+            raise OSError(f"there is no {SAFE_WEIGHTS_NAME} in it")
+
+    load_external_teacher(source, look)
+
+
+def load_external_teacher(source: str, load: Callable[[], _Loaded]) -> _Loaded:
     """Loads the network of --teacher, with errors that name the flag.
 
     Args:
@@ -359,6 +417,10 @@ def load_external_teacher(source: str, load: Callable[[], nn.Module]) -> nn.Modu
     Raises:
         ValueError: it is the folder of an ensemble or a lineage, or cannot be loaded.
     """
+    try:
+        check_one_lineage("--teacher", source, "gen0")
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
     for name, what in ((ENSEMBLE_NAME, "an ensemble"), (MANIFEST_NAME, "a lineage")):
         if (Path(source) / name).is_file():
             raise ValueError(

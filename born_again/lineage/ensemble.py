@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, cached_file
 from born_again._files import write_atomically
 from born_again.lineage.evaluation import finite_or_none, load_generation
 from born_again.lineage.machine import on_first_process
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, is_repo_id
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, check_one_lineage, is_repo_id
 from born_again.lineage.members import (
     AVERAGES,
     ENSEMBLE_NAME,
@@ -132,11 +132,12 @@ class LineageEnsemble(nn.Module):
             sequential: see the class.
 
         Raises:
-            FileNotFoundError: there is no lineage.json.
+            FileNotFoundError: there is no lineage.json, or there are those of several seeds.
             ValueError: invalid members or average.
             LineageError: fewer finished generations than requested, or what the class raises.
         """
         folder = Path(output_dir)
+        check_one_lineage("output_dir", folder)
         if not (folder / MANIFEST_NAME).is_file():
             raise FileNotFoundError(
                 f"output_dir: {folder} has no {MANIFEST_NAME}, expected the folder of a lineage; give the output_dir "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PretrainedConfig
 
+from born_again.lineage.manifest import check_one_lineage
 from born_again.lineage.predictions import SplitMetrics
 from born_again.metrics import classification_metrics, language_model_metrics
 from born_again.models.image_classifier import load_image_classifier
@@ -46,6 +47,7 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
         OSError: the Hub has no such repository, or cannot be reached.
         ValueError: it holds no generation.
     """
+    check_one_lineage("path_or_repo", path_or_repo, "gen0")
     return _loader(path_or_repo, revision)(path_or_repo, revision=revision)
 
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,40 @@ MAX_INTEGER = 2**63 - 1
 
 class LineageError(RuntimeError):
     """A lineage cannot be continued: another experiment's folder, changed weights, an unreadable manifest."""
+
+
+_SEED_FOLDER = re.compile(r"seed(0|[1-9][0-9]*)")
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """The folders seedN in a folder, in the order of seeds; lineages of --seeds are there."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _SEED_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("seed")))
+
+
+def check_one_lineage(name: str, folder: str | Path, part: str = "") -> None:
+    """Refuses a folder that holds the lineages of several seeds, where that of one is expected.
+
+    Args:
+        name: of the argument.
+        folder: that it got.
+        part: of a lineage that is expected, such as "gen0".
+
+    Raises:
+        FileNotFoundError: it is such a folder; names what it holds and what to give instead.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST_NAME).exists():
+        return
+    if lineages := [path for path in seed_folders(folder) if (path / MANIFEST_NAME).is_file()]:
+        names = [path.name for path in lineages]
+        shown = names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"]
+        raise FileNotFoundError(
+            f"{name}: got {str(folder)!r}, which holds a lineage for each seed ({', '.join(shown)}), expected "
+            f"{'one of them' if not part else 'a network of one of them'}; give {str(lineages[0] / part)!r}, for one."
+        )
 
 
 def is_repo_id(value: Any) -> bool:
@@ -390,10 +425,11 @@ class Manifest:
         """Reads and checks OUTPUT_DIR/lineage.json.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or there are those of several seeds.
             LineageError: it is no JSON, no manifest, of a newer version, or a field is wrong; names the field.
         """
         path = Path(folder) / MANIFEST_NAME
+        check_one_lineage("output_dir", folder)
         return cls(path, read_manifest(path))
 
     @property

@@ -21,7 +21,7 @@ from born_again.data.streams import TokenStreams
 from born_again.data.text import TextData, load_text
 from born_again.lineage.ensemble import LineageEnsemble
 from born_again.lineage.evaluation import evaluate_classifier, evaluate_language_model, finite_or_none, load_generation
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, check_one_lineage, file_sha256
 from born_again.lineage.members import ENSEMBLE_NAME, read_ensemble
 from born_again.teacher import carries_state
 from born_again.teacher.preprocessing import read_otherwise
@@ -224,6 +224,7 @@ def _resolve_target(path: str | os.PathLike[str], revision: str | None) -> _Targ
     if revision is not None:
         raise ValueError(f"revision: got {revision!r} for the folder {source!r}, expected it for the Hub; drop it.")
     folder = Path(source).resolve()
+    check_one_lineage("path", source, "gen0")
     if (folder / MANIFEST_NAME).is_file():
         raise ValueError(
             f"path: {source!r} is the folder of a lineage, expected one of its generations or its ensemble; give "

@@ -15,7 +15,7 @@ from typing import Any
 
 from born_again.lineage.checkpoints import last_checkpoint
 from born_again.lineage.lock import LOCK_NAME, lock_holder
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256, seed_folders
 from born_again.lineage.spec import EXTERNAL
 from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
 
@@ -38,7 +38,6 @@ WEIGHTS_NAME = "model.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 _SET_ASIDE = re.compile(r".+\.replaced-[0-9]+(\.json)?")
 _ATTEMPTS = 3
-_SEED_FOLDER = re.compile(r"seed(0|[1-9][0-9]*)")
 
 
 def seed_folder_name(seed: int) -> str:
@@ -56,10 +55,7 @@ def lineages_in(folder: str | Path) -> list[Path]:
         One path or more; the folder itself where it holds neither.
     """
     folder = Path(folder)
-    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
-        return [folder]
-    found = [path for path in folder.iterdir() if _SEED_FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("seed"))) or [folder]
+    return [folder] if (folder / MANIFEST_NAME).is_file() else seed_folders(folder) or [folder]
 
 
 def lineage_status(output_dir: str | Path, verify: bool = False) -> dict[str, Any]:

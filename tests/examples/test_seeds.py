@@ -1,10 +1,13 @@
 """--seeds: one lineage a seed, each as --seed would train it alone."""
 
 import json
+import re
 
 import pytest
+from compared_lineages import images, lineage
 from example_scripts import load_example
 
+from born_again import LineageEnsemble, load_generation
 from born_again.cli import main
 from born_again.lineage.manifest import LineageError, Manifest
 
@@ -78,12 +81,49 @@ def test_a_text_takes_seeds_too(tmp_path):
         (["--seeds", -1], r"seeds: got \[-1\], expected one or more whole numbers from 0 on"),
         (["--seeds", 1, 2, "--seed", 42], "seed: got 42 beside --seeds 1 2, expected one of the two; put every seed"),
         (["--seeds", 1, 2, "--from_generation", 1], "from_generation: got 1 beside --seeds.*give --seed 1 --output_d"),
+        (
+            ["--control", "seeds", "--seeds", 4, 20, 2, "--generations", 3],
+            "seeds: got 4 20 2 beside --control seeds with --generations 3, expected seeds at least 4 apart.*give "
+            "--seeds 0 10 20",
+        ),
     ],
 )
 def test_seeds_that_are_refused(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         start("run_cifar", *IMAGES, *words, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_teacher_is_looked_at_before_the_first_training(tmp_path):
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0/config.json").write_text('{"architecture": "test_wide_resnet"}')
+    words = [*IMAGES, "--seeds", 0, 10, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "seed{seed}"]
+    for missing in ("seed0' cannot be loaded .there is no model.safetensors", "seed10' cannot be loaded .there is no"):
+        with pytest.raises(ValueError, match=f"--teacher '.*{missing}"):
+            start("run_cifar", *words)
+        (tmp_path / "seed0/model.safetensors").touch()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="cannot be loaded"):  # only seen when it is taken
+        start("run_cifar", *IMAGES, "--seeds", 0, "--output_dir", tmp_path / "out", "--teacher", tmp_path / "seed0")
+    assert not (tmp_path / "out/seed0").exists()
+
+
+def test_a_folder_of_seeds_is_told_from_a_lineage(tmp_path, capsys):
+    out = tmp_path / "out"
+    for seed in (0, 10):
+        lineage(out / f"seed{seed}", [images(0.5)], seed=seed)
+    holds = f"got '{out}', which holds a lineage for each seed (seed0, seed10), expected "
+    one, network = f"one of them; give '{out}/seed0'", f"a network of one of them; give '{out}/seed0/gen0'"
+    for words, expected in ((["evaluate"], network), (["card"], one), (["publish", "--namespace", "me"], one)):
+        assert main([*words[:1], str(out), *words[1:]]) == 2
+        assert holds + expected in capsys.readouterr().err
+    for load, expected in ((LineageEnsemble.from_lineage, one), (load_generation, network)):
+        with pytest.raises(FileNotFoundError, match=re.escape(holds + expected)):
+            load(out)
+    with pytest.raises(LineageError, match=re.escape(holds + one) + ".*give --seeds 3, or --output_dir .*out/seed3"):
+        start("run_cifar", *IMAGES, "--seed", 3, "--output_dir", out)
+    with pytest.raises(ValueError, match=re.escape(f"--teacher: {holds}{network}")):
+        start("run_cifar", *IMAGES, "--seeds", 3, "--output_dir", tmp_path / "other", "--teacher", out)
 
 
 def test_seeds_do_not_go_into_a_lineage(tmp_path):
