@@ -6,6 +6,7 @@ Reads lineage.json and the kept predictions alone; torch is not imported.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -252,18 +253,39 @@ def _set_teachers(lineages: Sequence[_Lineage]) -> None:
     found = teacher_experiments([(own.folder, own.content) for own in lineages])
     for lineage, experiment in zip(lineages, found, strict=True):
         lineage.fields[TEACHER] = experiment
-    weights = [own.runs["generation", 0].weights for own in lineages]
-    # Where one seed has several teachers of one experiment, seeds do not tell them apart.
-    clashes = [
-        one.fields
-        for index, one in enumerate(lineages)
-        for place, other in enumerate(lineages[:index])
-        if (one.fields, one.seed) == (other.fields, other.seed) and weights[index] != weights[place] and one.students
-    ]
-    split = [any(own.fields == fields for fields in clashes) for own in lineages]
-    for lineage, own, is_split in zip(lineages, weights, split, strict=True):
-        if is_split:
-            lineage.fields = {**lineage.fields, TEACHER: f"weights {own}"}
+    experiments: dict[str, list[list[_Lineage]]] = {}
+    beside = Counter(own.folder.parent for own in lineages)
+    # Those with teachers of their own first, then those of most seeds, so that the others are what is set apart.
+    for lineage in sorted(lineages, key=lambda own: (_is_taken(own), -beside[own.folder.parent])):
+        groups = experiments.setdefault(json.dumps(lineage.fields, sort_keys=True), [[]])
+        free = [group for group in groups if not any(_has_other_teacher(lineage, own) for own in group)]
+        if not free:  # several teachers for one seed: seeds alone do not tell these apart
+            groups.append([])
+            free = groups[-1:]
+        weights = lineage.runs["generation", 0].weights
+        nearness = [
+            (
+                any(own.folder.parent == lineage.folder.parent for own in group),
+                any(own.runs["generation", 0].weights == weights for own in group),
+            )
+            for group in free
+        ]
+        free[nearness.index(max(nearness))].append(lineage)
+    for groups in experiments.values():
+        for place, group in enumerate(groups[1:], 1):
+            for lineage in group:
+                lineage.fields[TEACHER] = f"{place} {lineage.fields[TEACHER]}"
+
+
+def _is_taken(lineage: _Lineage) -> bool:
+    """Whether its generation 0 was trained elsewhere."""
+    return lineage.runs["generation", 0].objective == EXTERNAL
+
+
+def _has_other_teacher(one: _Lineage, other: _Lineage) -> bool:
+    """Whether two lineages of one seed have different teachers, of which one was trained elsewhere."""
+    first, second = (own.runs["generation", 0].weights for own in (one, other))
+    return one.seed == other.seed and first != second and (_is_taken(one) or _is_taken(other))
 
 
 def _check_seeds(lineages: Sequence[_Lineage]) -> None:
@@ -364,9 +386,10 @@ def _rows(lineages: Sequence[_Lineage], select_on_validation: bool) -> list[_Row
         for key in keys:
             runs = [lineage.runs[key] for lineage in group if key in lineage.runs]
             if key == ("generation", 0):
-                if not _merged(firsts, runs):
-                    # The objective of its students does not affect it.
-                    firsts.append(_Row(name, "generation 0", runs, runs[0].objective if has_students else name))
+                # The objective of its students does not affect it.
+                first = _Row(name, "generation 0", runs, runs[0].objective if has_students else name)
+                if not _merged(firsts, first):
+                    firsts.append(first)
             else:
                 later.append(_Row(name, _network_name(*key, group[0]), runs))
         if select_on_validation and has_students:
@@ -386,8 +409,9 @@ def _teacher_of(group: Sequence[_Lineage]) -> tuple[str | None, str]:
     return taken[0].content["spec"].get("teacher"), first if isinstance(first, str) else first[0]
 
 
-def _merged(rows: Sequence[_Row], runs: Sequence[_Run]) -> bool:
+def _merged(rows: Sequence[_Row], other: _Row) -> bool:
     """Adds networks to a row that has the same weights for a seed, such as one teacher of several objectives."""
+    runs = other.runs
     for row in rows:
         known = {run.lineage.seed: run for run in row.runs}
         shared = [run for run in runs if run.lineage.seed in known]
@@ -398,9 +422,8 @@ def _merged(rows: Sequence[_Row], runs: Sequence[_Run]) -> bool:
                 row.runs.append(run)
             elif known[run.lineage.seed].seconds is None:  # taken from elsewhere, while this one was trained here
                 row.runs[row.runs.index(known[run.lineage.seed])] = run
-        trained = [run.objective for run in row.runs if run.objective not in (None, EXTERNAL)]
-        if row.short_name == EXTERNAL and trained:
-            row.short_name = trained[0]
+        if row.short_name == EXTERNAL:  # where it was trained says what it is
+            row.experiment, row.short_name = other.experiment, other.short_name
         return True
     return False
 

@@ -108,11 +108,15 @@ def experiment_names(fields: Sequence[Mapping[str, Any]], teachers: Sequence[tup
         fields: of each experiment, with its teacher's.
         teachers: path of each teacher, None where it was trained in the lineage, and hash of its weights.
     """
-    shown = [_of_one_training(own) for own in fields]
+    shown = [_shown_fields(own, fields) for own in fields]
     known = sorted({name for own in shown for name in own})
     usual = {}
     for name in known:
-        texts = [json.dumps(own[name]) if name in own else "" for own in shown]
+        texts = [
+            json.dumps(values[name]) if name in values else ""
+            for own, values in zip(fields, shown, strict=True)
+            if name in values or name not in _LENGTHS or not _is_as_long(own)
+        ]
         # A field that one lacks is shown of those that have it.
         usual[name] = "" if "" in texts else Counter(texts).most_common(1)[0][0]
     names = []
@@ -132,15 +136,18 @@ def experiment_names(fields: Sequence[Mapping[str, Any]], teachers: Sequence[tup
     return names
 
 
-def _of_one_training(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a name may show, of an equal-compute control the lengths of one generation."""
-    shown = {name: value for name, value in fields.items() if name not in _NAMED_APART}
-    for name in _LENGTHS:
-        value = shown.get(name)
-        if fields.get("control_generations") is not None and isinstance(value, int | float) and value >= 1:
-            one = value / (fields["control_generations"] + 1)
-            shown[name] = int(one) if isinstance(value, int) and one.is_integer() else one
-    return shown
+def _shown_fields(own: Mapping[str, Any], fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields that a name may show; the length of an equal-compute control only to tell it from another one."""
+    shown = {name: value for name, value in own.items() if name not in _NAMED_APART}
+    if not _is_as_long(own):
+        return shown
+    similar = [other for other in fields if other.get("control_generations") == own["control_generations"]]
+    equal = {name for name in _LENGTHS if all(other.get(name) == own.get(name) for other in similar)}
+    return {name: value for name, value in shown.items() if name not in equal}
+
+
+def _is_as_long(own: Mapping[str, Any]) -> bool:
+    return own.get("control_generations") is not None
 
 
 # ---- Compute ----

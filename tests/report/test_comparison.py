@@ -217,6 +217,35 @@ def test_two_teachers_of_one_seed_are_two_experiments(tmp_path):
     assert [own["experiment"] for own in rows[2:]] == [f"ban, teacher {teacher / 'gen0'}" for teacher in teachers]
 
 
+def test_one_teacher_of_all_seeds_stays_apart_from_a_teacher_of_each_seed(tmp_path):
+    for seed in (0, 10, 20):
+        lineage(tmp_path / f"own/seed{seed}", [images(0.5), images(0.75)], seed=seed)
+    teacher = tmp_path / "own/seed0"
+    longer = {
+        "objective": "label",
+        "control": "equal-compute",
+        "control_generations": 1,
+        "training": {"x": 1, "num_train_epochs": 2.0},
+    }
+    first = weights_of(f"{teacher} 0")
+    for seed in (10, 20):
+        options = {"seed": seed, "weights": [first, weights_of(f"one {seed}")], "teacher": str(teacher / "gen0")}
+        lineage(tmp_path / f"one/seed{seed}", [images(0.5), images(0.625)], **options)
+    rows = compare_lineages([tmp_path / "one/seed10", tmp_path / "own", tmp_path / "one/seed20"])["rows"]
+    assert [(own["experiment"], own["seeds"]) for own in rows] == [
+        ("external", [10]),
+        ("label", [0, 10, 20]),
+        (f"ban, teacher {teacher / 'gen0'}", [10, 20]),
+        ("ban", [0, 10, 20]),
+    ]
+    # A control that teaches keeps its name.
+    control = lineage(tmp_path / "control/seed3", [images(0.5)], seed=3, **longer)
+    options = {"weights": [weights_of(f"{control} 0"), weights_of("taught")], "teacher": str(control / "gen0")}
+    taught = lineage(tmp_path / "taught/seed3", [images(0.5), images(0.75)], seed=3, **options)
+    names = [own["experiment"] for own in compare_lineages([taught, control, teacher])["rows"]]
+    assert names == ["control: equal-compute, x 1", "label", f"ban, teacher {control / 'gen0'}", "ban"]
+
+
 def test_a_teacher_trained_in_one_lineage_and_taken_by_another_is_named(tmp_path):
     shared, both = weights_of("teacher"), [images(0.5), images(0.75)]
     one = lineage(tmp_path / "one", both, seed=0, weights=[shared, weights_of("a")])
