@@ -386,7 +386,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Train these seeds of the list only.")
     arguments, extra = parser.parse_known_args(words)  # what else is given goes to the training scripts
     output_dir = arguments.output_dir.resolve()
-    if (arguments.minutes or extra) and (problem := passed_problem(extra, output_dir, arguments.results)) is not None:
+    given = extra if arguments.minutes or extra else passed_flags(output_dir)
+    if (problem := passed_problem(given, output_dir, arguments.results)) is not None:
         parser.error(problem)
     if flags := changing(extra):
         write_atomically(output_dir / PASSED_NAME, json.dumps(flags))

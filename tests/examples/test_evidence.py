@@ -125,6 +125,9 @@ def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_r
     with pytest.raises(SystemExit):
         evidence.main(words)
     assert "begun with other flags (--num_train_epochs 1), got ()" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evidence.main(["--data", str(tmp_path), "--minutes", "0", "--output_dir", str(out)])
+    assert "it is not the suite that RESULTS.md describes" in capsys.readouterr().err
 
 
 def test_every_flag_of_the_list_is_one_of_its_script(evidence, tmp_path):
