@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, ClassifierHead
+from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -246,6 +247,23 @@ class CifarNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (batch, in_chans, height, width) to logits (batch, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+def create_network(
+    network: type[nn.Module], sizes: dict[str, dict[str, Any]], variant: str, pretrained: bool, **kwargs: Any
+) -> Any:
+    """Builds a registered network.
+
+    Args:
+        network: the class.
+        sizes: of its variants, the arguments by name.
+        variant: one of them.
+        pretrained: as timm's functions take it.
+        kwargs: take precedence over the sizes.
+    """
+    return build_model_with_cfg(
+        network, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2)}, **{**sizes[variant], **kwargs}
+    )
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from born_again.models.cifar_network import CifarNetwork, Transition, cifar_cfg, recomputed
+from born_again.models.cifar_network import CifarNetwork, Transition, cifar_cfg, create_network, recomputed
 
 __all__ = ["DenseNetCifar"]
 
@@ -161,14 +161,7 @@ _SIZES = {
 default_cfgs = generate_default_cfgs({name: cifar_cfg() for name in _SIZES})
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DenseNetCifar:
-    return build_model_with_cfg(
-        DenseNetCifar,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2)},
-        **{**_SIZES[variant], **kwargs},
-    )
+_create = partial(create_network, DenseNetCifar, _SIZES)
 
 
 @register_model

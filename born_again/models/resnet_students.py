@@ -8,13 +8,14 @@ timm only, so that it can travel beside the weights.
 
 # No `from __future__ import annotations`: TorchScript reads no annotation that is text.
 
+from functools import partial
 from typing import Any
 
 from timm.layers import BatchNormAct2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from born_again.models.cifar_network import BlockGroup, CifarNetwork, Transition, WideBlock, cifar_cfg
+from born_again.models.cifar_network import BlockGroup, CifarNetwork, Transition, WideBlock, cifar_cfg, create_network
 
 __all__ = ["ResNetStudentCifar"]
 
@@ -158,14 +159,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 default_cfgs = generate_default_cfgs({name: cifar_cfg() for name in _SIZES})
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> ResNetStudentCifar:
-    return build_model_with_cfg(
-        ResNetStudentCifar,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2)},
-        **{**_SIZES[variant], **kwargs},
-    )
+_create = partial(create_network, ResNetStudentCifar, _SIZES)
 
 
 @register_model

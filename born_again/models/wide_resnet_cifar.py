@@ -7,12 +7,13 @@ can travel beside the weights.
 
 # No `from __future__ import annotations`: TorchScript reads no annotation that is text.
 
+from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from born_again.models.cifar_network import BlockGroup, CifarNetwork, WideBlock, cifar_cfg
+from born_again.models.cifar_network import BlockGroup, CifarNetwork, WideBlock, cifar_cfg, create_network
 
 __all__ = ["WideResNetCifar"]
 
@@ -96,14 +97,7 @@ _SIZES = {
 default_cfgs = generate_default_cfgs({name: cifar_cfg() for name in _SIZES})
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> WideResNetCifar:
-    return build_model_with_cfg(
-        WideResNetCifar,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2)},
-        **{**_SIZES[variant], **kwargs},
-    )
+_create = partial(create_network, WideResNetCifar, _SIZES)
 
 
 @register_model
