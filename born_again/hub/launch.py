@@ -31,11 +31,18 @@ from born_again.lineage.machine import (
     precision_name,
     precision_problem,
 )
-from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, check_one_lineage, is_repo_id
+from born_again.lineage.manifest import (
+    MANIFEST_NAME,
+    LineageError,
+    Manifest,
+    check_one_lineage,
+    is_repo_id,
+    seed_folder_name,
+)
 from born_again.lineage.members import ENSEMBLE_NAME
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import CONTROLS, TEACHER_OBJECTIVE, LineageSpec
-from born_again.lineage.status import results_table, seed_folder_name
+from born_again.lineage.status import results_table
 from born_again.lineage.worse import worse_than_teacher
 from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -35,6 +36,11 @@ class LineageError(RuntimeError):
 _SEED_FOLDER = re.compile(r"seed(0|[1-9][0-9]*)")
 
 
+def seed_folder_name(seed: int) -> str:
+    """The folder of one lineage of several seeds, in their common folder."""
+    return f"seed{seed}"
+
+
 def seed_folders(folder: Path) -> list[Path]:
     """The folders seedN in a folder, in the order of seeds; lineages of --seeds are there."""
     if not folder.is_dir():
@@ -43,7 +49,7 @@ def seed_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("seed")))
 
 
-def check_one_lineage(name: str, folder: str | Path, part: str = "") -> None:
+def check_one_lineage(name: str, folder: str | os.PathLike[str], part: str = "") -> None:
     """Refuses a folder that holds the lineages of several seeds, where that of one is expected.
 
     Args:

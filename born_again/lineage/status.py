@@ -40,11 +40,6 @@ _SET_ASIDE = re.compile(r".+\.replaced-[0-9]+(\.json)?")
 _ATTEMPTS = 3
 
 
-def seed_folder_name(seed: int) -> str:
-    """The folder of one lineage of several seeds, in their common folder."""
-    return f"seed{seed}"
-
-
 def lineages_in(folder: str | Path) -> list[Path]:
     """The folders of lineages that a folder stands for: itself, or its seedN in the order of seeds.
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from born_again._files import write_atomically
-from born_again.lineage.manifest import MANIFEST_NAME, Manifest
-from born_again.lineage.status import lineage_status, seed_folder_name
+from born_again.lineage.manifest import MANIFEST_NAME, Manifest, seed_folder_name
+from born_again.lineage.status import lineage_status
 from born_again.report.comparison import compare_lineages
 from born_again.report.comparison_table import comparison_markdown
 
