@@ -251,6 +251,6 @@ def _comparison_figure(
         axes.tick_params(axis="y", labelcolor=_INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)  # the first row on top
         axes.set_xlabel(title)
-        options = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        options: dict[str, Any] = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
         figure.savefig(content, format=form, metadata=_FORMATS[form], **options)
     return content.getvalue()
