@@ -51,6 +51,26 @@ COMPARED = (
     "dynamo_mode",
     "default_dtype",
 )
+# Training arguments that a lineage refuses, with the reason and the remedy.
+_REFUSED = {
+    "save_only_model": (
+        "its checkpoints would hold no optimizer, and a generation that is interrupted could not be resumed; leave it "
+        "out. --save_total_limit bounds what checkpoints take, and they are deleted when their generation is finished."
+    ),
+    "auto_find_batch_size": (
+        "the batch size would depend on the memory that happens to be free, and a student, which has its teacher "
+        "beside it, could be trained in smaller batches than its teacher was; set per_device_train_batch_size to what "
+        "fits, and make up for it with gradient_accumulation_steps."
+    ),
+    "ignore_data_skip": (
+        "a generation resumed in the middle of an epoch would read the first rows of the epoch twice, and others "
+        "never; leave it out."
+    ),
+    "enable_jit_checkpoint": (
+        "on SIGTERM Trainer would end the training as if it were complete, and the generation would be recorded as "
+        "finished; leave it out, a lineage saves a checkpoint on SIGTERM and resumes from it."
+    ),
+}
 
 
 # ---- Processes ----
@@ -269,15 +289,13 @@ def check_arguments(args: TrainingArguments) -> None:
     """Validates training arguments: a generation must be resumable, and computed as its arguments say.
 
     Raises:
-        ValueError: save_only_model, workers that outlive an epoch, an engine that shards weights, or fp16 where
-            accelerate does not compute it; names the argument.
+        ValueError: save_only_model, workers that outlive an epoch, a batch size found by trial, batches that resuming
+            does not skip, Trainer's own checkpoint on SIGTERM, an engine that shards weights, or fp16 where accelerate
+            does not compute it; names the argument.
     """
-    if args.save_only_model:
-        raise ValueError(
-            "save_only_model: got True, expected False in a lineage: its checkpoints would hold no optimizer, and a "
-            "generation that is interrupted could not be resumed; leave it out. --save_total_limit bounds what "
-            "checkpoints take, and they are deleted when their generation is finished."
-        )
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, False):  # an older transformers lacks some
+            raise ValueError(f"{name}: got True, expected False in a lineage: {reason}")
     if args.dataloader_persistent_workers and args.dataloader_num_workers:
         raise ValueError(
             "dataloader_persistent_workers: got True, expected False in a lineage: workers that outlive an epoch keep "
