@@ -43,6 +43,7 @@ from born_again.hub.launch import (
     load_external_teacher,
     resume_lineage,
     run_for_each_seed,
+    saving,
     spec_fields,
     take_control,
     train,
@@ -153,7 +154,6 @@ HOUSEKEEPING = {
     "loss_normalization": "step",
     "per_device_eval_batch_size": 256,
     "batch_eval_metrics": True,
-    "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_steps": 50,
     "report_to": "none",
@@ -165,6 +165,7 @@ def recipe(args: Namespace) -> dict[str, Any]:
     """Defaults that suit the given arguments, which take precedence over them."""
     values = {**PAPER, **HOUSEKEEPING, "bf16": has_fast_bf16() and not args.fp16}
     values |= take_from_launcher(args.given, args)
+    values |= saving(args.given, args.load_best_model_at_end)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
     if args.smoke:
         values |= SMOKE
@@ -345,6 +346,7 @@ def build_runner(
         write_ensemble_card=ensemble_card,
         data=data.fingerprint,
         keep_checkpoints=lineage.keep_checkpoints,
+        save_minutes=lineage.save_minutes,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
         stop_when_worse=lineage.stop_when_worse,

@@ -35,6 +35,7 @@ from born_again.hub.launch import (
     load_external_teacher,
     resume_lineage,
     run_for_each_seed,
+    saving,
     spec_fields,
     take_control,
     train,
@@ -130,7 +131,6 @@ HOUSEKEEPING = {
     "loss_normalization": "step",
     "accelerator_config": {"split_batches": True},  # each process reads its own streams
     "eval_strategy": "epoch",
-    "save_strategy": "epoch",
     "save_total_limit": 2,
     "load_best_model_at_end": True,  # of the validation split; the test split is read once, at the end
     "metric_for_best_model": "perplexity",
@@ -148,6 +148,8 @@ def recipe(args: Namespace) -> dict[str, Any]:
     own = RECIPES[model] if model in RECIPES else LSTM if is_recurrent(model) else TRANSFORMER
     values = {**own, **HOUSEKEEPING, **values, "bf16": has_fast_bf16() and not args.fp16}
     values |= take_from_launcher(args.given, args)
+    takes_best = values["load_best_model_at_end"] and "load_best_model_at_end" not in args.given
+    values |= saving(args.given, takes_best or args.load_best_model_at_end)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
     # Number of validation streams, at most that of the training.
     values["per_device_eval_batch_size"] = min(8, args.per_device_train_batch_size)
@@ -251,6 +253,7 @@ def build_runner(
         write_ensemble_card=ensemble_card,
         data={**data.fingerprint, "coverage": data.coverage},
         keep_checkpoints=lineage.keep_checkpoints,
+        save_minutes=lineage.save_minutes,
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
         stop_when_worse=lineage.stop_when_worse,

@@ -49,6 +49,8 @@ from born_again.training.environment import PRECISIONS, launcher_chooses_precisi
 
 _Loaded = TypeVar("_Loaded")
 
+SAVE_MINUTES = 5.0
+
 
 @dataclass
 class LineageFlags:
@@ -80,6 +82,14 @@ class LineageFlags:
         },
     )
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished generations."})
+    save_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Save a checkpoint when so many minutes have passed since the last one, and at the end; 5 where "
+            "neither save_strategy nor save_steps is given. With load_best_model_at_end also after every evaluation "
+            "that is the best so far."
+        },
+    )
     hub_namespace: str | None = field(
         default=None, metadata={"help": "User or organisation that --push_to_hub publishes to."}
     )
@@ -225,6 +235,20 @@ def apply_budget(flags: LineageFlags, training: BornAgainTrainingArguments) -> N
 def default_output_dir(name: str, budget: float) -> str:
     """Where a lineage goes by default; with another budget it is another lineage."""
     return f"outputs/{name}" if budget == 1 else f"outputs/{name}-budget{budget:g}"
+
+
+def saving(given: frozenset[str], load_best_model_at_end: bool) -> dict[str, Any]:
+    """Defaults of the flags that say when checkpoints are saved: by time, unless one of them is given.
+
+    Args:
+        given: names of the flags that the user set.
+        load_best_model_at_end: whether the best weights must be saved too.
+    """
+    if "save_strategy" in given:
+        return {}
+    if "save_steps" in given:
+        return {"save_strategy": "steps"}
+    return {"save_strategy": "best" if load_best_model_at_end else "no", "save_minutes": SAVE_MINUTES}
 
 
 def take_control(flags: LineageFlags, training: BornAgainTrainingArguments) -> None:

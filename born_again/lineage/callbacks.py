@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from born_again.lineage.machine import on_first_process
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher forwards to its processes a signal that the terminal has already sent to all of them: one request.
 SIGNAL_REPEAT_SECONDS = 2.0
+AGREE_EVERY = 8  # steps, on several processes: to agree costs an all-reduce
 
 
 class Interrupted(SystemExit):
@@ -81,12 +83,49 @@ class StopSignals:
 
         It costs an all-reduce of one number; nothing with one process.
         """
-        if self._processes.num_processes > 1:
-            device = self._processes.device
-            found = torch.tensor(self.signum or 0, device=device)
-            torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-            self.signum = int(found.item()) or None
+        self.signum = _highest(self.signum or 0) or None
         return self.signum
+
+
+class SaveByTime(TrainerCallback):
+    """Saves a checkpoint when a time has passed since the last one, and after the last step.
+
+    With save_strategy "best" Trainer decides at every evaluation alone: what is due then is saved after the next step,
+    and the last step only where it is the best.
+
+    Args:
+        minutes: between two checkpoints, at least.
+
+    Raises:
+        ValueError: minutes that are not above 0.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if not (math.isfinite(minutes) and minutes > 0):
+            raise ValueError(
+                f"save_minutes: got {minutes!r}, expected a finite number above 0; to save at other moments give "
+                "save_strategy, such as 'epoch'."
+            )
+        self.seconds = 60 * minutes
+        self._since = time.monotonic()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps or self._is_due(state.global_step):
+            control.should_save = True
+        return control
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+
+    def _is_due(self, step: int) -> bool:
+        if PartialState().num_processes > 1 and step % AGREE_EVERY:
+            return False
+        return bool(_highest(int(time.monotonic() - self._since >= self.seconds)))
 
 
 class SaveAfterEvaluation(TrainerCallback):
@@ -194,6 +233,16 @@ def checkpoint_names(folder: Path) -> list[str]:
     """Names of the checkpoints of a generation on disk, oldest first."""
     found = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
+
+
+def _highest(value: int) -> int:
+    """The highest value of any process; every process must call it at the same place."""
+    processes = PartialState()
+    if processes.num_processes == 1:
+        return value
+    found = torch.tensor(value, device=processes.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found.item())
 
 
 def _ends_epoch(state: TrainerState) -> bool:

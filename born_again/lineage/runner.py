@@ -19,6 +19,7 @@ from born_again.lineage.callbacks import (
     Interrupted,
     RecordProgress,
     SaveAfterEvaluation,
+    SaveByTime,
     StopAndSave,
     StopSignals,
     checkpoint_names,
@@ -125,6 +126,8 @@ class LineageRunner:
         write_ensemble_card: from (manifest content, record of the ensemble) to the text of its README.md.
         data: fingerprint of the data, compared when the lineage is resumed, except "coverage".
         keep_checkpoints: keeps the checkpoints of finished generations.
+        save_minutes: saves a checkpoint when so many minutes have passed since the last one, and after the last step,
+            beside those of the trainer's save_strategy; None saves those alone.
         take_teacher: loads the network trained elsewhere that the spec names as teacher; it is saved and evaluated as
             generation 0, and not trained.
         from_generation: trains this generation and those after it again, see
@@ -143,7 +146,8 @@ class LineageRunner:
     Raises:
         LineageError: the folder holds something else, another experiment, other data, or changed weights.
         ValueError: an invalid from_generation; a teacher in the spec without take_teacher, or the reverse; from run(),
-            a teacher that the trainer would evaluate on images with another preprocessing than its own.
+            a teacher that the trainer would evaluate on images with another preprocessing than its own;
+            save_minutes that are not above 0.
     """
 
     def __init__(
@@ -161,6 +165,7 @@ class LineageRunner:
         write_ensemble_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
         data: Mapping[str, Any] | None = None,
         keep_checkpoints: bool = False,
+        save_minutes: float | None = None,
         take_teacher: Callable[[], nn.Module] | None = None,
         from_generation: int | None = None,
         ensembles: Sequence[int] = ENSEMBLES,
@@ -178,6 +183,7 @@ class LineageRunner:
         self.draw_curve = draw_curve
         self.write_ensemble_card = write_ensemble_card
         self.keep_checkpoints = keep_checkpoints
+        self._savers = () if save_minutes is None else (SaveByTime(save_minutes),)
         self.data = dict(data or {})
         self.take_teacher = take_teacher
         self.from_generation = from_generation
@@ -369,7 +375,8 @@ class LineageRunner:
         keeper = RecordProgress(
             generation.checkpoint_dir, record["seconds"], lambda **fields: self._update_record(index, **fields)
         )
-        trainer.add_callback(SaveAfterEvaluation())
+        for callback in (*self._savers, SaveAfterEvaluation()):
+            trainer.add_callback(callback)
         trainer.add_callback(keeper)
         trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint()))
         checkpoint = last_checkpoint(generation.checkpoint_dir)

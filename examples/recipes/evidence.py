@@ -43,7 +43,8 @@ PASSED_NAME = "passed_flags.json"
 # Passed flags that change neither data nor weights; any other may.
 HARMLESS = frozenset(
     "--threads --tune_process --logging_steps --logging_strategy --disable_tqdm --report_to --save_steps "
-    "--save_strategy --keep_checkpoints --dataloader_num_workers --teacher_cache --teacher_cache_dir".split()
+    "--save_strategy --save_minutes --keep_checkpoints --dataloader_num_workers --teacher_cache --teacher_cache_dir "
+    "".split()
 )
 # What tells the lineages of a suite apart: none of it can be passed to all of them.
 OWN = frozenset("--seed --teacher --generations --objective --control --from_generation --name".split())

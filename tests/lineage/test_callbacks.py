@@ -8,7 +8,8 @@ from helpers import arguments, sentences, sequence_classifier
 from transformers import TrainerCallback
 
 from born_again import BornAgainTrainer
-from born_again.lineage.callbacks import RecordProgress, SaveAfterEvaluation, checkpoint_names
+from born_again.lineage import callbacks as lineage_callbacks
+from born_again.lineage.callbacks import RecordProgress, SaveAfterEvaluation, SaveByTime, checkpoint_names
 
 STEPS_OF_AN_EPOCH = 3  # 22 rows by 8
 
@@ -31,7 +32,7 @@ class CrashAfterSaving(CrashOnEvaluation):
             raise KeyboardInterrupt
 
 
-def train(folder, *callbacks, resume=None, **changes):
+def train(folder, *callbacks, resume=None, first=(), **changes):
     """Two epochs on labels; the learning rate falls where validation does not gain, which it never does here."""
     settings = {
         "max_steps": -1,
@@ -50,7 +51,7 @@ def train(folder, *callbacks, resume=None, **changes):
         arguments(folder, **{**settings, **changes}),
         train_dataset=data,
         eval_dataset=data,
-        callbacks=[SaveAfterEvaluation(), *callbacks],
+        callbacks=[*first, SaveAfterEvaluation(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -102,6 +103,54 @@ def test_seconds_go_on_counting_and_checkpoints_are_told(tmp_path):
     assert [fields["checkpoints"] for fields in told] == [["checkpoint-4"], ["checkpoint-8"], ["checkpoint-9"]]
     seconds = [fields["seconds"] for fields in told]
     assert 100 < seconds[0] < seconds[1] < seconds[2] <= keeper.seconds < 200
+
+
+class MinuteSteps(TrainerCallback):
+    """A clock by which every step takes a minute."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(lineage_callbacks.time, "monotonic", lambda: self.now)
+
+    def on_step_begin(self, *args, **kwargs):
+        self.now += 60
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(2, [2, 4, 6, 8, 9]), (2.5, [3, 6, 9]), (4, [4, 8, 9]), (100, [9])])
+def test_a_checkpoint_is_saved_when_the_time_has_passed_and_at_the_end(tmp_path, monkeypatch, minutes, saved):
+    whole = train(tmp_path / "whole", save_strategy="no")
+    clock = MinuteSteps(monkeypatch)
+    train(tmp_path / "cut", clock, first=[SaveByTime(minutes)], save_strategy="no")
+    assert checkpoint_names(tmp_path / "cut") == [f"checkpoint-{step}" for step in saved]
+    again = train(tmp_path / "cut", resume=str(tmp_path / "cut" / f"checkpoint-{saved[0]}"), save_strategy="no")
+    assert torch.equal(weights(again), weights(whole)) and evaluated(again) == [3, 6, 9]
+
+
+def test_the_best_weights_are_saved_beside_those_by_time(tmp_path, monkeypatch):
+    best = {"save_strategy": "best", "load_best_model_at_end": True, "lr_plateau_factor": None, "lr_plateau_gain": 0.0}
+    losses = iter([3.0, 1.0, 2.0])
+
+    class Loss(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = next(losses)
+
+    clock = MinuteSteps(monkeypatch)
+    trained = train(tmp_path, clock, Loss(), first=[SaveByTime(2)], **best)
+    # At step 9 it is due, and no evaluation finds it the best: it would be saved after step 10.
+    assert checkpoint_names(tmp_path) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-5",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
+    assert trained.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize("minutes", [0, -1.0, float("nan"), float("inf")])
+def test_refused_minutes(minutes):
+    with pytest.raises(ValueError, match="save_minutes: got .*, expected a finite number above 0; .*save_strategy"):
+        SaveByTime(minutes)
 
 
 def test_names_are_in_the_order_of_steps(tmp_path):

@@ -20,7 +20,8 @@ def test_killed_lineages_end_as_those_that_were_not(tmp_path):
     kills, lineages = re.search(r"(\d+) kills of (\d+) lineages in .*: none not equal", done.stdout).groups()
     assert int(kills) >= 18 and int(lineages) >= 6
     table = done.stdout.split("\n\n")[0]
-    for lineage in ("images-epoch", "images-steps", "images-best", "text-epoch", "text-steps", "text-best"):
+    by_kind = {"images": ("epoch", "steps", "best"), "text": ("epoch", "minutes", "steps", "best")}
+    for lineage in [f"{kind}-{when}" for kind in by_kind for when in by_kind[kind]]:
         assert lineage in table
     for mode in ("event", "place", "time", "cut gen"):
         assert f"  {mode}" in table

@@ -67,16 +67,18 @@ SHARED = "--disable_tqdm True --bf16 False --threads 1 --logging_steps 3 --gener
 IMAGES = f"{SHARED} --dataset digits --model test_wide_resnet_cifar --max_train_samples 64 --max_eval_samples 32"
 TEXT = f"{SHARED} --dataset grammar --model test-lstm --max_train_samples 480 --max_eval_samples 120 --window 10"
 BEST = "--load_best_model_at_end True --metric_for_best_model"
+OFTEN = "--save_minutes 0.001"
 # An epoch has 4 steps in the image lineages and 6 in those of text (3 where two batches are accumulated), so that
 # save_steps 2 saves in the middle of epochs and at their ends. max_steps 10 ends a training in the middle of one.
 RECIPES = {
     "images-epoch": f"{IMAGES} --num_train_epochs 3 --per_device_train_batch_size 16 --objective dkpp --dropout 0.3 "
-    "--generations 3",
+    "--generations 3 --save_strategy epoch",
     "images-steps": f"{IMAGES} --max_steps 10 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 "
     "--objective cwtm --save_strategy steps --save_steps 2 --save_total_limit 1 --eval_strategy epoch",
     "images-best": f"{IMAGES} --num_train_epochs 4 --per_device_train_batch_size 16 --objective ban --dropout 0.2 "
-    f"--eval_strategy epoch --save_total_limit 1 {BEST} accuracy --greater_is_better True",
-    "text-epoch": f"{TEXT} --num_train_epochs 4 --per_device_train_batch_size 8 --dropout 0.4",
+    f"--eval_strategy epoch --save_total_limit 1 {BEST} accuracy --greater_is_better True {OFTEN}",
+    "text-epoch": f"{TEXT} --num_train_epochs 4 --per_device_train_batch_size 8 --dropout 0.4 --save_strategy epoch",
+    "text-minutes": f"{TEXT} --num_train_epochs 4 --per_device_train_batch_size 8 --dropout 0.4 {OFTEN}",
     "text-steps": f"{TEXT} --num_train_epochs 3 --per_device_train_batch_size 8 --dropout 0.4 --objective ban "
     "--save_strategy steps --save_steps 2 --load_best_model_at_end False",
     "text-best": f"{TEXT} --num_train_epochs 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 "
