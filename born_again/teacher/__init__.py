@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("autocast", "inference", "float32")
 # Of torch.compile: their outputs are overwritten by the next call.
-_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # The recurrent networks here, whose code was published beside weights before it had the attribute `carries_state`.
 _CARRIES_STATE_UNDECLARED = ("lstm_lm", "char_cnn_lstm")
 
@@ -348,7 +348,7 @@ class FrozenTeacher:
         arguments = self.arguments(index, inputs)
         with self._pixels[index].naming_sizes(inputs):
             output = called(**arguments)
-        if self._compile is not None and self._compile.get("mode") in _CUDA_GRAPH_MODES:
+        if self._compile is not None and self._compile.get("mode") in CUDA_GRAPH_MODES:
             output = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
         return output
 

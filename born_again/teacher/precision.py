@@ -254,7 +254,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return type(value)(_cast(part, dtype) for part in value)
     if type(value) is dict:
         return {name: _cast(part, dtype) for name, part in value.items()}
-    return value.to(dtype) if _is_floating(value) else value
+    # Not where it has that dtype already: a compiler would make a graph of it.
+    return value.to(dtype) if _is_floating(value) and value.dtype != dtype else value
 
 
 def _is_floating(value: Any) -> bool:

@@ -304,8 +304,9 @@ class BornAgainLMTrainer(BornAgainTrainer):
         with self._another_text(self.train_dataset):
             for batch in islice(self._in_order(), windows):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                parts = [objective_items("label", rows, None, targets)
-                         for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
+                with self._eager_where_smaller(batch):
+                    parts = [objective_items("label", rows, None, targets)
+                             for rows, targets in self._teacher_rows(inputs, labels)]  # fmt: skip
                 losses, weights = (torch.cat(part) for part in zip(*parts, strict=True))
                 sums += self.accelerator.gather_for_metrics(sums_of_rows(losses, weights, len(labels))).sum(0)
         total, tokens = sums.tolist()

@@ -89,7 +89,7 @@ class ChunkedLossMixin:
 
     def _why_no_hidden(self) -> str | None:
         """Why the teacher's hidden states cannot stand in for its logits, as far as that is known before any batch."""
-        if self.args.torch_compile:
+        if self._compiler is not None:
             return "a compiled network cannot skip its output layer"
         teacher = self.teacher
         if teacher is None:

@@ -84,8 +84,9 @@ class TeacherAccuracyMixin:
         with self._leaving_generators_alone():
             for batch in self._rows_in_order(dataset):
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                parts = [((rows.argmax(-1) == targets), targets != IGNORED)
-                         for rows, targets in logits_and_targets(inputs, labels)]  # fmt: skip
+                with self._eager_where_smaller(batch):
+                    parts = [((rows.argmax(-1) == targets), targets != IGNORED)
+                             for rows, targets in logits_and_targets(inputs, labels)]  # fmt: skip
                 right, counted = (torch.cat(part).double() for part in zip(*parts, strict=True))
                 sums = sums_of_rows(right, counted, len(labels))
                 correct += self.accelerator.gather_for_metrics(sums).sum(0)
@@ -93,11 +94,13 @@ class TeacherAccuracyMixin:
         return {"accuracy": right / max(items, 1), "samples": len(dataset)}
 
     def _rows_in_order(self, dataset: Dataset) -> DataLoader:
-        """Every row of a dataset, by a loader that serves nothing else.
+        """Every row of a dataset, by a loader that serves nothing else, in batches of the training's size.
 
-        Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent.
+        Trainer would keep one of get_eval_dataloader for its evaluations where workers are persistent. Another size
+        would be a second shape for a compiled or captured teacher.
         """
-        with changed(self.args, dataloader_drop_last=False, dataloader_persistent_workers=False):
+        settings = {"dataloader_drop_last": False, "dataloader_persistent_workers": False}
+        with changed(self.args, per_device_eval_batch_size=self._train_batch_size, **settings):
             return Trainer.get_test_dataloader(self, dataset)
 
     @contextmanager

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
@@ -36,6 +35,7 @@ from born_again.training.arguments import (
     multi_step_schedule,
 )
 from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
+from born_again.training.compilation import CompilationMixin
 from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
@@ -64,7 +64,9 @@ _TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementat
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, ItemLossesMixin, BaseTrainer):
+class BornAgainTrainer(
+    TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, ItemLossesMixin, CompilationMixin, BaseTrainer
+):
     """transformers.Trainer whose model may have a teacher.
 
     Without a teacher it is Trainer, unless `loss_normalization` is "step". With one, every batch goes once through the
@@ -238,9 +240,9 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         taught_by = with_teacher_cache(frozen, self.args, self.train_dataset)
         # Every check is done before the teacher is changed.
         frozen.to(self.args.device, self._memory_format)
-        compiler = self.accelerator.state.dynamo_plugin
-        if compiler.backend != DynamoBackend.NO:
-            frozen.compile(**compiler.to_kwargs())  # as accelerate compiles the student
+        if self._compiler is not None:
+            with self._compiling_for_one_shape():
+                frozen.compile(**self._compiler.to_kwargs())  # as accelerate compiles the student
         self.teacher = taught_by
         self._own_the_loss(student)
 
@@ -349,7 +351,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
-            with self._leaving_generators_alone():
+            with self._leaving_generators_alone(), self._eager_evaluation():
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             self._labels.check()
             total, items = self._evaluated.tolist()
@@ -402,7 +404,8 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
             total_weight = torch.zeros((), device=device)
             for batch in batches:
                 inputs, labels = self._split_labels(self._prepare_inputs(batch))
-                batch[_TEACHER_LOGITS], weight = self._teacher_logits_and_weight(inputs, labels)
+                with self._eager_where_smaller(batch):
+                    batch[_TEACHER_LOGITS], weight = self._teacher_logits_and_weight(inputs, labels)
                 total_weight = total_weight + weight
             total_weight = self._sum_over_processes(total_weight)
         if self.args.objective == "dkpp":
@@ -572,7 +575,12 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trainer's, remembering on the device the first step whose loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._replays_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self._eager_where_smaller(inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._replays_cuda_graphs and not self.accelerator.sync_gradients:
+            self._copy_gradients(model)
         if self._stops_on_nonfinite:
             self._guard.see(loss, self.state.global_step + 1)
         return loss
@@ -605,6 +613,7 @@ class BornAgainTrainer(TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMix
                 self._warn(warning)
         with contextlib.ExitStack() as stack:
             stack.enter_context(explaining_errors(self))
+            stack.enter_context(self._compiling_for_one_shape())
             if isinstance(self.teacher, CachedTeacher):
                 stack.enter_context(emitting_view_keys(self.train_dataset))
                 stack.callback(self.teacher.close)
