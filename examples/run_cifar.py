@@ -30,8 +30,9 @@ from born_again import (
 )
 from born_again.data.augment import usual_padding
 from born_again.data.decode import EMBEDDED, warn
-from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch, fits_on_gpu
+from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
 from born_again.data.images import ImageData, allows_flip, flip_warning, load_images
+from born_again.data.placement import fits_on_gpu
 from born_again.hub.launch import (
     LineageFlags,
     apply_budget,

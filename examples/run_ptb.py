@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from born_again import BornAgainLMTrainer, BornAgainTrainingArguments, LineageRunner, LineageSpec
+from born_again.data.placement import fits_on_gpu
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.data.text import TextData, load_text, vocabulary_of
 from born_again.hub.launch import (
@@ -84,6 +85,7 @@ class LineageArguments(LineageFlags):
     text_column: str | None = field(default=None, metadata={"help": "Found by its type when not given."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many tokens."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many tokens."})
+    text_on_gpu: bool = field(default=True, metadata={"help": "Keep the tokens in GPU memory, if they fit."})
 
 
 # Two layers, embeddings tied to the softmax, in the way of Zaremba et al. 2014 (arXiv 1409.2329): learning rate 20
@@ -287,6 +289,9 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
         max_train_samples=lineage.max_train_samples,
         max_eval_samples=lineage.max_eval_samples,
     )
+    if lineage.text_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
+        data = data.to(training.device)
+        training.dataloader_pin_memory = False  # only for tensors in main memory
     runner = build_runner(spec, data, training, lineage)
     with torch.device("meta"):
         network = create_language_model(spec.model, vocabulary_of(data.tokenizer), **spec.model_args)

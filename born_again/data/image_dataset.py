@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from transformers.trainer_callback import TrainerCallback
 
 from born_again.data.augment import PADDING, count_views, draw_views, identity_view, render_views
-from born_again.data.images import ImageData
 
 if TYPE_CHECKING:
     from born_again.data.images import ImageSplit
@@ -188,21 +187,3 @@ class EpochCallback(TrainerCallback):
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch or 0))
-
-
-# Of the free GPU memory, which the networks need too.
-_SHARE = 0.25
-
-
-def fits_on_gpu(data: ImageData, device: torch.device, workers: int = 0) -> bool:
-    """Whether a dataset can be held on the GPU, where batches are then made without a transfer.
-
-    It requires a CUDA device, a quarter of its free memory or less, and a DataLoader without workers, which cannot use
-    tensors on a GPU. The DataLoader must not pin memory.
-
-    Args:
-        data: in main memory.
-        device: of the training.
-        workers: of the DataLoader.
-    """
-    return device.type == "cuda" and not workers and data.nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]

@@ -23,6 +23,9 @@ class TokenStreams(Dataset):
     stream s, and a process that gets the same slice of every batch stays on its own streams. The last window is
     shorter where `window` does not divide L.
 
+    Batches are made and returned on the device of the tokens. There a batch of neighbouring streams, as that of every
+    process is, is a copy of a slice, without a transfer. On a GPU the DataLoader must not have workers or pin memory.
+
     Attributes:
         streams, window: as given.
         length: tokens in a stream, L.
@@ -35,7 +38,7 @@ class TokenStreams(Dataset):
     def __init__(self, tokens: torch.Tensor, streams: int, window: int, *, before: int):
         """
         Args:
-            tokens: (N,) int64 token ids.
+            tokens: (N,) int64 token ids, on any device.
             streams: how many streams, at least 1: the rows of a batch over all processes.
             window: tokens in a window, at least 1 and at most L.
             before: id of the token that comes before the first, that is of `<eos>`.
@@ -107,21 +110,24 @@ class TokenStreams(Dataset):
         Raises:
             ValueError: if the items are not of one window.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        first, last = (int(end) // self.streams for end in rows.aminmax())
+        items = [int(index) for index in indices]
+        first, last = min(items) // self.streams, max(items) // self.streams
         if first != last or not 0 <= first < self.windows:
             raise ValueError(
                 f"indices are of the windows {first} to {last}; expected one of {self.windows}, since a batch is one "
                 f"place of the streams: use batches of {self.streams} rows in order, without shuffling"
             )
         place = slice(first * self.window, (first + 1) * self.window)
-        streams = rows % self.streams
+        start = items[0] % self.streams
+        rows: slice | torch.Tensor = slice(start, start + len(items))
+        if items != list(range(items[0], items[0] + len(items))):
+            rows = torch.tensor(items, device=self._inputs.device) % self.streams
         batch: dict[str, Any] = {
-            "input_ids": self._inputs[:, place][streams],
-            "labels": self._labels[:, place][streams],
+            name: tokens[rows, place].clone(memory_format=torch.contiguous_format)
+            for name, tokens in (("input_ids", self._inputs), ("labels", self._labels))
         }
         if self.emit_view_keys:
-            batch[VIEW_KEYS] = rows.numpy().copy()
+            batch[VIEW_KEYS] = np.array(items, dtype=np.int64)
         return batch
 
 

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +72,16 @@ class TextData:
     entropy_per_word: float | None
     fingerprint: dict[str, Any]
     coverage: dict[str, dict[str, float]]
+
+    def to(self, device: torch.device | str) -> TextData:
+        """The corpus with all splits on another device."""
+        moved = {split: getattr(self, split).to(device) for split in ("train", "validation", "test")}
+        return replace(self, **moved)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the token streams made of all splits, in bytes: inputs and labels."""
+        return 2 * (self.train.nbytes + self.validation.nbytes + self.test.nbytes)
 
 
 def load_text(

@@ -83,9 +83,24 @@ def fold_and_cast(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dt
             if buffer.is_floating_point() and not name.endswith("inv_freq"):
                 setattr(module, name, buffer.to(own))
         if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()  # cuDNN wants the weights of a layer in one piece
+            _flatten(module)
     network.register_forward_pre_hook(lambda module, args, kwargs: _cast((args, kwargs), dtype), with_kwargs=True)
     return network
+
+
+def _flatten(layer: nn.RNNBase) -> None:
+    """Makes the weights of a layer one piece of memory on a GPU, as cuDNN wants them, those in bfloat16 too.
+
+    torch takes bfloat16 for a dtype that cuDNN does not know, and leaves such weights apart: cuDNN then copies them at
+    every call, with a warning. It does compute in it, and so does the function that torch calls here.
+    """
+    known = torch.backends.cudnn.CUDNN_TENSOR_DTYPES
+    missing = {torch.bfloat16} - known
+    known.update(missing)
+    try:
+        layer.flatten_parameters()
+    finally:
+        known.difference_update(missing)
 
 
 def _fold_all(network: nn.Module, inputs: Mapping[str, Any]) -> None:

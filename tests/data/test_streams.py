@@ -53,6 +53,8 @@ def test_dataloader_gives_window_after_window_for_any_processes():
             rows = [place * 4 + rank * 2, place * 4 + rank * 2 + 1]
             half = data.__getitems__(rows)
             assert torch.equal(half["labels"], batch["labels"][rank * 2 : rank * 2 + 2])
+        mixed = data.__getitems__([place * 4 + 3, place * 4, place * 4 + 1])
+        assert all(torch.equal(mixed[name], batch[name][[3, 0, 1]]) for name in batch)
     # A stream goes on from batch to batch.
     assert torch.equal(torch.cat([batch["labels"][1] for batch in batches]), torch.arange(26, 52))
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import born_again  # noqa: F401
 from born_again.models.image_classifier import create_image_classifier
-from born_again.teacher.precision import folded_copy
+from born_again.teacher.precision import fold_and_cast, folded_copy
 
 
 def trained(network):
@@ -285,3 +285,29 @@ def test_what_is_among_nested_outputs_has_a_reader():
     folded = folded_copy(network, {"x": pixels()})
     assert norms(folded) == 1
     assert torch.equal(folded(pixels())["hidden"][0][0], network(pixels())["hidden"][0][0])
+
+
+def test_the_weights_of_an_lstm_in_bfloat16_are_flattened_for_cudnn(monkeypatch):
+    """torch skips bfloat16, which cuDNN computes in: for the time of the call it must not."""
+    seen, known = [], torch.backends.cudnn.CUDNN_TENSOR_DTYPES
+    network = nn.ModuleDict({"rnn": nn.LSTM(3, 4, batch_first=True)}).eval()
+    network.forward = lambda x: network["rnn"](x)[0]
+    before = set(known)
+    monkeypatch.setattr(
+        nn.RNNBase,
+        "flatten_parameters",
+        lambda self: seen.append((self.weight_hh_l0.dtype, torch.bfloat16 in known)),
+    )
+    fold_and_cast(network, {"x": torch.randn(2, 5, 3)}, torch.bfloat16)
+    assert seen == [(torch.bfloat16, True)]
+    assert known == before
+
+
+@pytest.mark.gpu
+def test_cudnn_has_no_warning_for_an_lstm_in_bfloat16(recwarn):
+    network = nn.ModuleDict({"rnn": nn.LSTM(3, 4, batch_first=True)}).cuda().eval()
+    network.forward = lambda x: network["rnn"](x)[0]
+    folded = fold_and_cast(network, {"x": torch.randn(2, 5, 3, device="cuda")}, torch.bfloat16)
+    folded(x=torch.randn(2, 5, 3, device="cuda"))
+    assert not [warning for warning in recwarn if "contiguous chunk" in str(warning.message)]
+    assert len({weight.untyped_storage().data_ptr() for weight in network.parameters()}) == 1
