@@ -105,7 +105,7 @@ class BornAgainTrainingArguments(TrainingArguments):
             its choice.
         loss_normalization: what a training without a teacher divides its loss by; with a teacher, in a lineage and in
             BornAgainLMTrainer it is always "step". "trainer" leaves the loss to the network and to transformers, bit
-            for bit, which for networks that take no `num_items_in_batch` multiplies the loss by the accumulation
+            for bit, which for networks that ignore `num_items_in_batch` multiplies the loss by the accumulation
             steps and eval_loss by the number of processes. "step" has the trainer compute it as for a student: the
             mean over all items of the step, whatever the accumulation and the number of processes, and an eval_loss
             that can be compared with a student's.
