@@ -167,41 +167,77 @@ def check_padding(network: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def padding_that_ends_texts(collator: Any) -> int | None:
-    """The id that pads batches and also ends texts, where a collator takes every label of that id for padding."""
-    from transformers import DataCollatorForLanguageModeling
+class EndsOfTexts:
+    """Looks, in the first steps of a training, for ends of texts that count for nothing, as if they were padding.
 
-    if not isinstance(collator, DataCollatorForLanguageModeling) or collator.mlm:
-        return None
-    padding = getattr(collator.tokenizer, "pad_token_id", None)
-    return padding if padding == getattr(collator.tokenizer, "eos_token_id", None) else None
-
-
-def ignored_ends(batch: Mapping[str, Any], labels: str, end: int) -> int:
-    """How many ends of texts in a batch count for nothing: tokens that are attended to, with the label -100.
+    Where a tokenizer pads with the token that ends texts, DataCollatorForLanguageModeling(mlm=False) ignores every
+    label that is the padding, and so do many who label texts themselves. Looking waits for the device.
 
     Args:
-        batch: of `padding_that_ends_texts`'s collator, input_ids (rows, time) among it.
-        labels: the name of its labels.
-        end: id of the token that ends a text.
+        collator: of the training.
+        processing_class: whose tokenizer stands in for that of a collator without one.
+        is_causal: whether the student is a causal language model, whose labels may be its token ids.
     """
-    ids, mask, targets = (batch.get(name) for name in ("input_ids", "attention_mask", labels))
-    if ids is None or mask is None or targets is None:
-        return 0
-    return int(((ids == end) & mask.bool() & (targets == -100)).sum())
+
+    def __init__(self, collator: Any, processing_class: Any, is_causal: bool) -> None:
+        from transformers import DataCollatorForLanguageModeling
+
+        tokenizer = tokenizer_of(collator)
+        tokenizer = tokenizer_of(processing_class) if tokenizer is None else tokenizer
+        padding = getattr(tokenizer, "pad_token_id", None)
+        self._ignores_by_id = isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
+        is_text = self._ignores_by_id or (is_causal and not getattr(collator, "mlm", False))
+        self._end = padding if is_text and padding == getattr(tokenizer, "eos_token_id", None) else None
+        self._token = getattr(tokenizer, "pad_token", None)
+        self._steps = self._ignored = 0
+
+    def look(self, batches: Sequence[Mapping[str, Any]], labels: str) -> str | None:
+        """A warning, once, where the ends of texts in the batches of a step are ignored.
+
+        Args:
+            batches: input_ids, attention_mask and labels (rows, time) among them.
+            labels: the name of the labels.
+        """
+        if self._end is None:
+            return None
+        counts = [self._counts(batch, labels) for batch in batches]
+        counted = sum(count[1] for count in counts)
+        self._steps += 1
+        self._ignored += sum(count[0] for count in counts)
+        # Labels made by hand may leave out some ends on purpose, such as those of prompts.
+        if self._steps == _STEPS or (self._ignored if self._ignores_by_id else counted):
+            self._end = None
+        if self._end is not None or not self._ignored:
+            return None
+        if self._ignores_by_id:
+            return (
+                f"data_collator: DataCollatorForLanguageModeling(mlm=False) pads with {self._token!r}, which also "
+                f"ends texts, and ignores every label that is the padding: {max(count[0] for count in counts)} ends "
+                f"of texts in a batch count for nothing, and texts are never taught to end. {_PAD_BY_PLACE}"
+            )
+        if counted:
+            return None
+        return (
+            f"{labels}: all {self._ignored} ends of texts in the first {_STEPS} steps have the label -100, and "
+            f"{self._token!r}, which ends texts, pads them too: texts are never taught to end. If labels were ignored "
+            f"where they are the padding, that is why. {_PAD_BY_PLACE}"
+        )
+
+    def _counts(self, batch: Mapping[str, Any], labels: str) -> tuple[int, int]:
+        """How many ends, tokens that are attended to, are ignored, and how many count."""
+        ids, mask, targets = (batch.get(name) for name in ("input_ids", "attention_mask", labels))
+        if ids is None or mask is None or targets is None or not ids.shape == mask.shape == targets.shape:
+            return 0, 0
+        ignored = targets[(ids == self._end) & mask.bool()] == -100
+        return int(ignored.sum()), int((~ignored).sum())
 
 
-def ignored_ends_warning(ends: int, token: str) -> str:
-    """The warning for `ignored_ends`."""
-    return (
-        f"data_collator: DataCollatorForLanguageModeling(mlm=False) pads with {token!r}, which also ends texts, and "
-        f"ignores every label that is the padding: {ends} ends of texts in a batch count for nothing, and texts are "
-        "never taught to end. Pad labels by their place instead: a column labels equal to input_ids, and "
-        "DataCollatorForSeq2Seq(tokenizer); or give the padding a token of its own, tokenizer.add_special_tokens("
-        "{'pad_token': '<pad>'}), and call resize_token_embeddings(len(tokenizer)) on student and teacher."
-    )
-
-
+_STEPS = 8
+_PAD_BY_PLACE = (
+    "Pad labels by their place instead: a column labels equal to input_ids, and DataCollatorForSeq2Seq(tokenizer); or "
+    "give the padding a token of its own, tokenizer.add_special_tokens({'pad_token': '<pad>'}), and call "
+    "resize_token_embeddings(len(tokenizer)) on student and teacher."
+)
 _REMEDY = "train teacher and student with one tokenizer, loaded from the teacher's folder."
 _VOUCH = (
     "Where the teacher was trained with the student's tokenizer, give that as processing_class and as "

@@ -22,10 +22,8 @@ from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view
 from born_again.teacher.inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
 from born_again.teacher.preprocessing import preprocessing_of_training, wrong_config
 from born_again.teacher.tokenizers import (
+    EndsOfTexts,
     compare_tokenizers,
-    ignored_ends,
-    ignored_ends_warning,
-    padding_that_ends_texts,
     student_tokenizer,
 )
 from born_again.training.arguments import (
@@ -186,7 +184,7 @@ class BornAgainTrainer(
         self._collects_metrics = True
         self._guard = DivergenceGuard()
         self._permutations: torch.Generator | None = None
-        self._end_of_texts: int | None = None  # id of a token that a collator takes for padding
+        self._ends_of_texts: EndsOfTexts | None = None
         self._owns_loss, self._network_scales_loss = False, self.model_accepts_loss_kwargs
         self._labels = LabelRange(*(self.label_names or [])[:1])
         self._evaluated: Tensor | None = None  # sums of losses and of items, (2,), while an evaluation goes on
@@ -385,8 +383,9 @@ class BornAgainTrainer(
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed in mid-epoch from the checkpoint of the last step: Trainer would do one more
         batches, total_weight = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._end_of_texts is not None:
-            self._look_for_ignored_ends(batches, self._end_of_texts)
+        if self._ends_of_texts is not None:
+            if (warning := self._ends_of_texts.look(batches, (self.label_names or ["labels"])[0])) is not None:
+                self._warn(warning)
         if self._owns_loss and batches and self._chunked is None:
             self._choose_loss_implementation(batches[0])
         if self.teacher is None:
@@ -412,16 +411,6 @@ class BornAgainTrainer(
             # Seeded for each step and process, so that a resumed training draws what an uninterrupted one would have.
             self._permutations = torch.Generator(device).manual_seed(self._permutation_seed())
         return batches, total_weight
-
-    def _look_for_ignored_ends(self, batches: list, end_of_texts: int) -> None:
-        """Warns once where padding hides the ends of texts; in the first steps alone, since looking waits."""
-        labels = (self.label_names or ["labels"])[0]
-        ends = max((ignored_ends(batch, labels, end_of_texts) for batch in batches), default=0)
-        self._steps_looked_at += 1
-        if ends:
-            self._warn(ignored_ends_warning(ends, self.data_collator.tokenizer.pad_token))
-        if ends or self._steps_looked_at == METRICS_EVERY:
-            self._end_of_texts = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if not self._owns_loss:
@@ -603,8 +592,8 @@ class BornAgainTrainer(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, after evaluating the teacher on the training set."""
-        self._end_of_texts, self._steps_looked_at = padding_that_ends_texts(self.data_collator), 0
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._ends_of_texts = EndsOfTexts(self.data_collator, self.processing_class, declares_shift(student))
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
             self._warn(warning)
         # Of narrow weights FSDP and DeepSpeed train a copy in float32.

@@ -350,6 +350,37 @@ def test_ends_of_texts_that_are_ignored_as_padding_are_warned_of_once(tmp_path, 
     assert "DataCollatorForSeq2Seq(tokenizer)" in said
 
 
+def masked(story, ends: int = 0) -> dict[str, list[int]]:
+    """With labels ignored where they are the padding, but for so many at the end."""
+    ids = story["input_ids"]
+    kept = len(ids) - ends
+    return {**story, "labels": [-100 if token == 3 and place < kept else token for place, token in enumerate(ids)]}
+
+
+def test_ends_that_were_ignored_by_hand_are_warned_of_where_none_counts(tmp_path, caplog):
+    shared = tokenizer(pad_token="</s>")
+    prompted = [
+        {"input_ids": [4, 3, *story["input_ids"]], "attention_mask": [1, 1, *story["attention_mask"]]}
+        for story in stories()
+    ]
+    for data, ends, many in ((stories(), 0, 64), (prompted, 0, 128), (prompted, 1, None)):
+        rows = [masked(story, ends) for story in data]
+        trainer = BornAgainTrainer(
+            language_model(1),
+            arguments(tmp_path, max_steps=9),
+            teacher=language_model(2),
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(shared),
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        said = [record.message for record in caplog.records if record.message.startswith("labels: all ")]
+        assert len(said) == (many is not None)
+        assert all(f"all {many} ends of texts in the first 8 steps have the label -100" in one for one in said)
+        assert all("'</s>', which ends texts, pads them too" in one for one in said)
+
+
 def test_ends_that_are_taught_are_not(tmp_path, caplog):
     own = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
     by_place = DataCollatorForSeq2Seq(tokenizer(pad_token="</s>"))  # the remedy
@@ -363,7 +394,7 @@ def test_ends_that_are_taught_are_not(tmp_path, caplog):
         if data is not endless:
             batch = collator([dict(row) for row in data[:8]])
             assert batch["labels"].eq(3).sum() == 8
-    assert "data_collator" not in caplog.text
+    assert "data_collator" not in caplog.text and "ends of texts" not in caplog.text
 
 
 def test_word_tokenizers_of_lineages_begun_before_newlines_were_read_go_on():
