@@ -46,6 +46,7 @@ from born_again.lineage.status import results_table
 from born_again.lineage.worse import worse_than_teacher
 from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
+from born_again.training.fused_optimizer import should_fuse
 
 _Loaded = TypeVar("_Loaded")
 
@@ -346,13 +347,13 @@ def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> H
 def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) -> LineageSpec | None:
     """Restores a published lineage if output_dir is empty, and fills in arguments from the lineage in output_dir.
 
-    Call it before the spec is made. The name and the mixed precision of the existing lineage are taken unless the user
-    gave them: a recipe would choose the precision by the machine. A precision given by a flag or the launcher stays,
-    and the runner refuses it if it differs.
+    Call it before the spec is made. The name, the mixed precision and the fused optimizer of the existing lineage are
+    taken unless the user gave them: a recipe would choose the last two by the machine. A precision given by a flag or
+    the launcher stays, and the runner refuses it if it differs.
 
     Args:
         flags: `name` may change.
-        training: its mixed precision may change, which is printed.
+        training: its mixed precision may change, which is printed; its fused_optimizer is set.
 
     Returns:
         The spec of the existing lineage, None if there is none.
@@ -371,6 +372,12 @@ def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) ->
     try:
         spec = Manifest.read(Path(training.output_dir)).spec
     except (FileNotFoundError, LineageError):  # the runner says what is wrong with it
+        spec = None
+    if "fused_optimizer" not in flags.given:
+        # A lineage of an earlier version does not say, and was begun without.
+        recorded = False if spec is None else spec.training.get("fused_optimizer", False)
+        training.fused_optimizer = should_fuse(training) if spec is None else recorded
+    if spec is None:
         return None
     if "name" not in flags.given:
         flags.name = spec.name

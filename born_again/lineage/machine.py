@@ -202,6 +202,8 @@ def describe_computation(args: TrainingArguments, network: nn.Module | None = No
     parts.append(f"teacher_precision {getattr(args, 'teacher_precision', 'autocast')}")
     compiler = compiler_of(args)
     parts.append("not compiled" if compiler is None else f"compiled by {compiler[0]} ({compiler[1]})")
+    if getattr(args, "fused_optimizer", False):
+        parts.append("fused optimizer")
     if args.gradient_accumulation_steps > 1:
         parts.append(f"{args.gradient_accumulation_steps} batches a step")
     where = f"device {args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}"

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SchedulerType
 from born_again.objectives import OBJECTIVES, OBJECTIVES_WITH_LABELS, PERMUTATIONS
 from born_again.teacher import PRECISIONS
 from born_again.training.environment import compiler_of
+from born_again.training.fused_optimizer import has_fused_form
 
 
 def multi_step_schedule(
@@ -127,6 +128,11 @@ class BornAgainTrainingArguments(TrainingArguments):
         lr_plateau_gain: by how much that metric has to fall below its best so far; 0 or more, in its own unit.
         decay_all_parameters: weight decay on every parameter, as in the paper; transformers leaves out biases and
             some normalisation weights.
+        fused_optimizer: has the optimizer of `optim`, "sgd" or "adamw_torch", update many parameters by one kernel, in
+            place of torch's default, which on CUDA is one kernel for each operation of the update ("foreach"), on a
+            CPU a loop over parameters. The update is the same but for rounding, so weights differ in their last bits;
+            it needs no temporary copies of all gradients. The examples choose it on CUDA for new lineages, and a
+            lineage goes on as it was begun. An optimizer that is handed over stays as it is.
 
     Raises:
         ValueError: a value out of range, or one that the chosen objective would not read.
@@ -178,6 +184,10 @@ class BornAgainTrainingArguments(TrainingArguments):
     )
     lr_plateau_gain: float = field(default=0.0, metadata={"help": "What counts as enough gain for the plateau."})
     decay_all_parameters: bool = field(default=False, metadata={"help": "Weight decay on every parameter."})
+    fused_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Update many parameters by one kernel (sgd, adamw_torch); the scripts do so on CUDA."},
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
 
     def __post_init__(self) -> None:
@@ -210,6 +220,11 @@ class BornAgainTrainingArguments(TrainingArguments):
         self._check_that_the_objective_reads("permutation", ("dkpp",))
         self._check_that_the_objective_reads("teacher_annealing", ("ban",))
         self._check_cache()
+        if self.fused_optimizer and not has_fused_form(self.optim):
+            raise ValueError(
+                f"fused_optimizer: got True with optim {str(getattr(self.optim, 'value', self.optim))!r}, expected "
+                "'sgd' or 'adamw_torch'; leave it out."
+            )
         if self.lr_milestones is not None:
             self._check_milestones(self.lr_milestones)
 
