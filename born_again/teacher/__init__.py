@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from born_again.objectives import widened
+from born_again.teacher.graphs import GraphedForward, copied
 from born_again.teacher.inputs import (
     NetworkInputs,
     cast_floating,
@@ -71,7 +71,8 @@ class FrozenTeacher:
         self._device: torch.device | None = None
         self._memory_format: torch.memory_format | None = None
         self._compile: dict[str, Any] | None = None
-        self._callable: list[Any] | None = None  # the modules, compiled or not, once they are prepared
+        self._graphs: dict[str, Any] | None = None
+        self._callable: list[Any] | None = None  # the modules, compiled or captured or not, once they are prepared
         self._dtypes: list[torch.dtype | None] = [None] * len(self.modules)  # of their floating inputs, once prepared
 
     def set_precision(self, precision: str, dtype: torch.dtype | None = None) -> FrozenTeacher:
@@ -158,6 +159,15 @@ class FrozenTeacher:
         self._compile = options
         return self
 
+    def capture_graphs(self, **options: Any) -> FrozenTeacher:
+        """Has each network's forward replayed as a CUDA graph, where it is not compiled.
+
+        Args:
+            **options: of `born_again.teacher.graphs.GraphedForward`.
+        """
+        self._graphs = options
+        return self
+
     def _place(self, module: nn.Module) -> nn.Module:
         if any(tensor.device != self._device for tensor in _tensors(module)):  # not all that is there can be moved
             try:
@@ -176,7 +186,7 @@ class FrozenTeacher:
             inputs: see `__call__`.
 
         Returns:
-            The callable of each network: itself, or what torch.compile returned.
+            The callable of each network: itself, what torch.compile returned, or a `GraphedForward`.
         """
         if self._callable is None:
             self.freeze()
@@ -187,7 +197,17 @@ class FrozenTeacher:
             if self._compile is not None:
                 # Not compiled in place: a network that someone else holds must not be another for it.
                 self._callable = [torch.compile(_original(module), **self._compile) for module in self.modules]
+            elif self._graphs is not None:
+                self._callable = [self._graphed(index, **self._graphs) for index in range(len(self.modules))]
         return self._callable
+
+    def _graphed(self, index: int, **options: Any) -> Any:
+        module = self.modules[index]
+        if _original(module) is not module:
+            return module  # whose compiler may have graphs of its own
+        return GraphedForward(
+            module, lambda **arguments: self._logits_and_state(module, index, arguments), self.warn, **options
+        )
 
     def _folded_copy(self, index: int, inputs: Mapping[str, Any]) -> nn.Module:
         network = self._place(_copied(self.modules[index]))
@@ -306,10 +326,7 @@ class FrozenTeacher:
                 self._output(called, index, inputs if state is None else {**inputs, "state": state})
                 for index, (called, state) in enumerate(zip(self.prepare(inputs), states, strict=True))
             ]
-        after = [
-            output.state if carries else None for output, carries in zip(outputs, self.carries_state, strict=True)
-        ]
-        return [logits_of(output) for output in outputs], after
+        return [logits for logits, _ in outputs], [state for _, state in outputs]
 
     def _check_length(self, inputs: Mapping[str, Any]) -> None:
         ids = inputs.get("input_ids")
@@ -342,15 +359,22 @@ class FrozenTeacher:
         narrow = {input_dtype(module) for module in self.modules} & {torch.float16, torch.bfloat16}
         return bool(narrow - {torch.get_autocast_dtype(kind)})
 
-    def _output(self, called: Any, index: int, inputs: Mapping[str, Any]) -> Any:
+    def _output(self, called: Any, index: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """The logits of a network, and the state after them, None where it carries none."""
         if self.modules[index].training:
             self.modules[index].eval()
         arguments = self.arguments(index, inputs)
         with self._pixels[index].naming_sizes(inputs):
-            output = called(**arguments)
+            if isinstance(called, GraphedForward):
+                return called(**arguments)
+            output = self._logits_and_state(called, index, arguments)
         if self._compile is not None and self._compile.get("mode") in CUDA_GRAPH_MODES:
-            output = tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, output)
+            output = copied(output)
         return output
+
+    def _logits_and_state(self, called: Any, index: int, arguments: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        output = called(**arguments)
+        return logits_of(output), output.state if self.carries_state[index] else None
 
 
 def carries_state(module: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def fold_and_cast(network: nn.Module, inputs: Mapping[str, Any], dtype: torch.dt
                 setattr(module, name, buffer.to(own))
         if isinstance(module, nn.RNNBase):
             _flatten(module)
-    network.register_forward_pre_hook(lambda module, args, kwargs: _cast((args, kwargs), dtype), with_kwargs=True)
+    network.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
     return network
 
 
@@ -261,6 +261,16 @@ def _fold(network: nn.Module, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> C
 
     put(rest)
     return restore
+
+
+class CastInputs:
+    """A hook before the forward of a network with weights of another dtype than its inputs."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast((args, kwargs), self.dtype)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -65,7 +65,7 @@ _NOT_WEIGHT_AFFECTING = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
     ddp_timeout ddp_backend
-    teacher_cache teacher_cache_dir teacher_cache_limit_gib
+    teacher_cache teacher_cache_dir teacher_cache_limit_gib teacher_cuda_graph
     """.split()
 )
 # Unless the learning rate or the choice of weights hangs on evaluations.
@@ -94,6 +94,9 @@ class BornAgainTrainingArguments(TrainingArguments):
         teacher_precision: how the teacher computes. "autocast" as the student does; "inference" is the fastest, a
             private copy with BatchNorm folded into convolutions and weights in the dtype of bf16 or fp16; "float32" in
             full precision whatever the student does.
+        teacher_cuda_graph: on CUDA, whether the teacher's forward is captured as a CUDA graph and replayed, which
+            saves the host the launch of every kernel; its outputs are the same bit for bit. Where it cannot be
+            captured, with torch_compile and with a teacher_cache it is called as on other devices.
         teacher_cache: where the teacher's outputs are cached, to be read when the same view of a sample comes again:
             "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one teacher).
             The weights are the same. The training set must give each view a cache key, as born_again.data's do.
@@ -148,6 +151,9 @@ class BornAgainTrainingArguments(TrainingArguments):
     channels_last: bool = field(default=False, metadata={"help": "Keep 4-d tensors in torch.channels_last."})
     teacher_precision: str = field(
         default="autocast", metadata={"help": f"How the teacher computes: {', '.join(PRECISIONS)}."}
+    )
+    teacher_cuda_graph: bool = field(
+        default=True, metadata={"help": "Replay the teacher's forward as a CUDA graph, on CUDA."}
     )
     teacher_cache: str = field(
         default="off", metadata={"help": "Where teacher outputs are cached: off, memory, disk."}

@@ -241,6 +241,8 @@ class BornAgainTrainer(
         if self._compiler is not None:
             with self._compiling_for_one_shape():
                 frozen.compile(**self._compiler.to_kwargs())  # as accelerate compiles the student
+        elif self.args.device.type == "cuda" and self.args.teacher_cuda_graph and taught_by is frozen:
+            frozen.capture_graphs()
         self.teacher = taught_by
         self._own_the_loss(student)
 
