@@ -1,5 +1,6 @@
 """Settings that must be in force before any library is imported, and fixtures that several folders share."""
 
+import gc
 import os
 
 # Never a network.
@@ -27,3 +28,10 @@ def two_threads():
     """The sums of a convolution depend on how many threads share it."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports():
+    """accelerate collects garbage at the start of every training, ten times as long as one of ours takes otherwise."""
+    gc.collect()
+    gc.freeze()

@@ -118,8 +118,8 @@ def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_pat
     asked = []
     monkeypatch.setattr(machine, "ctypes", SimpleNamespace(CDLL=c_library))
     monkeypatch.setattr(machine, "_MALLOC_VARIABLES", ())
-    if frozen_before:
-        gc.freeze()
+    if not frozen_before:
+        gc.unfreeze()
     try:
         before, during = gc.get_freeze_count(), Frozen()
         args = arguments(tmp_path / "out", loss_normalization="step")
@@ -128,7 +128,7 @@ def test_settings_of_the_process_are_changed_only_where_a_script_says_so(tmp_pat
         assert bool(before) == bool(gc.get_freeze_count()) == frozen_before
         assert asked == [None] * tuned
     finally:
-        gc.unfreeze()
+        gc.freeze()
 
 
 @pytest.mark.parametrize("name", ["run_cifar", "run_ptb"])
