@@ -96,10 +96,11 @@ TAUGHT = "--generations 1 --objective"
 
 SUITES = {
     "images": Suite(
-        title="CIFAR-10, the first 5,000 training images, Wide-ResNet-16-1, 50 epochs",
+        title="CIFAR-10 at 16 x 16 pixels, the first 5,000 training images, Wide-ResNet-16-4, 50 epochs",
         script="run_cifar.py",
         data="cifar10",
-        flags="--model wide_resnet16_1_cifar --max_train_samples 5000 --num_train_epochs 50",
+        flags="--model wide_resnet16_1_cifar --model_args width=4 --image_size 16 --no_flip --max_train_samples 5000 "
+        "--num_train_epochs 50 --per_device_train_batch_size 64",
         seeds=SEEDS,
         entries=(
             Entry("labels", LABELS),
@@ -118,7 +119,9 @@ SUITES = {
             "label smoothing": "label-smoothing",
             "3 independent runs": "independent/ensemble",
         },
-        note="Images and epochs were chosen before these runs, by one pair of runs that is not among them.",
+        note="The setting was chosen for teachers that fit, by the training accuracy of teachers of seed 0 alone: "
+        "83 % with Wide-ResNet-16-1 at 32 pixels, mirrored, in batches of 128; 90 % with this network at 16 pixels, "
+        "mirrored, in batches of 128; 92 % not mirrored, in batches of 64, over 30 epochs.",
     ),
     "text": Suite(
         title="Penn Treebank, lstm-small, 9 epochs",

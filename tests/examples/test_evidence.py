@@ -118,7 +118,7 @@ def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_r
         assert message in capsys.readouterr().err and not out.exists()
     words += ["--results", str(results)]
     assert evidence.main([*words, *passed, "--threads", "1"]) == 0
-    title = "Wide-ResNet-16-1, 50 epochs; these flags override the suite's: `--num_train_epochs 1`"
+    title = "Wide-ResNet-16-4, 50 epochs; these flags override the suite's: `--num_train_epochs 1`"
     assert title in results.read_text() and "seedSEED --num_train_epochs 1\n" in results.read_text()
     evidence.copy_records(["images"], out, tmp_path / "records")
     assert evidence.section("images", tmp_path / "records") == evidence.section("images", out)
