@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from born_again.lineage.folders import sync_checkpoint
 from born_again.lineage.machine import on_first_process
+from born_again.training.background_save import Writer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher forwards to its processes a signal that the terminal has already sent to all of them: one request.
@@ -156,18 +157,23 @@ class SaveAfterEvaluation(TrainerCallback):
 class RecordProgress(TrainerCallback):
     """Records the training seconds and the checkpoints of a generation after every checkpoint.
 
-    So the seconds before a crash are counted. The files of the checkpoint are synced to the disk.
+    So the seconds before a crash are counted. The files of the checkpoint are synced to the disk. An error of the
+    writer is raised at the end of the next step.
 
     Args:
         checkpoint_dir: of the generation.
         seconds: of training in earlier runs.
         update: called on every process with the fields of the record, after every checkpoint.
+        writer: of the checkpoints, in which syncing and recording come after the writing.
     """
 
-    def __init__(self, checkpoint_dir: Path, seconds: float, update: Callable[..., None]) -> None:
+    def __init__(
+        self, checkpoint_dir: Path, seconds: float, update: Callable[..., None], writer: Writer | None = None
+    ) -> None:
         self.checkpoint_dir = checkpoint_dir
         self.before = seconds
         self.update = update
+        self.writer = Writer(in_background=False) if writer is None else writer
         self._start = time.perf_counter()
 
     @property
@@ -178,11 +184,18 @@ class RecordProgress(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.writer.check()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # every process has written its files
-        checkpoint = self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        on_first_process(lambda: sync_checkpoint(checkpoint))
-        self.update(seconds=self.seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
+        checkpoint, seconds = self.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", self.seconds
+
+        def record() -> None:
+            on_first_process(lambda: sync_checkpoint(checkpoint))
+            self.update(seconds=seconds, checkpoints=checkpoint_names(self.checkpoint_dir))
+
+        self.writer.submit(record)
 
 
 class StopAndSave(TrainerCallback):
@@ -194,14 +207,16 @@ class StopAndSave(TrainerCallback):
     Args:
         signals: records the signals.
         message: how to resume.
+        writer: of the checkpoint, which is waited for.
 
     Raises:
         Interrupted: once the checkpoint is written.
     """
 
-    def __init__(self, signals: StopSignals, message: str) -> None:
+    def __init__(self, signals: StopSignals, message: str, writer: Writer) -> None:
         self.signals = signals
         self.message = message
+        self.writer = writer
         self._signum: int | None = None
         self._stops_on_save = False
 
@@ -225,6 +240,7 @@ class StopAndSave(TrainerCallback):
         # Not by control.should_training_stop: Trainer would then finish as if the training were complete, and delete
         # this checkpoint where only the best one is kept.
         if self._stops_on_save:
+            self.writer.wait()
             name = signal.Signals(self._signum).name
             raise Interrupted(self._signum, f"{name} after step {state.global_step}: {self.message}")
 

@@ -67,6 +67,7 @@ from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, 
 from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
+from born_again.training.background_save import Writer
 
 if TYPE_CHECKING:
     from born_again.hub.publishing import BackgroundPublisher
@@ -372,13 +373,14 @@ class LineageRunner:
         record = self.manifest.generations[index]
         if generation.parent is None:
             self._normalize_loss(trainer, record)
+        writer = trainer.checkpoint_writer = Writer(in_background=self._processes.num_processes == 1)
         keeper = RecordProgress(
-            generation.checkpoint_dir, record["seconds"], lambda **fields: self._update_record(index, **fields)
+            generation.checkpoint_dir, record["seconds"], lambda **fields: self._update_record(index, **fields), writer
         )
         for callback in (*self._savers, SaveAfterEvaluation()):
             trainer.add_callback(callback)
         trainer.add_callback(keeper)
-        trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint()))
+        trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint(), writer))
         checkpoint = last_checkpoint(generation.checkpoint_dir)
         self._processes.wait_for_everyone()
         on_first_process(
@@ -392,12 +394,12 @@ class LineageRunner:
             generation.seed,
             f", resumed from {checkpoint.name}" if checkpoint else "",
         )
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"generation {index} of {self.spec.name}: {error}") from error
-        self.manifest.update(index, seconds=keeper.seconds)
-        self._finish(generation, trainer, has_own_peak)
+        with writer:
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"generation {index} of {self.spec.name}: {error}") from error
+            self._finish(generation, trainer, has_own_peak, keeper.seconds)
         # Free optimizer and activations before the next generation.
         release_memory(trainer)
         del trainer, student, teacher, keeper
@@ -475,7 +477,9 @@ class LineageRunner:
                 self.manifest.update(generation.index, loss_normalization="step")
         self._save_manifest()
 
-    def _finish(self, generation: Generation, trainer: BornAgainTrainer, has_own_peak: bool) -> None:
+    def _finish(
+        self, generation: Generation, trainer: BornAgainTrainer, has_own_peak: bool, seconds: float = 0.0
+    ) -> None:
         """Saves the weights, evaluates them, then records both: a crash in between repeats only what follows."""
         partial = self.output_dir / f".gen{generation.index}.partial"
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -492,8 +496,11 @@ class LineageRunner:
             metrics = by_split(trainer.evaluate())
         else:
             metrics = self.evaluate(self.load_teacher(partial))
+        if trainer.checkpoint_writer is not None:
+            trainer.checkpoint_writer.wait()  # while it wrote the last checkpoint the weights were evaluated
         facts = {
             "status": "finished",
+            "seconds": seconds,
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
             "metrics": {split: finite_or_none(values) for split, values in metrics.items()},
             "teacher_fit": trainer.teacher_train_metrics and finite_or_none(trainer.teacher_train_metrics),

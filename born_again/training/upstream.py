@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from born_again.metrics import BatchMetrics
+from born_again.training.background_save import BackgroundSaveMixin
 from born_again.training.fused_optimizer import FusedOptimizerMixin
 from born_again.training.teacher_accuracy import changed
 
@@ -38,7 +39,7 @@ def explaining_errors(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-class BaseTrainer(FusedOptimizerMixin, Trainer):
+class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, Trainer):
     """Trainer with the same results, faster steps, and evaluation before training that leaves no trace."""
 
     _parameter_count: int | None = None
