@@ -145,11 +145,14 @@ class LabelRange:
 
     Args:
         column: of the labels, for the message.
+
+    Attributes:
+        unread: what was seen since the last check, which may be moved to another device.
     """
 
     def __init__(self, column: str = "labels") -> None:
         self.column = column
-        self._seen: Tensor | None = None  # (2,): minus the smallest, and the largest label above the last class
+        self.unread: Tensor | None = None  # (2,): minus the smallest, and the largest label above the last class
         self._classes = 0
 
     def see(self, targets: Tensor, classes: int) -> None:
@@ -166,7 +169,7 @@ class LabelRange:
             return
         low, high = torch.aminmax(targets.where(targets != IGNORED, 0))
         seen = torch.stack([-low, high - (classes - 1)])
-        self._seen = seen if self._seen is None else self._seen.maximum(seen)
+        self.unread = seen if self.unread is None else self.unread.maximum(seen)
         self._classes = classes
         if targets.device.type == "cpu":
             self.check()
@@ -177,9 +180,9 @@ class LabelRange:
         Raises:
             ValueError: a label was no class; names the column and one such label.
         """
-        if self._seen is None:
+        if self.unread is None:
             return
-        (below, above), self._seen = self._seen.tolist(), None
+        (below, above), self.unread = self.unread.tolist(), None
         if below <= 0 and above <= 0:
             return
         label = -below if below > 0 else self._classes - 1 + above
@@ -197,10 +200,13 @@ class DivergenceGuard:
     """Records, on the device, the first step whose loss was not finite; raises when it is checked.
 
     A check reads a number from the device. Check where the host waits for it anyway, and before weights are saved.
+
+    Attributes:
+        unread: what was seen since the last check, which may be moved to another device.
     """
 
     def __init__(self) -> None:
-        self._first_bad: Tensor | None = None
+        self.unread: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
         """Records the loss of a step.
@@ -211,7 +217,7 @@ class DivergenceGuard:
         """
         steps = torch.full((), step, device=loss.device)
         bad = steps.where(~loss.isfinite(), torch.iinfo(steps.dtype).max)
-        self._first_bad = bad if self._first_bad is None else self._first_bad.minimum(bad)
+        self.unread = bad if self.unread is None else self.unread.minimum(bad)
 
     def check_loss(self, steps: int) -> None:
         """Checks the losses seen since the last check.
@@ -222,9 +228,9 @@ class DivergenceGuard:
         Raises:
             FloatingPointError: a loss was NaN or infinite; names its step.
         """
-        if self._first_bad is None:
+        if self.unread is None:
             return
-        bad, self._first_bad = self._first_bad.item(), None
+        bad, self.unread = self.unread.item(), None
         if bad <= steps:
             raise FloatingPointError(
                 f"loss: not finite at step {bad} of {steps}; training stops, and checkpoints saved before remain. "

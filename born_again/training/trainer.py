@@ -34,6 +34,7 @@ from born_again.training.arguments import (
 )
 from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
 from born_again.training.compilation import CompilationMixin
+from born_again.training.device_reads import DeviceReadsMixin
 from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
@@ -63,7 +64,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BornAgainTrainer(
-    TeacherAccuracyMixin, LabelPositionsMixin, ChunkedLossMixin, ItemLossesMixin, CompilationMixin, BaseTrainer
+    TeacherAccuracyMixin,
+    LabelPositionsMixin,
+    ChunkedLossMixin,
+    ItemLossesMixin,
+    CompilationMixin,
+    DeviceReadsMixin,
+    BaseTrainer,
 ):
     """transformers.Trainer whose model may have a teacher.
 
@@ -556,9 +563,8 @@ class BornAgainTrainer(
             logs.update({name: value for name, value in means.items() if name != "items"})
             self._metric_sums = None
             if isinstance(self.teacher, CachedTeacher):
-                hits, lookups = self._sum_over_processes(
-                    torch.tensor(self.teacher.pop_hit_counts(), device=self.args.device)
-                )
+                where = self.args.device if self.args.world_size > 1 else "cpu"
+                hits, lookups = self._sum_over_processes(torch.tensor(self.teacher.pop_hit_counts(), device=where))
                 logs["teacher_cache_hit_rate"] = int(hits) / max(int(lookups), 1)
         super().log(logs, start_time)
 
@@ -582,6 +588,7 @@ class BornAgainTrainer(
         return self._owns_loss or self.in_lineage if chosen is None else chosen
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        args = self._read_together(*args)
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._labels.check()

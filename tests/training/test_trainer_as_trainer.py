@@ -389,7 +389,7 @@ def test_labels_on_a_device_are_looked_at_where_the_loss_is_read(tmp_path, monke
 def _see_without_looking(self, targets, classes):
     low, high = torch.aminmax(targets.where(targets != -100, 0))
     found = torch.stack([-low, high - (classes - 1)])
-    self._seen = found if self._seen is None else self._seen.maximum(found)
+    self.unread = found if self.unread is None else self.unread.maximum(found)
     self._classes = classes
 
 
