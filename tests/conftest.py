@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items):
         fast = item.get_closest_marker("slow_but_for")
         if fast is not None and item.callspec.id not in fast.args:
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers import Trainer, TrainingArguments
 
 from born_again.objectives import IGNORED
 from born_again.teacher import logits_of
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +142,10 @@ def evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset 
     """
     count = min(samples, len(dataset))
     indices = [index * len(dataset) // count for index in range(count)]
-    return dataset.select(indices) if isinstance(dataset, datasets.Dataset) else Subset(dataset, indices)
+    library = sys.modules.get("datasets")  # imported by whoever made one of its datasets
+    if library is not None and isinstance(dataset, library.Dataset):
+        return dataset.select(indices)
+    return Subset(dataset, indices)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ process of its own; the gradient of the output layer, which every variant needs,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +28,25 @@ IMPLEMENTATIONS = ("torch", "full", "chunked")
 SIZES = ("tokens", "hidden", "words")
 
 
-def head(tokens: int, hidden: int, words: int, trained: bool) -> Head:
+def head(tokens: int, hidden: int, words: int, trained: bool, dtype: torch.dtype) -> Head:
     """Without temporary tensors, which would count as memory."""
-    states, weight = torch.empty(tokens, hidden).normal_(), torch.empty(words, hidden).normal_(0, 0.05)
+    states = torch.empty(tokens, hidden, dtype=dtype).normal_()
+    weight = torch.empty(words, hidden, dtype=dtype).normal_(0, 0.05)
     return Head(states.requires_grad_(trained), weight.requires_grad_(trained))
 
 
-def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Callable[[], None]]:
+def works(
+    tokens: int,
+    hidden: int,
+    words: int,
+    objective: str,
+    dtype: torch.dtype = torch.float32,
+    others: Mapping[str, Callable[[Head, Head], Tensor]] | None = None,
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward of each implementation, and of `others` of the same loss, given student and teacher."""
     torch.manual_seed(0)
-    student, teacher = head(tokens, hidden, words, True), head(tokens, hidden, words, False)
+    student, teacher = (head(tokens, hidden, words, trained, dtype) for trained in (True, False))
     labels = torch.randint(0, words, (tokens,))
-
-    def with_torch() -> Tensor:
-        p = F.linear(teacher.hidden, teacher.weight).softmax(-1)
-        return F.cross_entropy(F.linear(student.hidden, student.weight), p)
 
     def full() -> Tensor:
         losses, weights, _ = objective_items_and_metrics(
@@ -62,7 +68,14 @@ def works(tokens: int, hidden: int, words: int, objective: str) -> dict[str, Cal
 
         return run
 
-    return {name: backward(loss) for name, loss in zip(IMPLEMENTATIONS, (with_torch, full, chunked), strict=True)}
+    table = dict(zip(IMPLEMENTATIONS, (partial(with_torch, student, teacher), full, chunked), strict=True))
+    table |= {name: partial(loss, student, teacher) for name, loss in (others or {}).items()}
+    return {name: backward(loss) for name, loss in table.items()}
+
+
+def with_torch(student: Head, teacher: Head) -> Tensor:
+    p = F.linear(teacher.hidden, teacher.weight).float().softmax(-1)
+    return F.cross_entropy(F.linear(student.hidden, student.weight).float(), p)
 
 
 def main() -> None:

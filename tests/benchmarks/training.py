@@ -2,7 +2,8 @@
 
 A bare loop is what one would write by hand for the same work: the same student, teacher, batches and precision, the
 losses of torch.nn.functional, torch's SGD. The trainers also log, check for NaN, and sum the distillation terms. Both
-measure seconds from the first step's beginning to the last one's end: start-up is not a step.
+measure seconds from the first step's beginning to the last one's end: start-up is not a step, nor are the `warm_up`
+steps of a task, in which a GPU chooses kernels and a compiler compiles. Data is on the device, as in the examples.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from born_again.data.image_dataset import ImageDataset, collate_batch
 from born_again.data.images import ImageSplit
 from born_again.data.streams import TokenStreams, collate_windows
 from born_again.models.language_models import create_language_model
+from born_again.teacher import carries_state
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 # What the benchmarks call networks that have no name of their own.
@@ -37,7 +39,7 @@ def classifier(name: str, classes: int = 10, **model_args: Any) -> nn.Module:
 def images(count: int) -> ImageDataset:
     """Random images, augmented."""
     pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
-    split = ImageSplit(pixels, torch.randint(0, 10, (count,)))
+    split = ImageSplit(pixels.to(device()), torch.randint(0, 10, (count,)).to(device()))
     return ImageDataset(split, *STATISTICS, augment=True, flip=True, seed=0)
 
 
@@ -48,7 +50,8 @@ def words(count: int) -> list[str]:
 
 def streams(vocabulary: int, rows: int, window: int, steps: int) -> TokenStreams:
     """Random words, as many windows as steps."""
-    return TokenStreams(torch.randint(vocabulary, (rows * window * steps,)), rows, window, before=0)
+    tokens = torch.randint(vocabulary, (rows * window * steps,)).to(device())
+    return TokenStreams(tokens, rows, window, before=0)
 
 
 def device() -> torch.device:
@@ -61,12 +64,15 @@ def synchronize() -> None:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds from the first step's beginning to the last one's end."""
+    """Seconds from the beginning of the first step after those of a warm-up to the last one's end."""
 
     seconds = start = 0.0
 
+    def __init__(self, warm_up: int = 0) -> None:
+        self.warm_up = warm_up
+
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
+        if state.global_step == self.warm_up:
             synchronize()
             self.start = time.perf_counter()
 
@@ -91,8 +97,24 @@ def arguments(folder: str, steps: int, batch: int, **changes: Any) -> BornAgainT
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
     }
     return BornAgainTrainingArguments(folder, **{**settings, **changes})
+
+
+def as_called(networks: list[nn.Module], compile_args: dict[str, Any] | None) -> list[Any]:
+    """Networks as a loop calls them: compiled where it says how."""
+    return networks if compile_args is None else [torch.compile(network, **compile_args) for network in networks]
+
+
+def kept(output: torch.Tensor, compile_args: dict[str, Any] | None) -> torch.Tensor:
+    """What is read after the next call: a copy, where that call may be a CUDA graph that overwrites it."""
+    return output if compile_args is None else output.clone()
+
+
+def is_fused() -> bool:
+    """Whether a loop's optimizer is fused, as the examples' is on CUDA."""
+    return device().type == "cuda"
 
 
 def run(trainer: BornAgainTrainer, watch: Stopwatch) -> float:
@@ -113,12 +135,14 @@ class ImageTask:
         batch: images.
         steps: of a measurement.
         model_args: of the architecture.
+        warm_up: steps before them.
     """
 
     model: str
     batch: int
     steps: int
     model_args: dict[str, Any] = field(default_factory=dict)
+    warm_up: int = 0
     unit = "images"
 
     @property
@@ -132,31 +156,34 @@ class ImageTask:
         return classifier(self.model, **self.model_args)
 
     def with_trainer(self, taught: bool = True, **changes: Any) -> float:
-        data, watch = images(self.items), Stopwatch()
+        steps = self.warm_up + self.steps
+        data, watch = images(self.batch * steps), Stopwatch(self.warm_up)
         with tempfile.TemporaryDirectory() as folder:
             settings = {"optim_args": "momentum=0.9,nesterov=True", "channels_last": True, **changes}
-            args = arguments(folder, self.steps, self.batch, **settings)
+            args = arguments(folder, steps, self.batch, **settings)
             teacher = self.network() if taught else None
             trainer = BornAgainTrainer(
                 self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_batch
             )
             return run(trainer, watch)
 
-    def with_bare_loop(self, taught: bool = True) -> float:
-        data, where = images(self.items), device()
+    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+        data, where = images(self.batch * (self.warm_up + self.steps)), device()
         student = self.network().to(where, memory_format=torch.channels_last).train()
         teacher = self.network().to(where, memory_format=torch.channels_last).eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=is_fused())
+        student, teacher = as_called([student, teacher], compile_args)
         order = torch.randperm(len(data)).tolist()
-        synchronize()
-        start = time.perf_counter()
-        for first in range(0, self.items, self.batch):
+        for first in range(0, len(data), self.batch):
+            if first == self.warm_up * self.batch:
+                synchronize()
+                start = time.perf_counter()
             batch = data.__getitems__(order[first : first + self.batch])
             pixels, labels = batch["pixel_values"].to(where), batch["labels"].to(where)
             with torch.autocast(where.type, torch.bfloat16):
                 if taught:
                     with torch.no_grad():
-                        target = teacher(pixel_values=pixels).logits
+                        target = kept(teacher(pixel_values=pixels).logits, compile_args)
                 logits = student(pixel_values=pixels).logits
             loss = F.cross_entropy(logits.float(), target.float().softmax(-1) if taught else labels)
             loss.backward()
@@ -176,6 +203,7 @@ class TextTask:
         window: steps unrolled.
         steps: windows of a measurement.
         vocabulary: words.
+        warm_up: windows before them.
     """
 
     model: str
@@ -183,6 +211,7 @@ class TextTask:
     window: int
     steps: int
     vocabulary: int = 10_000
+    warm_up: int = 0
     unit = "words"
 
     @property
@@ -196,40 +225,45 @@ class TextTask:
         return create_language_model(self.model, words(self.vocabulary))
 
     def with_trainer(self, taught: bool = True, **changes: Any) -> float:
-        data, watch = streams(self.vocabulary, self.rows, self.window, self.steps), Stopwatch()
+        steps, watch = self.warm_up + self.steps, Stopwatch(self.warm_up)
+        data = streams(self.vocabulary, self.rows, self.window, steps)
         with tempfile.TemporaryDirectory() as folder:
             settings = {"objective": "ban+l", "learning_rate": 1.0, "max_grad_norm": 0.25, **changes}
-            args = arguments(folder, self.steps, self.rows, **settings)
+            args = arguments(folder, steps, self.rows, **settings)
             teacher = self.network() if taught else None
             trainer = BornAgainLMTrainer(
                 self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_windows
             )
             return run(trainer, watch)
 
-    def with_bare_loop(self, taught: bool = True) -> float:
-        data, where = streams(self.vocabulary, self.rows, self.window, self.steps), device()
+    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+        data, where = streams(self.vocabulary, self.rows, self.window, self.warm_up + self.steps), device()
         student = self.network().to(where).train()
         teacher = self.network().to(where).eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1.0, fused=is_fused())
+        parameters, carries = list(student.parameters()), carries_state(student)
+        student, teacher = as_called([student, teacher], compile_args)
         ours = theirs = None
-        synchronize()
-        start = time.perf_counter()
         for window in range(data.windows):
+            if window == self.warm_up:
+                synchronize()
+                start = time.perf_counter()
             batch = data.__getitems__(range(window * data.streams, (window + 1) * data.streams))
             ids, labels = batch["input_ids"].to(where), batch["labels"].to(where).flatten()
             with torch.autocast(where.type, torch.bfloat16):
-                output = student(ids, state=ours)
+                output = student(ids, **({"state": ours} if carries else {}))
                 if taught:
                     with torch.no_grad():
-                        answer = teacher(ids, state=theirs)
-                    theirs = answer.state
-            ours = tuple(part.detach() for part in output.state)
+                        answer = teacher(ids, **({"state": theirs} if carries else {}))
+            if carries:
+                ours = tuple(kept(part.detach(), compile_args) for part in output.state)
+                theirs = tuple(kept(part, compile_args) for part in answer.state) if taught else None
             logits = output.logits.flatten(0, 1).float()
             loss = F.cross_entropy(logits, labels, ignore_index=-100)
             if taught:
                 loss = loss + F.cross_entropy(logits, answer.logits.flatten(0, 1).float().softmax(-1))
             loss.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 0.25)
+            nn.utils.clip_grad_norm_(parameters, 0.25)
             optimizer.step()
             optimizer.zero_grad()
         synchronize()

@@ -146,7 +146,6 @@ def test_refusals():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pixels_on_the_device_give_the_same_batch():
     pixels = some_pixels(40)
     samples = torch.arange(40)
