@@ -95,8 +95,9 @@ class BornAgainTrainingArguments(TrainingArguments):
             private copy with BatchNorm folded into convolutions and weights in the dtype of bf16 or fp16; "float32" in
             full precision whatever the student does.
         teacher_cuda_graph: on CUDA, whether the teacher's forward is captured as a CUDA graph and replayed, which
-            saves the host the launch of every kernel; its outputs are the same bit for bit. Where it cannot be
-            captured, with torch_compile and with a teacher_cache it is called as on other devices.
+            saves the host the launch of every kernel and takes memory of its own for the teacher's activations; its
+            outputs are the same bit for bit. Where it cannot be captured, with torch_compile and with a teacher_cache
+            it is called as on other devices.
         teacher_cache: where the teacher's outputs are cached, to be read when the same view of a sample comes again:
             "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one teacher).
             The weights are the same. The training set must give each view a cache key, as born_again.data's do.
