@@ -7,6 +7,7 @@ done. The only saved tensor of the logits' size is their gradient, which the bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ METRICS = (
 )
 _CPU_BLOCK = 2**18  # logits for each thread: 1 MiB of float32, small enough for a cache, large enough for a call
 _DEVICE_BLOCK = 2**26  # fewer, larger launches, and still a bound on memory
+# Logits up to which the number of operations decides, and not what they read and write.
+_SMALL = {"cpu": 2**14, "other": 2**20}
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,35 @@ def fused_item_losses(
         torch.is_grad_enabled() and student_logits.requires_grad,
     )
     return losses, weights, named(metrics) if with_metrics else None
+
+
+def fused_loss_sums(
+    loss: ItemLoss,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    *,
+    all_count: bool = False,
+    generator: torch.Generator | None = None,
+    with_metrics: bool = False,
+) -> tuple[Tensor, Tensor | float, dict[str, Tensor] | None]:
+    """The sums over items of what `fused_item_losses` gives item by item, in few operations where the batch is small.
+
+    Args:
+        loss, student_logits, teacher_logits, labels, generator, with_metrics: see `fused_item_losses`.
+        all_count: promises that no label is `IGNORED`.
+
+    Returns:
+        sum(weight x loss), a scalar in nats; sum(weight), a number where it is that of the items; and the metrics by
+        name, or None.
+    """
+    if teacher_logits is not None and teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
+    differentiable = torch.is_grad_enabled() and student_logits.requires_grad
+    arguments = student_logits, teacher_logits, labels, loss, all_count, generator, with_metrics, differentiable
+    total, weight, metrics = _FusedLossSums.apply(*arguments)
+    all_weigh_one = (all_count or labels is None) and not loss.confidence_weighted
+    return total, float(len(student_logits)) if all_weigh_one else weight, named(metrics) if with_metrics else None
 
 
 def max_probabilities(logits: Tensor) -> Tensor:
@@ -173,6 +205,100 @@ class _FusedItemLosses(torch.autograd.Function):
         return scale_saved_gradient(gradient, grad_losses.unsqueeze(-1)), None, None, None, None, None, None
 
 
+class _FusedLossSums(torch.autograd.Function):
+    """As `_FusedItemLosses`, summed over items."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, labels, loss, all_count, generator, with_metrics, differentiable):
+        small = _SMALL["cpu" if student.device.type == "cpu" else "other"]
+        if student.numel() <= small and not (with_metrics or loss.tempered or loss.label_smoothing):
+            total, weight, gradient = _small_sums(loss, student, teacher, labels, all_count, differentiable, generator)
+            metrics = None
+        else:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if differentiable else None
+            losses, weights, metrics = fill_items(
+                loss,
+                student,
+                teacher,
+                labels,
+                gradient=gradient,
+                scale_gradient_by_weight=True,
+                generator=generator,
+                with_metrics=with_metrics,
+            )
+            total, weight = (losses * weights).sum(), weights.sum()
+            ctx.mark_non_differentiable(metrics)
+        if weight is not None:
+            ctx.mark_non_differentiable(weight)
+        if differentiable:
+            ctx.save_for_backward(gradient)
+        return total, weight, metrics
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        (gradient,) = ctx.saved_tensors
+        return scale_saved_gradient(gradient, grad_total), *[None] * 7
+
+
+def _small_sums(
+    loss: ItemLoss,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    all_count: bool,
+    differentiable: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """sum(weight x loss), sum(weight) unless all items weigh 1, and the gradient of the first.
+
+    The gradient is that of `_block` to the bit; for the losses log_softmax takes fewer operations, and more time each.
+    """
+    wide = working_dtype(student)
+    dtype, student = student.dtype, student.to(wide)
+    log_q = student.log_softmax(-1)  # (rows, classes)
+    losses = weights = counted = target = p = taught = None
+    if labels is not None:
+        counted = None if all_count else labels != IGNORED
+        target = some_class(labels, counted, student.shape[-1]).unsqueeze(-1)  # (rows, 1)
+    if teacher is not None:
+        p = taught = teacher.to(wide).softmax(-1)
+    if loss.permutation is not None:
+        taught = torch.empty_like(p)
+        permute_all_but_column(p, argmax_column(teacher), loss.permutation, generator, taught)
+    if loss.soft_targets:
+        losses = _soft_sums(taught, log_q) * loss.soft_weight if loss.soft_weight != 1 else _soft_sums(taught, log_q)
+    if loss.label_weight:
+        hard = log_q.gather(-1, target).squeeze(-1)
+        hard = hard if loss.label_weight == 1 else hard * loss.label_weight
+        losses = hard if losses is None else losses + hard
+    if loss.confidence_weighted:
+        weights = p.amax(-1)
+    if counted is not None:
+        losses = losses.where(counted, 0)
+        weights = counted.to(wide) if weights is None else weights.where(counted, 0)
+    total = -(losses * weights if loss.confidence_weighted else losses).sum()
+    gradient = None
+    if differentiable:
+        gradient = student.softmax(-1)
+        _to_gradient(loss, gradient, taught, target)
+        if loss.confidence_weighted:
+            gradient.mul_(weights.unsqueeze(-1))
+        if counted is not None:
+            gradient.masked_fill_(~counted.unsqueeze(-1), 0)
+        gradient = gradient.to(dtype)
+    return total, None if weights is None else weights.sum(), gradient
+
+
+def _soft_sums(p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_i p_i log q_i of every row, where 0 x log 0 is 0."""
+    products = p * log_q
+    sums = products.sum(-1)
+    # As in `_cross_entropy`; the sum of all is not finite where one is not.
+    if products.device.type != "cpu" or not math.isfinite(sums.sum().item()):
+        sums = products.masked_fill_(p == 0, 0).sum(-1)
+    return sums
+
+
 def fill_items(
     loss: ItemLoss,
     student: Tensor,
@@ -248,13 +374,15 @@ class _Workspace:
         return rows if rows.dtype == self._dtype else self.buffer(name, rows).copy_(rows)
 
 
-def some_class(labels: Tensor, counted: Tensor, classes: int) -> Tensor:
-    """Labels, and any class for those that do not count.
+def some_class(labels: Tensor, counted: Tensor | None, classes: int) -> Tensor:
+    """Labels, and any class for those that do not count; None counts all.
 
     On a device other than a CPU also for labels that are no class, whose kernels would end the process on them; there
     `born_again.training.checks` reports them.
     """
-    return labels.where(counted, 0) if labels.device.type == "cpu" else labels.clamp(0, classes - 1)
+    if labels.device.type != "cpu":
+        return labels.clamp(0, classes - 1)
+    return labels if counted is None else labels.where(counted, 0)
 
 
 def _block(
@@ -309,17 +437,7 @@ def _block(
         difference = torch.sub(q, p, out=spare)
         metrics = _sum_metrics(hard, cross, agreement, entropy, difference, target, counted)
     if differentiable:
-        # The label's term has w (q - its distribution), the soft one at temperature 1 w (q - p).
-        of_q = loss.label_weight + (loss.soft_weight if at_one else 0)
-        if of_q != 1:
-            q.mul_(of_q)
-        if at_one:
-            q.sub_(taught, alpha=loss.soft_weight)
-        if loss.label_weight:
-            on_label = loss.label_weight * (1 - loss.label_smoothing)
-            q.scatter_add_(-1, target, torch.full_like(target, -on_label, dtype=q.dtype))
-        if loss.label_weight and loss.label_smoothing:
-            q.sub_(loss.label_weight * loss.label_smoothing / q.shape[-1])
+        _to_gradient(loss, q, taught, target)
         if loss.tempered:
             q.add_(soft_gradient, alpha=loss.soft_weight)
     if counted is not None:
@@ -328,6 +446,22 @@ def _block(
         if differentiable and (work.device.type != "cpu" or not bool(counted.all())):
             work.masked_fill_(~counted.unsqueeze(-1), 0)
     return losses, weights, metrics
+
+
+def _to_gradient(loss: ItemLoss, q: Tensor, taught: Tensor | None, target: Tensor | None) -> None:
+    """In place: the student's probabilities (rows, classes) to the gradient of the losses, but for a tempered term."""
+    at_one = loss.soft_targets and not loss.tempered
+    # The label's term has w (q - its distribution), the soft one at temperature 1 w (q - p).
+    of_q = loss.label_weight + (loss.soft_weight if at_one else 0)
+    if of_q != 1:
+        q.mul_(of_q)
+    if at_one:
+        q.sub_(taught, alpha=loss.soft_weight)
+    if loss.label_weight:
+        on_label = loss.label_weight * (1 - loss.label_smoothing)
+        q.scatter_add_(-1, target, torch.full_like(target, -on_label, dtype=q.dtype))
+    if loss.label_weight and loss.label_smoothing:
+        q.sub_(loss.label_weight * loss.label_smoothing / q.shape[-1])
 
 
 @dataclass(frozen=True)
