@@ -34,6 +34,8 @@ class ImageDataset(Dataset):
     Attributes:
         emit_view_keys: whether batches have the column "view_keys", by which a teacher cache finds outputs. Set it
             before a DataLoader with workers is made.
+        label_range: the smallest and the largest label, or None where there is one of -100, which is ignored. A
+            trainer so knows them without waiting for the device.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ImageDataset(Dataset):
         self.flip = flip
         self.seed = seed
         self.padding = padding
+        self.label_range = _range(split.labels)
         self.emit_view_keys = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -171,6 +174,16 @@ def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]
         stacked[VIEW_KEYS] = np.stack([sample[VIEW_KEYS] for sample in batch])
     stacked["pixel_values"] = stacked["pixel_values"].contiguous(memory_format=torch.channels_last)
     return stacked
+
+
+collate_batch.keeps_labels = True  # see `ImageDataset.label_range`
+
+
+def _range(labels: torch.Tensor) -> tuple[int, int] | None:
+    if not len(labels):
+        return None
+    low, high = (int(end) for end in labels.aminmax())
+    return (low, high) if low >= 0 else None
 
 
 class EpochCallback(TrainerCallback):

@@ -183,9 +183,13 @@ class LabelRange:
         if self.unread is None:
             return
         (below, above), self.unread = self.unread.tolist(), None
-        if below <= 0 and above <= 0:
+        self.check_range(-below, self._classes - 1 + above, self._classes)
+
+    def check_range(self, low: int, high: int, classes: int) -> None:
+        """Checks labels of which the smallest and the largest are known; raises as `check` does."""
+        if low >= 0 and high < classes:
             return
-        label = -below if below > 0 else self._classes - 1 + above
+        self._classes, label = classes, low if low < 0 else high
         raise ValueError(
             f"{self.column}: got {label} in a batch, expected class numbers 0 to {self._classes - 1}, or {IGNORED} "
             "for items that do not count. Number the classes from 0, leave rows without a label out (often "
@@ -200,13 +204,14 @@ class DivergenceGuard:
     """Records, on the device, the first step whose loss was not finite; raises when it is checked.
 
     A check reads a number from the device. Check where the host waits for it anyway, and before weights are saved.
-
-    Attributes:
-        unread: what was seen since the last check, which may be moved to another device.
     """
 
+    _FOLDED = 64  # losses kept, before they are folded into one number
+
     def __init__(self) -> None:
-        self.unread: Tensor | None = None
+        self._first_bad: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._steps: list[int] = []
 
     def see(self, loss: Tensor, step: int) -> None:
         """Records the loss of a step.
@@ -215,9 +220,28 @@ class DivergenceGuard:
             loss: scalar, on any device.
             step: counted from 1.
         """
-        steps = torch.full((), step, device=loss.device)
-        bad = steps.where(~loss.isfinite(), torch.iinfo(steps.dtype).max)
-        self.unread = bad if self.unread is None else self.unread.minimum(bad)
+        self._losses.append(loss)
+        self._steps.append(step)
+        if len(self._losses) == self._FOLDED:
+            self._fold()
+
+    def _fold(self) -> None:
+        losses = torch.stack(self._losses)
+        steps = torch.tensor(self._steps).to(losses.device, non_blocking=True)
+        bad = steps.where(~losses.isfinite(), torch.iinfo(steps.dtype).max).min()
+        self._first_bad = bad if self._first_bad is None else self._first_bad.minimum(bad)
+        self._losses, self._steps = [], []
+
+    @property
+    def unread(self) -> Tensor | None:
+        """What was seen since the last check, which may be moved to another device."""
+        if self._losses:
+            self._fold()
+        return self._first_bad
+
+    @unread.setter
+    def unread(self, value: Tensor | None) -> None:
+        self._first_bad = value
 
     def check_loss(self, steps: int) -> None:
         """Checks the losses seen since the last check.
@@ -228,9 +252,10 @@ class DivergenceGuard:
         Raises:
             FloatingPointError: a loss was NaN or infinite; names its step.
         """
-        if self.unread is None:
+        first_bad, self.unread = self.unread, None
+        if first_bad is None:
             return
-        bad, self.unread = self.unread.item(), None
+        bad = first_bad.item()
         if bad <= steps:
             raise FloatingPointError(
                 f"loss: not finite at step {bad} of {steps}; training stops, and checkpoints saved before remain. "

@@ -14,8 +14,8 @@ from torch import Tensor
 from born_again.objectives import (
     IGNORED,
     at_least_tiny,
-    objective_items,
     objective_items_and_metrics,
+    objective_sums,
     widened,
 )
 
@@ -103,7 +103,10 @@ class ItemLossesMixin:
             "generator": self._permutations,
         }
 
-    def _objective_items(self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _objective_sums(
+        self, student_rows: Tensor, teacher_rows: Tensor, targets: Tensor, all_count: bool
+    ) -> tuple[Tensor, Tensor | float]:
+        """sum(weight x loss) and sum(weight) of a micro-batch."""
         if student_rows.shape != teacher_rows.shape:
             raise ValueError(
                 f"teacher: gives logits of shape {tuple(teacher_rows.shape)} where the student's are "
@@ -111,13 +114,20 @@ class ItemLossesMixin:
                 f"the teacher's {teacher_rows.shape[-1]} classes."
             )
         if self._objective is not None:
-            return self._custom_items(self._objective, student_rows, teacher_rows, targets)
-        losses, weights, *metrics = (objective_items_and_metrics if self._collects_metrics else objective_items)(
-            self.args.objective, student_rows, teacher_rows, targets, **self._loss_settings()
+            losses, weights = self._custom_items(self._objective, student_rows, teacher_rows, targets)
+            return (losses * weights).sum(), weights.sum()
+        total, weight, metrics = objective_sums(
+            self.args.objective,
+            student_rows,
+            teacher_rows,
+            targets,
+            **self._loss_settings(),
+            all_count=all_count,
+            with_metrics=self._collects_metrics,
         )
-        if self._collects_metrics:
-            self._add_metrics(*metrics)
-        return losses, weights
+        if metrics is not None:
+            self._add_metrics(metrics)
+        return total, weight
 
     def _permutation_seed(self) -> int:
         if self.args.permutation == "fixed":

@@ -55,10 +55,10 @@ class LabelPositionsMixin:
         if (warning := copied_labels(student, self._shifts_labels or shift, ids, labels)) is not None:
             self._warn(warning)
 
-    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
+    def _auxiliary_loss(self, outputs: Any) -> Tensor | None:
         """What the student would have added to its loss: a mixture of experts the balance of its router."""
         weight = 0.0 if self._network_loss is None else self._network_loss.auxiliary_weight
-        return weight * outputs["aux_loss"] if weight else 0.0
+        return weight * outputs["aux_loss"] if weight else None
 
 
 def shift_beside(

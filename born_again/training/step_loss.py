@@ -35,6 +35,7 @@ class ChunkedLossMixin:
 
     _chunked: bool | None = None  # None before the first batch of a training
     _teacher_ends: bool | None = None  # whether the teacher's output layer alone makes its logits
+    _unwrapped: tuple[nn.Module, nn.Module] | None = None  # the student as Trainer has it, and without wrappers
 
     def _choose_loss_implementation(self, batch: Mapping[str, Any]) -> None:
         """Decides for a whole training, by its first batch, and logs the choice.
@@ -128,7 +129,8 @@ class ChunkedLossMixin:
             )
         if metrics is not None:
             self._add_metrics(metrics)
-        return total + weight * self._auxiliary_loss(outputs), weight
+        auxiliary = self._auxiliary_loss(outputs)
+        return total if auxiliary is None else total + weight * auxiliary, weight
 
     def _chunked_teacher_weight(self, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's hidden states for a micro-batch, and the sum of the weights that CWTM gives its items."""
@@ -172,7 +174,9 @@ class ChunkedLossMixin:
         return self.teacher.frozen if isinstance(self.teacher, CachedTeacher) else self.teacher
 
     def _bare_student(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:  # unwrapping walks through all modules
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return self._unwrapped[1]
 
 
 def _returning_hidden(teacher: FrozenTeacher | CachedWindows) -> AbstractContextManager[nn.Linear]:

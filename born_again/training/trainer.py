@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items
+from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, objective_sums
 from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
 from born_again.teacher.cache import with_teacher_cache
 from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view_keys, without_view_keys
@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 METRICS_EVERY = 8  # steps: over a large vocabulary the metrics cost up to as much as the loss
 NO_PROBABILITY = -1e4  # as a logit of any dtype
 _TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementation
+_LABEL_RANGE = "label_range"  # the smallest and the largest label, where the host knows them and none is ignored
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -424,9 +425,28 @@ class BornAgainTrainer(
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if not self._owns_loss:
             return super()._get_num_items_in_batch(batch_samples, device)
-        labels = [self._shift(self._split_labels(batch)[1]) for batch in batch_samples]
-        count = sum((part.ne(IGNORED).sum() for part in labels), start=torch.zeros((), dtype=torch.int64))
-        return self._sum_over_processes(count.to(device))
+        count = 0
+        for index, batch in enumerate(batch_samples):
+            labels = self._shift(self._split_labels(batch)[1])
+            if (known := self._range_on_host(labels)) is not None:
+                batch_samples[index] = {**batch, _LABEL_RANGE: known}
+            count = count + (labels.numel() if known else labels.ne(IGNORED).sum())
+        if isinstance(count, int) and self.args.world_size == 1:
+            return count
+        return self._sum_over_processes(torch.as_tensor(count, device=device))
+
+    def _range_on_host(self, labels: Tensor) -> tuple[int, int] | None:
+        """The smallest and the largest of some labels, if none is ignored and no device has to be waited for.
+
+        A dataset on the device says what it knows of all of its labels, if the collator leaves them as they are.
+        """
+        if labels.device.type != "cpu":
+            kept = getattr(self.data_collator, "keeps_labels", False)
+            return getattr(self.train_dataset, "label_range", None) if kept else None
+        if not labels.numel():
+            return None
+        low, high = (int(end) for end in labels.aminmax())
+        return None if low == IGNORED else (low, high)
 
     def compute_loss(
         self,
@@ -443,6 +463,7 @@ class BornAgainTrainer(
         """
         if not self._owns_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        known = inputs.get(_LABEL_RANGE)
         inputs, labels = self._split_labels(inputs)
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
         if self._chunked and model.training and not return_outputs:
@@ -453,28 +474,36 @@ class BornAgainTrainer(
             teacher_logits = self._teacher_forward(inputs)
         outputs = self._student_forward(model, inputs)
         student_rows, targets = self._items(logits_of(outputs), labels)
-        self._labels.see(targets, student_rows.shape[-1])
-        if taught:
-            teacher_rows, _ = self._teacher_items(teacher_logits, labels)
-            losses, weights = self._objective_items(student_rows, teacher_rows, targets)
+        if known is None:
+            self._labels.see(targets, student_rows.shape[-1])
         else:
-            smoothing = self.args.label_smoothing_factor if model.training else 0.0
-            losses, weights = objective_items("label", student_rows, None, targets, label_smoothing=smoothing)
-        total, weight = (losses * weights).sum(), weights.sum()
-        if model.training:
-            total = total + weight * self._auxiliary_loss(outputs)
-        else:
+            self._labels.check_range(*known, student_rows.shape[-1])
+        if not model.training:
+            losses, weights = objective_items("label", student_rows, None, targets)
+            total, weight = (losses * weights).sum(), weights.sum()
             self._row_sums = sums_of_rows(losses, weights, len(labels))
+        elif taught:
+            teacher_rows, _ = self._teacher_items(teacher_logits, labels)
+            total, weight = self._objective_sums(student_rows, teacher_rows, targets, known is not None)
+        else:
+            smoothing = self.args.label_smoothing_factor
+            total, weight, _ = objective_sums(
+                "label", student_rows, None, targets, label_smoothing=smoothing, all_count=known is not None
+            )
+        if model.training and (auxiliary := self._auxiliary_loss(outputs)) is not None:
+            total = total + weight * auxiliary
         loss = self._share(total, weight, num_items_in_batch)
         if not return_outputs:
             return loss
         # Trainer takes the first entry of a tuple for the loss.
         return loss, outputs if isinstance(outputs, Mapping) else (loss, *_as_tuple(outputs))
 
-    def _share(self, total: Tensor, weight: Tensor, step_weight: Tensor | int | None) -> Tensor:
+    def _share(self, total: Tensor, weight: Tensor | float, step_weight: Tensor | int | None) -> Tensor:
         """A micro-batch's sum(weight x loss), of items of that weight, as its part in the loss of the step."""
         if step_weight is None:
-            return total / at_least_tiny(weight)
+            return total / (at_least_tiny(weight) if isinstance(weight, Tensor) else weight)
+        if isinstance(step_weight, int):  # on one process
+            return total / max(step_weight, 1)
         divisor = torch.as_tensor(step_weight, dtype=total.dtype, device=total.device)
         return total * self.accelerator.num_processes / at_least_tiny(divisor)
 
@@ -521,7 +550,7 @@ class BornAgainTrainer(
                 "remove_unused_columns=False."
             )
         labels = class_numbers(inputs[name], name)
-        inputs = {key: value for key, value in inputs.items() if key != name}
+        inputs = {key: value for key, value in inputs.items() if key not in (name, _LABEL_RANGE)}
         if self._network_loss is None:
             self._detect_label_handling(inputs, labels)
         return with_labels_for_decoders([self._bare_student(), *self._teachers], inputs, labels), labels
@@ -541,6 +570,8 @@ class BornAgainTrainer(
                 f"labels: got shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}; expected one "
                 f"label for each row of logits, shape {tuple(logits.shape[:-1])}."
             )
+        if labels.dim() == 1:
+            return logits, labels
         return logits.reshape(-1, logits.shape[-1]), self._shift(labels).reshape(-1)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
@@ -587,8 +618,8 @@ class BornAgainTrainer(
         chosen = getattr(self.args, "stop_on_nonfinite", None)
         return self._owns_loss or self.in_lineage if chosen is None else chosen
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        args = self._read_together(*args)
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        args = self._read_together(tr_loss, self._norm_to_log(grad_norm), *args)
         # Only where the host waits for the device anyway, and always before a checkpoint could store the damage.
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._labels.check()
@@ -618,6 +649,8 @@ class BornAgainTrainer(
             if self._samples_to_measure():
                 self.teacher_train_metrics = self.evaluate_teacher()
                 self._warn_if_teacher_underfits()
+            if self._stops_on_nonfinite:  # what filters a loss out of the log waits for the device at every step
+                stack.enter_context(changed(self.args, logging_nan_inf_filter=False))
             output = super().train(*args, **kwargs)
         self._labels.check()
         if self._stops_on_nonfinite:

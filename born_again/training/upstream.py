@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
@@ -17,10 +15,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 from born_again.metrics import BatchMetrics
 from born_again.training.background_save import BackgroundSaveMixin
 from born_again.training.fused_optimizer import FusedOptimizerMixin
+from born_again.training.lean_steps import LeanStepsMixin
 from born_again.training.teacher_accuracy import changed
 
 _NO_LSTM = "LSTM forward propagation primitive"  # in oneDNN's error for a dtype that it has no LSTM in
-_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def explaining_errors(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, Trainer):
+class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, LeanStepsMixin, Trainer):
     """Trainer with the same results, faster steps, and evaluation before training that leaves no trace."""
 
     _parameter_count: int | None = None
@@ -51,11 +49,13 @@ class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, Trainer):
         smoothing = getattr(args, "label_smoothing_factor", 0.0)
         if not smoothing or not isinstance(model, nn.Module) or hasattr(model, "config"):
             super().__init__(model, args, *rest, **kwargs)
+            self._skip_events_without_listeners()
             return
         # To smooth labels Trainer asks the network for a config, which a plain nn.Module does not have.
         with changed(args, label_smoothing_factor=0.0):
             super().__init__(model, args, *rest, **kwargs)
         self.label_smoother = LabelSmoother(epsilon=smoothing)
+        self._skip_events_without_listeners()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Trainer's; where workers are persistent it would give its first loader for any dataset it is handed."""
@@ -133,12 +133,3 @@ class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, Trainer):
         if self._parameter_count is None:
             self._parameter_count = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs[name].numel() * self._parameter_count
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
-        """Trainer's, which for a norm that clips nothing multiplies every gradient by one."""
-        if grad_norm is None and self.accelerator.scaler is None:
-            on_several_meshes = getattr(self, "_has_mixed_mesh_grads", lambda model: False)  # a newer Trainer's
-            if self.accelerator.distributed_type in _WHOLE_GRADIENTS and not on_several_meshes(model):
-                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-                return torch.nn.utils.get_total_norm(gradients)
-        return super()._get_grad_norm(model, grad_norm)

@@ -1,0 +1,182 @@
+"""Trainer's step without what hardly any training asks for: the host's time, which no device shortens."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate.optimizer
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import is_sagemaker_mp_enabled
+
+_is_training = operator.attrgetter("training")
+_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class LeanStepsMixin(Trainer):
+    """The part of BaseTrainer that spares a step what it does not need, with the same weights, log and events."""
+
+    _norm: _GradientNorm | None = None  # of the last step
+    _steps: _PlainSteps | None = None
+    _optimizer_keeps_gradients: bool | None = None  # as they are; None until the first step has told
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's."""
+        self._optimizer_keeps_gradients = self._steps = None
+        try:
+            with _searching_packages_once():
+                return super().train(*args, **kwargs)
+        finally:
+            self._norm = self._steps = None
+
+    def _skip_events_without_listeners(self) -> None:
+        """Most callbacks listen to one of the five events of a step."""
+        handler = self.callback_handler
+        call, known = handler.call_event, {}
+
+        def call_listeners(event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            callbacks, is_heard = known.get(event, (None, True))
+            if callbacks != handler.callbacks:
+                is_heard = any(_listens(callback, event) for callback in handler.callbacks)
+                known[event] = [*handler.callbacks], is_heard
+            return call(event, args, state, control, **kwargs) if is_heard else control
+
+        handler.call_event = call_listeners
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
+        """Trainer's, which for a norm that clips nothing multiplies every gradient by one; None until it is logged."""
+        if grad_norm is not None or self.accelerator.scaler is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        on_several_meshes = getattr(self, "_has_mixed_mesh_grads", lambda model: False)  # a newer Trainer's
+        if self.accelerator.distributed_type not in _WHOLE_GRADIENTS or on_several_meshes(model):
+            return super()._get_grad_norm(model, grad_norm)
+        gradients = [weight.grad for weight in self._plain_steps_of(model).weights if weight.grad is not None]
+        self._norm = _GradientNorm(gradients)
+        if not self._optimizer_keeps_gradients:
+            self._norm.compute()
+        return self._norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, for which a norm is computed if it is logged."""
+        super()._maybe_log_save_evaluate(tr_loss, self._norm_to_log(grad_norm), *args, **kwargs)
+
+    def _norm_to_log(self, grad_norm: Any) -> Any:
+        """What `_get_grad_norm` returned, as Trainer logs it."""
+        if not isinstance(grad_norm, _GradientNorm):
+            return grad_norm
+        if self._optimizer_keeps_gradients is None:
+            self._optimizer_keeps_gradients = grad_norm.is_unchanged
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            if grad_norm.value is None and grad_norm.is_unchanged:
+                grad_norm.compute()
+            grad_norm.release()  # an evaluation needs the memory
+        return grad_norm.value
+
+    def _plain_steps_of(self, model: nn.Module) -> _PlainSteps:
+        if self._steps is None or self._steps.model is not model:
+            self._steps = _PlainSteps(model, self)
+        return self._steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's, which asks at every step for what hardly any training has."""
+        if self._norm is not None:
+            self._norm.release()
+        steps = self._plain_steps_of(model)
+        if not steps.are_plain:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not all(map(_is_training, steps.modules)):
+            model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            is_scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func
+        if not is_scaled:
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class _PlainSteps:
+    """What stays the same over the steps of a training.
+
+    Args:
+        model: that Trainer trains, with its wrappers.
+        trainer: prepared for training.
+
+    Attributes:
+        weights: all parameters.
+        modules: all modules.
+        are_plain: whether Trainer's step does no more than forward, backward and a division by accumulated steps.
+    """
+
+    def __init__(self, model: nn.Module, trainer: Trainer) -> None:
+        self.model, self.weights, self.modules = model, list(model.parameters()), list(model.modules())
+        args, accelerator, optimizer = trainer.args, trainer.accelerator, trainer.optimizer
+        self.are_plain = (
+            hasattr(Trainer, "loss_is_scaled_for_ga")  # an older one asks other questions
+            and args.n_gpu <= 1
+            and args.torch_empty_cache_steps is None
+            and "lomo" not in str(args.optim).lower()
+            and accelerator.distributed_type in _WHOLE_GRADIENTS
+            and getattr(accelerator, "parallelism_config", None) is None
+            and not hasattr(getattr(optimizer, "optimizer", optimizer), "train")  # schedule-free ones
+            and not is_sagemaker_mp_enabled()
+        )
+
+
+class _GradientNorm:
+    """The norm of the gradients of a step, computed after the optimizer's step, and only if it is logged.
+
+    Attributes:
+        value: (), once it was computed.
+    """
+
+    value: Tensor | None = None
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self._gradients = gradients
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [gradient._version for gradient in self._gradients]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no gradient was written to since."""
+        return self._versions == self._current_versions()
+
+    def compute(self) -> None:
+        self.value = torch.nn.utils.get_total_norm(self._gradients)
+
+    def release(self) -> None:
+        """Lets go of the gradients."""
+        self._gradients = self._versions = []
+
+
+@contextmanager
+def _searching_packages_once() -> Iterator[None]:
+    """Inside, accelerate's optimizers do not search all of sys.path for a package twice a step."""
+    name = "is_lomo_available"
+    search = getattr(accelerate.optimizer, name, None)
+    if search is None:  # a later accelerate's
+        yield
+        return
+    setattr(accelerate.optimizer, name, functools.cache(search))
+    try:
+        yield
+    finally:
+        setattr(accelerate.optimizer, name, search)
+
+
+def _listens(callback: TrainerCallback, event: str) -> bool:
+    """Whether a callback does anything at an event: whether it has a method of its own there."""
+    method = getattr(callback, event)
+    return getattr(method, "__func__", None) is not getattr(TrainerCallback, event, None)
