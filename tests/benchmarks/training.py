@@ -1,8 +1,8 @@
 """What the benchmarks train: image classifiers and language models, by our trainers and by bare PyTorch loops.
 
 A bare loop is what one would write by hand for the same work: the same student, teacher, batches and precision, the
-losses of torch.nn.functional, torch's SGD. The trainers also log, check for NaN, and sum the distillation terms. Both
-measure seconds from the first step's beginning to the last one's end: start-up is not a step, nor are the `warm_up`
+losses of torch.nn.functional, torch's SGD. The trainers also log, check for NaN, and sum the distillation metrics.
+Both measure seconds from the first step's beginning to the last one's end: start-up is not a step, nor are the `warm_up`
 steps of a task, in which a GPU chooses kernels and a compiler compiles. Data is on the device, as in the examples.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from born_again import BornAgainLMTrainer, BornAgainTrainer, BornAgainTrainingArguments, create_image_classifier
 from born_again.data.image_dataset import ImageDataset, collate_batch
@@ -117,7 +118,19 @@ def is_fused() -> bool:
     return device().type == "cuda"
 
 
-def run(trainer: BornAgainTrainer, watch: Stopwatch) -> float:
+def seconds_of(loop: Iterator[None], warm_up: int) -> float:
+    """Seconds of the steps of a loop after a warm-up; it yields when it is ready and after each step."""
+    for _ in range(warm_up + 1):
+        next(loop)
+    synchronize()
+    start = time.perf_counter()
+    for _ in loop:
+        pass
+    synchronize()
+    return time.perf_counter() - start
+
+
+def run(trainer: Trainer, watch: Stopwatch) -> float:
     """Trains in silence; returns seconds of steps."""
     trainer.add_callback(watch)
     trainer.log = lambda *args, **kwargs: None  # printing is no work of a step
@@ -136,6 +149,7 @@ class ImageTask:
         steps: of a measurement.
         model_args: of the architecture.
         warm_up: steps before them.
+        bf16: autocast and channels_last, as the examples train; else float32.
     """
 
     model: str
@@ -143,6 +157,7 @@ class ImageTask:
     steps: int
     model_args: dict[str, Any] = field(default_factory=dict)
     warm_up: int = 0
+    bf16: bool = True
     unit = "images"
 
     @property
@@ -155,32 +170,32 @@ class ImageTask:
     def network(self) -> nn.Module:
         return classifier(self.model, **self.model_args)
 
-    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
-        steps = self.warm_up + self.steps
-        data, watch = images(self.batch * steps), Stopwatch(self.warm_up)
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {"optim_args": "momentum=0.9,nesterov=True", "channels_last": True, **changes}
-            args = arguments(folder, steps, self.batch, **settings)
-            teacher = self.network() if taught else None
-            trainer = BornAgainTrainer(
-                self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_batch
-            )
-            return run(trainer, watch)
+    def trainer(
+        self, folder: str, taught: bool, make: Callable[..., Trainer] = BornAgainTrainer, **changes: Any
+    ) -> Trainer:
+        settings = {"optim_args": "momentum=0.9,nesterov=True", "channels_last": self.bf16, "bf16": self.bf16}
+        args = arguments(folder, self.warm_up + self.steps, self.batch, **{**settings, **changes})
+        teacher = {"teacher": self.network()} if taught else {}
+        data = images(self.batch * args.max_steps * args.gradient_accumulation_steps)
+        return make(self.network(), args, train_dataset=data, data_collator=collate_batch, **teacher)
 
-    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(self.trainer(folder, taught, **changes), Stopwatch(self.warm_up))
+
+    def loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> Iterator[None]:
         data, where = images(self.batch * (self.warm_up + self.steps)), device()
-        student = self.network().to(where, memory_format=torch.channels_last).train()
-        teacher = self.network().to(where, memory_format=torch.channels_last).eval().requires_grad_(False)
+        layout = torch.channels_last if self.bf16 else torch.contiguous_format
+        student = self.network().to(where, memory_format=layout).train()
+        teacher = self.network().to(where, memory_format=layout).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=is_fused())
         student, teacher = as_called([student, teacher], compile_args)
         order = torch.randperm(len(data)).tolist()
+        yield
         for first in range(0, len(data), self.batch):
-            if first == self.warm_up * self.batch:
-                synchronize()
-                start = time.perf_counter()
             batch = data.__getitems__(order[first : first + self.batch])
             pixels, labels = batch["pixel_values"].to(where), batch["labels"].to(where)
-            with torch.autocast(where.type, torch.bfloat16):
+            with torch.autocast(where.type, torch.bfloat16, enabled=self.bf16):
                 if taught:
                     with torch.no_grad():
                         target = kept(teacher(pixel_values=pixels).logits, compile_args)
@@ -189,8 +204,10 @@ class ImageTask:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        synchronize()
-        return time.perf_counter() - start
+            yield
+
+    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+        return seconds_of(self.loop(taught, compile_args), self.warm_up)
 
 
 @dataclass(frozen=True)
@@ -204,6 +221,7 @@ class TextTask:
         steps: windows of a measurement.
         vocabulary: words.
         warm_up: windows before them.
+        bf16: autocast, as the examples train; else float32.
     """
 
     model: str
@@ -212,6 +230,7 @@ class TextTask:
     steps: int
     vocabulary: int = 10_000
     warm_up: int = 0
+    bf16: bool = True
     unit = "words"
 
     @property
@@ -224,19 +243,21 @@ class TextTask:
     def network(self) -> nn.Module:
         return create_language_model(self.model, words(self.vocabulary))
 
-    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
-        steps, watch = self.warm_up + self.steps, Stopwatch(self.warm_up)
-        data = streams(self.vocabulary, self.rows, self.window, steps)
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {"objective": "ban+l", "learning_rate": 1.0, "max_grad_norm": 0.25, **changes}
-            args = arguments(folder, steps, self.rows, **settings)
-            teacher = self.network() if taught else None
-            trainer = BornAgainLMTrainer(
-                self.network(), args, teacher=teacher, train_dataset=data, data_collator=collate_windows
-            )
-            return run(trainer, watch)
+    def trainer(
+        self, folder: str, taught: bool, make: Callable[..., Trainer] = BornAgainLMTrainer, **changes: Any
+    ) -> Trainer:
+        settings = {"objective": "ban+l", "learning_rate": 1.0, "max_grad_norm": 0.25, "bf16": self.bf16}
+        args = arguments(folder, self.warm_up + self.steps, self.rows, **{**settings, **changes})
+        teacher = {"teacher": self.network()} if taught else {}
+        windows = args.max_steps * args.gradient_accumulation_steps
+        data = streams(self.vocabulary, self.rows, self.window, windows)
+        return make(self.network(), args, train_dataset=data, data_collator=collate_windows, **teacher)
 
-    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+    def with_trainer(self, taught: bool = True, **changes: Any) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return run(self.trainer(folder, taught, **changes), Stopwatch(self.warm_up))
+
+    def loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> Iterator[None]:
         data, where = streams(self.vocabulary, self.rows, self.window, self.warm_up + self.steps), device()
         student = self.network().to(where).train()
         teacher = self.network().to(where).eval().requires_grad_(False)
@@ -244,13 +265,11 @@ class TextTask:
         parameters, carries = list(student.parameters()), carries_state(student)
         student, teacher = as_called([student, teacher], compile_args)
         ours = theirs = None
+        yield
         for window in range(data.windows):
-            if window == self.warm_up:
-                synchronize()
-                start = time.perf_counter()
             batch = data.__getitems__(range(window * data.streams, (window + 1) * data.streams))
             ids, labels = batch["input_ids"].to(where), batch["labels"].to(where).flatten()
-            with torch.autocast(where.type, torch.bfloat16):
+            with torch.autocast(where.type, torch.bfloat16, enabled=self.bf16):
                 output = student(ids, **({"state": ours} if carries else {}))
                 if taught:
                     with torch.no_grad():
@@ -266,5 +285,7 @@ class TextTask:
             nn.utils.clip_grad_norm_(parameters, 0.25)
             optimizer.step()
             optimizer.zero_grad()
-        synchronize()
-        return time.perf_counter() - start
+            yield
+
+    def with_bare_loop(self, taught: bool = True, compile_args: dict[str, Any] | None = None) -> float:
+        return seconds_of(self.loop(taught, compile_args), self.warm_up)
