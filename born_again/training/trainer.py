@@ -35,6 +35,7 @@ from born_again.training.arguments import (
 from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
 from born_again.training.compilation import CompilationMixin
 from born_again.training.device_reads import DeviceReadsMixin
+from born_again.training.item_counts import LABEL_RANGE, ItemCountsMixin
 from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
@@ -60,7 +61,6 @@ logger = logging.getLogger(__name__)
 METRICS_EVERY = 8  # steps: over a large vocabulary the metrics cost up to as much as the loss
 NO_PROBABILITY = -1e4  # as a logit of any dtype
 _TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementation
-_LABEL_RANGE = "label_range"  # the smallest and the largest label, where the host knows them and none is ignored
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,6 +68,7 @@ class BornAgainTrainer(
     TeacherAccuracyMixin,
     LabelPositionsMixin,
     ChunkedLossMixin,
+    ItemCountsMixin,
     ItemLossesMixin,
     CompilationMixin,
     DeviceReadsMixin,
@@ -422,32 +423,6 @@ class BornAgainTrainer(
             self._permutations = torch.Generator(device).manual_seed(self._permutation_seed())
         return batches, total_weight
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        if not self._owns_loss:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        count = 0
-        for index, batch in enumerate(batch_samples):
-            labels = self._shift(self._split_labels(batch)[1])
-            if (known := self._range_on_host(labels)) is not None:
-                batch_samples[index] = {**batch, _LABEL_RANGE: known}
-            count = count + (labels.numel() if known else labels.ne(IGNORED).sum())
-        if isinstance(count, int) and self.args.world_size == 1:
-            return count
-        return self._sum_over_processes(torch.as_tensor(count, device=device))
-
-    def _range_on_host(self, labels: Tensor) -> tuple[int, int] | None:
-        """The smallest and the largest of some labels, if none is ignored and no device has to be waited for.
-
-        A dataset on the device says what it knows of all of its labels, if the collator leaves them as they are.
-        """
-        if labels.device.type != "cpu":
-            kept = getattr(self.data_collator, "keeps_labels", False)
-            return getattr(self.train_dataset, "label_range", None) if kept else None
-        if not labels.numel():
-            return None
-        low, high = (int(end) for end in labels.aminmax())
-        return None if low == IGNORED else (low, high)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -463,7 +438,7 @@ class BornAgainTrainer(
         """
         if not self._owns_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        known = inputs.get(_LABEL_RANGE)
+        known = inputs.get(LABEL_RANGE)
         inputs, labels = self._split_labels(inputs)
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
         if self._chunked and model.training and not return_outputs:
@@ -550,7 +525,7 @@ class BornAgainTrainer(
                 "remove_unused_columns=False."
             )
         labels = class_numbers(inputs[name], name)
-        inputs = {key: value for key, value in inputs.items() if key not in (name, _LABEL_RANGE)}
+        inputs = {key: value for key, value in inputs.items() if key not in (name, LABEL_RANGE)}
         if self._network_loss is None:
             self._detect_label_handling(inputs, labels)
         return with_labels_for_decoders([self._bare_student(), *self._teachers], inputs, labels), labels

@@ -2,8 +2,9 @@
 
 A bare loop is what one would write by hand for the same work: the same student, teacher, batches and precision, the
 losses of torch.nn.functional, torch's SGD. The trainers also log, check for NaN, and sum the distillation metrics.
-Both measure seconds from the first step's beginning to the last one's end: start-up is not a step, nor are the `warm_up`
-steps of a task, in which a GPU chooses kernels and a compiler compiles. Data is on the device, as in the examples.
+Both measure seconds from the first step's beginning to the last one's end: start-up is not a step, nor are the
+`warm_up` steps of a task, in which a GPU chooses kernels and a compiler compiles. Data is on the device, as in the
+examples.
 """
 
 from __future__ import annotations
