@@ -34,8 +34,6 @@ class ImageDataset(Dataset):
     Attributes:
         emit_view_keys: whether batches have the column "view_keys", by which a teacher cache finds outputs. Set it
             before a DataLoader with workers is made.
-        label_range: the smallest and the largest label, or None where there is one of -100, which is ignored. A
-            trainer so knows them without waiting for the device.
     """
 
     def __init__(
@@ -78,7 +76,6 @@ class ImageDataset(Dataset):
         self.flip = flip
         self.seed = seed
         self.padding = padding
-        self.label_range = _range(split.labels)
         self.emit_view_keys = False
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -110,6 +107,17 @@ class ImageDataset(Dataset):
     def view_count(self) -> int:
         """The number of different inputs: samples times views."""
         return len(self) * count_views(self.flip, self.padding)
+
+    @cached_property
+    def label_range(self) -> tuple[int, int] | None:
+        """The smallest and the largest label, which a trainer so knows without waiting for the device at every step.
+
+        None where a label is -100, which is ignored, and where there is no label.
+        """
+        if not len(self.labels):
+            return None
+        low, high = (int(end) for end in self.labels.aminmax())
+        return (low, high) if low >= 0 else None
 
     @cached_property
     def cache_fingerprint(self) -> str:
@@ -177,13 +185,6 @@ def collate_batch(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]
 
 
 collate_batch.keeps_labels = True  # see `ImageDataset.label_range`
-
-
-def _range(labels: torch.Tensor) -> tuple[int, int] | None:
-    if not len(labels):
-        return None
-    low, high = (int(end) for end in labels.aminmax())
-    return (low, high) if low >= 0 else None
 
 
 class EpochCallback(TrainerCallback):
