@@ -14,6 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "two_failing_processes.py"
 def test_an_error_of_the_first_process_reaches_the_other(tmp_path):
     first, second = found_by(SCRIPT, tmp_path / "two", processes=2)
     assert first["done"] == "[0]" and second["done"] == "[]"
+    assert first["due"] == second["due"] == "[False, True]"  # by the clock of one of them, where they agree on it
     assert first["OSError"] == "OSError: [Errno 28] No space left on device: 'lineage.json'"
     assert first["ValueError"] == "ValueError: a wrong value"
     assert first["HubError"] == "HubError: hub_namespace: cannot be published to"

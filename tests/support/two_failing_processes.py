@@ -1,4 +1,4 @@
-"""What each of two processes raises where the first one fails, in test_first_process.py.
+"""What each of two processes raises where the first one fails, and saves, in test_first_process.py.
 
 torchrun --nproc_per_node N tests/two_failing_processes.py FOLDER
 """
@@ -13,6 +13,7 @@ from processes import leave
 from tiny_lineage import runner, spec
 
 from born_again.hub.client import HubError
+from born_again.lineage.callbacks import SaveByTime
 from born_again.lineage.machine import on_first_process
 
 
@@ -75,6 +76,8 @@ def main(folder: Path) -> None:
     done: list[int] = []
     on_first_process(lambda: done.append(processes.process_index))
     results["done"] = str(done)
+    saver = SaveByTime(1e-9 if processes.is_main_process else 1e9)
+    results["due"] = str([saver._is_due(step) for step in (7, 8)])
     for where in ("publisher", "save_student", "write_card", "sync"):
         results[where] = failing_lineage(folder / where, where)
     leave(results, folder)
