@@ -33,7 +33,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
 from born_again.data.streams import TokenStreams
-from tests.benchmarks.training import ImageTask, Stopwatch, TextTask, run
+from tests.benchmarks.training import ImageTask, TextTask, train_in_silence
 
 # Between two steps at which metrics are collected, and after whatever is done in the first steps alone.
 FIRST_COUNTED, LAST_COUNTED = 17, 23
@@ -119,7 +119,7 @@ def follow(task: ImageTask | TextTask, variant: Variant, after: Callable[[int], 
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(task, variant, folder)
         trainer.add_callback(_AfterSteps(after))
-        run(trainer, Stopwatch())
+        train_in_silence(trainer)
 
 
 class _AfterSteps(TrainerCallback):

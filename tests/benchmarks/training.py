@@ -131,12 +131,16 @@ def seconds_of(loop: Iterator[None], warm_up: int) -> float:
     return time.perf_counter() - start
 
 
-def run(trainer: Trainer, watch: Stopwatch) -> float:
-    """Trains in silence; returns seconds of steps."""
-    trainer.add_callback(watch)
+def train_in_silence(trainer: Trainer) -> None:
     trainer.log = lambda *args, **kwargs: None  # printing is no work of a step
     trainer._warn_if_teacher_underfits = lambda: None
     trainer.train()
+
+
+def run(trainer: Trainer, watch: Stopwatch) -> float:
+    """Trains in silence; returns seconds of steps."""
+    trainer.add_callback(watch)
+    train_in_silence(trainer)
     return watch.seconds
 
 
