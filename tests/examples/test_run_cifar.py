@@ -7,9 +7,12 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 from example_scripts import EXAMPLES, load_example
+from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, pipeline
 
 from born_again import LineageEnsemble, load_generation
 from born_again.data.image_dataset import ImageDataset, collate_batch
@@ -120,29 +123,15 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path):
     assert "densenet90_60_cifar" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_folder_loads_by_timm_and_transformers_in_a_fresh_interpreter(lineage):
-    folder, _ = lineage
-    code = f"""
-import torch, timm, born_again
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-folder = {str(folder / "gen2")!r}
-pixels = torch.randn(2, 3, 32, 32)
-ours = born_again.load_generation(folder)
-theirs = AutoModelForImageClassification.from_pretrained(folder).eval()
-network = timm.create_model("local-dir:" + folder, pretrained=True).eval()
-with torch.no_grad():
-    expected = ours(pixels).logits
-    assert torch.equal(theirs(pixels).logits, expected)
-    assert torch.equal(network(pixels), expected)
-image = Image.new("RGB", (32, 32), (200, 30, 30))
-processor = AutoImageProcessor.from_pretrained(folder)
-answer = pipeline("image-classification", model=folder, image_processor=processor)(image)
-assert answer[0]["label"] in "0123456789"
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+@torch.no_grad()
+def test_a_folder_loads_by_timm_and_transformers(lineage):
+    folder, pixels = str(lineage[0] / "gen2"), torch.randn(2, 3, 32, 32)
+    expected = load_generation(folder)(pixels).logits
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(folder)(pixels).logits, expected)
+    assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pixels), expected)
+    image = Image.new("RGB", (32, 32), (200, 30, 30))
+    (answer, *_) = pipeline("image-classification", model=folder)(image)
+    assert answer["label"] in "0123456789"
 
 
 @pytest.mark.parametrize(
@@ -216,8 +205,6 @@ def test_recipes():
 
 @pytest.mark.slow
 def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
-    from PIL import Image
-
     for split, count in (("train", 24), ("test", 8)):
         for label in ("cat", "dog"):
             (tmp_path / "data" / split / label).mkdir(parents=True)
@@ -237,21 +224,27 @@ def test_densenet_on_a_folder_of_images_on_two_processes(tmp_path):
     assert json.loads((tmp_path / "out" / "gen1" / "config.json").read_text())["label_names"] == ["cat", "dog"]
 
 
+# Augmented images, bf16 where the machine has it, momentum: all of it must come back from disk.
+RESUMED = [*TINY, "--generations", "1", "--per_device_train_batch_size", "16", "--num_train_epochs", "4"]
+RESUMED += ["--threads", "1", "--save_strategy", "steps", "--save_steps", "5"]  # an epoch has 8 steps
+
+
+def hashes(folder):
+    return [record["weights_sha256"] for record in json.loads((folder / "lineage.json").read_text())["generations"]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Hashes of the weights of RESUMED, trained in this process."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert load_example("run_cifar").start([*RESUMED, "--output_dir", str(folder)]) == 0
+    return hashes(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [(), ("--teacher_cache", "disk")])
-def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(tmp_path, cached):
-    """Augmented images, bf16 where the machine has it, momentum: all of it must come back from disk."""
-    words = [*TINY, "--generations", 1, "--per_device_train_batch_size", 16, "--num_train_epochs", 4]
-    words += ["--save_strategy", "steps", "--save_steps", 5]  # an epoch has 8 steps
-
-    def hashes(folder):
-        return [
-            record["weights_sha256"] for record in json.loads((folder / "lineage.json").read_text())["generations"]
-        ]
-
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(*words, "--output_dir", whole).returncode == 0
-    words += cached
+def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(uninterrupted, tmp_path, cached):
+    words, cut = [*RESUMED, *cached], tmp_path / "cut"
     command = [sys.executable, str(SCRIPT), *map(str, [*words, "--output_dir", cut])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     marker = cut / "checkpoints" / "gen1" / "checkpoint-15" / "trainer_state.json"
@@ -264,22 +257,13 @@ def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weigh
     done = run(*words, "--output_dir", cut)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed from checkpoint-" in done.stderr
-    assert hashes(cut) == hashes(whole)
+    assert hashes(cut) == uninterrupted
     assert not (cut / "teacher_cache").exists()
 
 
 @pytest.mark.slow
-def test_sigterm_and_the_same_command_give_the_same_weights(tmp_path):
-    words = [*TINY, "--generations", 1, "--per_device_train_batch_size", 16, "--num_train_epochs", 4]
-    words += ["--save_strategy", "steps", "--save_steps", 5, "--keep_checkpoints", "True"]
-
-    def hashes(folder):
-        return [
-            record["weights_sha256"] for record in json.loads((folder / "lineage.json").read_text())["generations"]
-        ]
-
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(*words, "--output_dir", whole).returncode == 0
+def test_sigterm_and_the_same_command_give_the_same_weights(uninterrupted, tmp_path):
+    words, cut = [*RESUMED, "--keep_checkpoints", "True"], tmp_path / "cut"
     command = [sys.executable, str(SCRIPT), *map(str, [*words, "--output_dir", cut])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     marker = cut / "checkpoints" / "gen1" / "checkpoint-5" / "trainer_state.json"
@@ -293,7 +277,7 @@ def test_sigterm_and_the_same_command_give_the_same_weights(tmp_path):
     assert "Traceback" not in errors
     done = run(*words, "--output_dir", cut)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert hashes(cut) == hashes(whole)
+    assert hashes(cut) == uninterrupted
 
 
 @pytest.mark.slow

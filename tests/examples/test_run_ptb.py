@@ -272,14 +272,6 @@ def test_bad_input_is_answered_before_anything_is_made(script, tmp_path, words, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_errors_are_one_line_without_a_traceback(tmp_path):
-    done = run(*TINY, "--model", "lstm-smal", "--output_dir", tmp_path / "out")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ValueError: model: got 'lstm-smal'")
-    assert "Traceback" not in done.stderr
-
-
 def test_a_teacher_whose_tokenizer_has_other_words_is_refused(lineage, script, tmp_path):
     folder, _ = lineage
     out = tmp_path / "out"

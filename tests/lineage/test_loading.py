@@ -68,42 +68,34 @@ def test_each_kind_of_folder_gives_its_model(generations):
         assert torch.equal(_logits(born_again.load_generation(Path(folder))), _logits(model))
 
 
-BY_BORN_AGAIN = """
+FRESH = """
 import json, sys
 import born_again
 import torch
-found = {}
-for folder in sys.argv[1:]:
-    model = born_again.load_generation(folder)
-    pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-    with torch.no_grad():
-        found[folder] = model(pixels if "image" in folder else torch.tensor([[2, 0, 1, 3, 4]])).logits.tolist()
-print(json.dumps(found))
-"""
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-BY_TRANSFORMERS = """
-import json, sys
-import born_again
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-found = {}
-for folder in sys.argv[1:]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("<eos> the cat sat dog", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        found[folder] = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.tolist()
-    assert ids.tolist() == [[2, 0, 1, 3, 4]], ids
-print(json.dumps(found))
+pixels, ids = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32), torch.tensor([[2, 0, 1, 3, 4]])
+texts = [folder for folder in sys.argv[1:] if not folder.endswith("image")]
+loaded = [(folder, AutoModelForCausalLM.from_pretrained(folder)) for folder in texts]
+for folder, model in loaded:
+    read = AutoTokenizer.from_pretrained(folder)("<eos> the cat sat dog", return_tensors="pt")["input_ids"]
+    assert torch.equal(read, ids), read
+    assert type(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))) is type(model)
+loaded += [(folder, born_again.load_generation(folder)) for folder in sys.argv[1:]]
+with torch.no_grad():
+    print(json.dumps([
+        [folder, type(model).__name__, model.training, model(ids if folder in texts else pixels).logits.tolist()]
+        for folder, model in loaded
+    ]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [BY_BORN_AGAIN, BY_TRANSFORMERS], ids=["born_again", "transformers"])
-def test_a_fresh_interpreter_reads_the_same(generations, code):
-    language_only = code is BY_TRANSFORMERS
-    folders = [folder for folder in generations if not (language_only and folder.endswith("image"))]
+def test_a_fresh_interpreter_reads_the_same(generations):
+    """Language models by transformers, and every kind by load_generation."""
+    texts = [folder for folder in generations if not folder.endswith("image")]
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *folders],
+        [sys.executable, "-W", "ignore", "-c", FRESH, *generations],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -112,9 +104,10 @@ def test_a_fresh_interpreter_reads_the_same(generations, code):
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert list(found) == folders
-    for folder in folders:
-        assert torch.equal(torch.tensor(found[folder]), _logits(generations[folder]))
+    assert [folder for folder, *_ in found] == [*texts, *generations]
+    for folder, kind, training, logits in found:
+        assert (kind, training) == (type(generations[folder]).__name__, False)
+        assert torch.equal(torch.tensor(logits), _logits(generations[folder]))
 
 
 @pytest.mark.parametrize("kind", ["timm_wrapper", "lstm_lm"])

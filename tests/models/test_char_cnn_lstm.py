@@ -1,13 +1,8 @@
 """The language model that reads characters: its table of words, its sizes, and that a file has all of it."""
 
 import copy
-import json
-import os
 import pickle
 import string
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from born_again.models import char_cnn_lstm
 from born_again.models.char_cnn_lstm import CharCnnLstmForCausalLM, Highway, character_table
 from born_again.models.language_configs import CharCnnLstmConfig
 
-ROOT = Path(char_cnn_lstm.__file__).parents[2]
 VOCABULARY = ["<unk>", "a", "cat", "the", "mathematics", "sat", "N", "it", "dog"]
 SMALL = {
     "hidden_size": 6,
@@ -289,39 +282,6 @@ def test_table_stays_whole_numbers_where_the_model_changes_its_dtype():
 def test_copies_are_the_model(again):
     copied = again(_model())
     assert copied._has_words and torch.equal(copied(_ids()).logits, _model()(_ids()).logits)
-
-
-FRESH = """
-import json, sys
-import torch
-import born_again
-from transformers import AutoConfig, AutoModelForCausalLM
-
-folder = sys.argv[1]
-config = AutoConfig.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-torch.save(model(torch.load(folder + "/ids.pt")).logits, folder + "/logits.pt")
-print(json.dumps([type(config).__name__, type(model).__name__, model.decoder.bias is not None, model.training]))
-"""
-
-
-@pytest.mark.slow
-def test_saved_model_is_read_in_a_fresh_interpreter(tmp_path):
-    model = _model()
-    model.save_pretrained(tmp_path)
-    torch.save(_ids(), tmp_path / "ids.pt")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found == ["CharCnnLstmConfig", "CharCnnLstmForCausalLM", True, False]
-    _close(torch.load(tmp_path / "logits.pt"), model(_ids()).logits.detach())
 
 
 # ---- transformers' own machinery ----
