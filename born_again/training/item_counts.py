@@ -7,7 +7,7 @@ from torch import Tensor
 
 from born_again.objectives import IGNORED
 
-# Key in a batch: its smallest and its largest label, where the host knows them and none is ignored.
+# Key in a batch: its smallest and its largest label, where the host knows them and none is ignored; None where one is.
 LABEL_RANGE = "label_range"
 
 
@@ -20,7 +20,8 @@ class ItemCountsMixin:
         count = 0
         for index, batch in enumerate(batch_samples):
             labels = self._shift(self._split_labels(batch)[1])
-            if (known := self._range_on_host(labels)) is not None:
+            known = None if LABEL_RANGE in batch else self._range_on_host(labels)
+            if known is not None:
                 batch_samples[index] = {**batch, LABEL_RANGE: known}
             count = count + (labels.numel() if known else labels.ne(IGNORED).sum())
         if isinstance(count, int) and self.args.world_size == 1:

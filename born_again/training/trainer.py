@@ -39,6 +39,7 @@ from born_again.training.item_counts import LABEL_RANGE, ItemCountsMixin
 from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
+from born_again.training.processes import ProcessesMixin
 from born_again.training.step_loss import ChunkedLossMixin
 from born_again.training.teacher_accuracy import TeacherAccuracyMixin, changed, sums_of_rows
 from born_again.training.upstream import BaseTrainer, explaining_errors
@@ -68,6 +69,7 @@ class BornAgainTrainer(
     TeacherAccuracyMixin,
     LabelPositionsMixin,
     ChunkedLossMixin,
+    ProcessesMixin,
     ItemCountsMixin,
     ItemLossesMixin,
     CompilationMixin,
@@ -638,6 +640,7 @@ class BornAgainTrainer(
         self._guard, self._metric_sums, self._chunked = DivergenceGuard(), None, None
         self._labels = LabelRange(*(self.label_names or [])[:1])
         self._is_checked, self._weight_so_far = False, None
+        self._draw_apart()
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.pop_hit_counts()  # those of the training alone are logged
 
