@@ -25,6 +25,7 @@ from born_again.models.lstm_precision import computes_lstm
 from born_again.teacher.precision import cpu_capabilities
 from born_again.training.environment import (
     ORDER_VARIABLES,
+    check_launch,
     compiler_of,
     float32_precision,
     sharding_engine,
@@ -304,6 +305,7 @@ def check_arguments(args: TrainingArguments) -> None:
             "their random state, which a training resumed in the middle of an epoch would not have, so its weights "
             "would differ; leave it out, workers are started once an epoch."
         )
+    check_launch(args)
     engine = sharding_engine(args)
     if engine is not None:
         raise ValueError(

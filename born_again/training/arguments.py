@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 
 from born_again.objectives import OBJECTIVES, OBJECTIVES_WITH_LABELS, PERMUTATIONS
 from born_again.teacher import PRECISIONS
-from born_again.training.environment import compiler_of
+from born_again.training.environment import check_launch, compiler_of
 from born_again.training.fused_optimizer import has_fused_form
 
 
@@ -206,6 +206,7 @@ class BornAgainTrainingArguments(TrainingArguments):
                 "lr_plateau_factor=0.5."
             )
         super().__post_init__()
+        check_launch(self)
         self._take_accumulation()
         self._take_loss_form()
         check_choice("objective", self.objective, OBJECTIVES)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from born_again.objectives import IGNORED
+from born_again.training.environment import check_engine
 
 
 def validate_arguments(
@@ -29,8 +30,9 @@ def validate_arguments(
         has_label_term: whether the loss has a term with the labels; None where a function alone knows.
 
     Raises:
-        ValueError: several GPUs for one process, smoothed labels without a term that reads them, a fused loss,
-            another loss function, several labels, or a network whose classes do not exclude each other.
+        ValueError: several GPUs for one process, an engine that is not used or not known, uneven batches, smoothed
+            labels without a term that reads them, a fused loss, another loss function, several labels, or a network
+            whose classes do not exclude each other.
     """
     args = trainer.args
     if args.n_gpu > 1:
@@ -38,6 +40,13 @@ def validate_arguments(
             f"n_gpu: {args.n_gpu} GPUs are visible to one process, which torch.nn.DataParallel would share with a "
             "wrong loss scale; start one process for each with `accelerate launch` or `torchrun`, or show it one GPU "
             "with CUDA_VISIBLE_DEVICES."
+        )
+    check_engine(trainer, student)
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            f"accelerator_config: got even_batches=False on {args.world_size} processes, where one that has no rows "
+            "left at the end of an epoch would read on in the next; expected True: rows that are repeated to fill the "
+            "last batch do not count."
         )
     smoothing = args.label_smoothing_factor
     if not 0 <= smoothing <= 1:

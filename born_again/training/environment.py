@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils.environment import get_int_from_env
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ ORDER_VARIABLES = (
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 _DYNAMO = "ACCELERATE_DYNAMO_"
+# As accelerate reads them.
+_PROCESSES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+_TAKEN = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron": "MEGATRON_LM"}  # values of DistributedType
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -97,6 +102,59 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     if args.fsdp or args.deepspeed:
         return "FSDP" if args.fsdp else "DeepSpeed"
     return next((name for variable, name in _ENGINES.items() if os.environ.get(variable, "").lower() == "true"), None)
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Refuses a process that was started as one of several and trains alone.
+
+    Raises:
+        ValueError: accelerate has joined it with no other, so that each would write the same files.
+    """
+    started = get_int_from_env(_PROCESSES, 1)
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"use_cpu: got {args.use_cpu} where the launcher started {started} processes, and accelerate joined none "
+            f"of them, since it found no GPU for them: each would train alone, on device {args.device}, and write the "
+            "same files; expected use_cpu=True (--use_cpu True) to join them on CPUs, a GPU for each, or one process."
+        )
+
+
+def check_engine(trainer: Trainer, student: nn.Module) -> None:
+    """Refuses what spreads a network over devices in a way that trains otherwise than was asked, or is not known here.
+
+    Raises:
+        ValueError: an engine that accelerate did not take; FSDP1; parallel dimensions within a network; a device_map
+            of several devices.
+    """
+    accelerator, engine = trainer.accelerator, sharding_engine(trainer.args)
+    taken = accelerator.distributed_type.value
+    if engine is not None and taken != _TAKEN[engine]:
+        raise ValueError(
+            f"accelerate launch: got {engine}, which accelerate did not take: this training would run as {taken} on "
+            f"{accelerator.num_processes} processes, every one with the whole network; expected several processes "
+            f"with a GPU each and no use_cpu, or {engine} left out of the launcher and the arguments."
+        )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) if engine == "FSDP" else None
+    if getattr(plugin, "fsdp_version", 2) == 1:
+        raise ValueError(
+            "fsdp_version: got 1, expected 2, since FSDP1 flattens weights into pieces that no loss here was tested "
+            "with; give --fsdp_version 2 to accelerate launch, or fsdp_config={'version': 2}."
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")}
+    sizes["tp"] = max(sizes["tp"], getattr(student, "_tp_size", None) or 1)
+    if split := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
+        raise ValueError(
+            f"parallelism_config: got {', '.join(split)}, which share one row out over several processes, expected 1 "
+            "of each: teacher and loss are computed on whole rows. Where a network does not fit on one device, FSDP2 "
+            "shards its weights and not its rows."
+        )
+    placed = {str(device) for device in (getattr(student, "hf_device_map", None) or {}).values()}
+    if len(placed) > 1:
+        raise ValueError(
+            f"model: the student is spread over {', '.join(sorted(placed))} by a device_map, expected one device for "
+            "each process; load it without device_map, and start one process for each GPU with accelerate launch."
+        )
 
 
 def launcher_chooses_precision() -> bool:

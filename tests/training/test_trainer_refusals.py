@@ -1,6 +1,7 @@
 """What a teacher refuses, before any work is lost."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from born_again import BornAgainTrainer, BornAgainTrainingArguments
 from born_again.teacher import FrozenTeacher, logits_of
+from born_again.training.environment import check_engine
 
 
 def build(student, teacher, folder, **changes):
@@ -173,3 +175,47 @@ def test_sequences_train_with_labels_named_otherwise(tmp_path):
         if name == "labels":
             expected = trainer.model.out.weight.detach()
     assert torch.equal(trainer.model.out.weight, expected)
+
+
+def test_processes_that_would_train_alone(tmp_path, monkeypatch):
+    """As torchrun starts them on a machine without GPUs, when use_cpu is left out."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="use_cpu: got False where the launcher started 2 processes, and accelerate"):
+        arguments(tmp_path, use_cpu=False)
+
+
+def test_batches_of_which_a_process_may_have_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(BornAgainTrainingArguments, "world_size", 2)
+    uneven = {"accelerator_config": {"even_batches": False}}
+    with pytest.raises(ValueError, match="accelerator_config: got even_batches=False on 2 processes"):
+        build(Network(1), Network(2), tmp_path, **uneven)
+
+
+def test_an_engine_that_accelerate_did_not_take(tmp_path, monkeypatch):
+    """Which would train every weight on every process, as use_cpu has it."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="got FSDP, which accelerate did not take: .* run as NO on"):
+        build(Network(1), Network(2), tmp_path)
+
+
+def test_an_engine_or_a_network_that_is_not_known_here(tmp_path, monkeypatch):
+    trainer = build(Network(1), Network(2), tmp_path)
+
+    def refused(match, **changes):
+        state = SimpleNamespace(fsdp_plugin=changes.pop("plugin", None))
+        kind = SimpleNamespace(value=changes.pop("kind", "NO"))
+        parallel = changes.pop("parallel", None)
+        stand_in = SimpleNamespace(
+            accelerator=SimpleNamespace(
+                state=state, distributed_type=kind, num_processes=2, parallelism_config=parallel
+            ),
+            args=trainer.args,
+        )
+        with pytest.raises(ValueError, match=match):
+            check_engine(stand_in, SimpleNamespace(**changes))
+
+    refused("model: the student is spread over 0, 1 by a device_map", hf_device_map={"hidden": 0, "out": 1})
+    refused("parallelism_config: got tp_size=2, sp_size=2, which", parallel=SimpleNamespace(tp_size=2, sp_size=2))
+    refused("parallelism_config: got tp_size=2, which", _tp_size=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused("fsdp_version: got 1, expected 2", kind="FSDP", plugin=SimpleNamespace(fsdp_version=1))
