@@ -460,12 +460,12 @@ def test_the_command_of_the_readme_comes_near_the_floor(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(tmp_path):
+def test_kill_in_the_middle_of_an_epoch_and_the_same_command_give_the_same_weights(script, tmp_path):
     """Dropout, carried states of both networks, the plateau and the best weights so far must come back from disk."""
-    words = [*TINY, "--generations", 1, "--save_strategy", "steps", "--save_steps", 5]  # an epoch has 100 steps
-    words += ["--eval_strategy", "steps", "--eval_steps", 5]
+    words = [*TINY, "--generations", "1", "--save_strategy", "steps", "--save_steps", "5"]  # an epoch has 100 steps
+    words += ["--eval_strategy", "steps", "--eval_steps", "5"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(*words, "--output_dir", whole).returncode == 0
+    assert script.start([*words, "--output_dir", str(whole)]) == 0
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command(*words, "--output_dir", cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment

@@ -112,7 +112,7 @@ MANIFEST = content(
 RAW = json.dumps(MANIFEST, indent=2).encode()
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("texts", [mutations(MANIFEST), damages(RAW)], ids=["values", "bytes"])
 def test_any_manifest_is_read_or_refused(folder, texts, count):
     many(count)(given(texts)(lambda raw: answer(folder, raw)))()
@@ -168,7 +168,7 @@ def names_members_or_refuses(folder: Path, raw: bytes, from_hub: bool) -> None:
         assert not from_hub or (member.repo.count("/") == 1 and ".." not in member.repo and len(member.commit) == 40)
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("from_hub", [False, True])
 @pytest.mark.parametrize("how", [mutations, damages], ids=["values", "bytes"])
 def test_any_ensemble_is_read_or_refused(tmp_path, how, from_hub, count):
@@ -206,7 +206,7 @@ def loads_or_refuses(folder: Path, raw: bytes) -> None:
     assert isinstance(model, nn.Module) and not model.training
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [mutations, damages], ids=["values", "bytes"])
 @pytest.mark.parametrize("kind", ["lstm", "image"])
 def test_any_configuration_loads_or_is_refused(generations, tmp_path, kind, how, count):
