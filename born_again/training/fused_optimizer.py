@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 # By the names of TrainingArguments.optim.
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw_torch": torch.optim.AdamW}
@@ -44,6 +47,22 @@ class FusedOptimizerMixin(Trainer):
             _align_gradients(optimizer)
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; the optimizer of a checkpoint goes on in the form that it has there."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        wanted = getattr(self.args, "fused_optimizer", None)
+        if checkpoint is None or wanted is None or self.optimizer is None:
+            return
+        found = any(group.get("fused") for group in self.optimizer.param_groups)
+        if found != wanted and self.is_world_process_zero():
+            logger.warning(
+                "fused_optimizer: got %s, but %s was written with %s, in which the training goes on; give the same, "
+                "or begin a new training.",
+                wanted,
+                checkpoint,
+                found,
+            )
+
 
 def _align_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Before every step, gives gradients their parameter's strides where these differ in axes of length 1.
@@ -60,5 +79,6 @@ def _align_gradients(optimizer: torch.optim.Optimizer) -> None:
             if gradient is not None and gradient.stride() != parameter.stride():
                 parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())
 
+    align.keeps_gradients = True  # their values
     if ambiguous:
         optimizer.register_step_pre_hook(align)

@@ -12,9 +12,17 @@ import accelerate.optimizer
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from transformers import Trainer, TrainerCallback
 from transformers.utils import is_sagemaker_mp_enabled
 
+_WITH_GRADIENTS = ("on_pre_optimizer_step", "on_optimizer_step")
+_REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
+_TRAIN = (nn.Module.train, nn.parallel.DistributedDataParallel.train)
 _is_training = operator.attrgetter("training")
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -29,25 +37,36 @@ class LeanStepsMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's."""
         self._optimizer_keeps_gradients = self._steps = None
+        # What is found once is found again when a network anywhere gets another part.
+        hooks = [register(self._forget_steps) for register in _REGISTRATIONS]
         try:
             with _searching_packages_once():
                 return super().train(*args, **kwargs)
         finally:
+            for hook in hooks:
+                hook.remove()
             self._norm = self._steps = None
+
+    def _forget_steps(self, *_: Any) -> None:
+        self._steps = None
 
     def _skip_events_without_listeners(self) -> None:
         """Most callbacks listen to one of the five events of a step."""
-        handler = self.callback_handler
-        call, known = handler.call_event, {}
+        call = self.callback_handler.call_event
+        self._heard: dict[str, tuple[list[TrainerCallback], bool]] = {}
 
         def call_listeners(event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            callbacks, is_heard = known.get(event, (None, True))
-            if callbacks != handler.callbacks:
-                is_heard = any(_listens(callback, event) for callback in handler.callbacks)
-                known[event] = [*handler.callbacks], is_heard
-            return call(event, args, state, control, **kwargs) if is_heard else control
+            return call(event, args, state, control, **kwargs) if self._is_heard(event) else control
 
-        handler.call_event = call_listeners
+        self.callback_handler.call_event = call_listeners
+
+    def _is_heard(self, event: str) -> bool:
+        """Whether a callback listens to an event; found out again where there are other callbacks than before."""
+        callbacks, is_heard = self._heard.get(event, (None, True))
+        if callbacks != self.callback_handler.callbacks:
+            is_heard = any(_listens(callback, event) for callback in self.callback_handler.callbacks)
+            self._heard[event] = [*self.callback_handler.callbacks], is_heard
+        return is_heard
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         """Trainer's, which for a norm that clips nothing multiplies every gradient by one; None until it is logged."""
@@ -58,9 +77,22 @@ class LeanStepsMixin(Trainer):
             return super()._get_grad_norm(model, grad_norm)
         gradients = [weight.grad for weight in self._plain_steps_of(model).weights if weight.grad is not None]
         self._norm = _GradientNorm(gradients)
-        if not self._optimizer_keeps_gradients:
+        if not (self._optimizer_keeps_gradients and self._nobody_else_sees_gradients()):
             self._norm.compute()
         return self._norm
+
+    def _nobody_else_sees_gradients(self) -> bool:
+        """Whether only torch's own optimizer comes between the backward pass and the log.
+
+        Others may write into gradients without a trace, by `.data`, numpy or a kernel of their own.
+        """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if getattr(torch.optim, type(optimizer).__name__, None) is not type(optimizer):
+            return False
+        hooks = {**optimizer._optimizer_step_pre_hooks, **_global_optimizer_pre_hooks}.values()
+        if not all(getattr(hook, "keeps_gradients", False) for hook in hooks):
+            return False
+        return not any(map(self._is_heard, _WITH_GRADIENTS))
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Trainer's, for which a norm is computed if it is logged."""
@@ -92,7 +124,7 @@ class LeanStepsMixin(Trainer):
         steps = self._plain_steps_of(model)
         if not steps.are_plain:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not all(map(_is_training, steps.modules)):
+        if steps.overrides_train or not all(map(_is_training, steps.modules)):
             model.train()
         loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         is_scaled = self.loss_is_scaled_for_ga
@@ -114,11 +146,15 @@ class _PlainSteps:
     Attributes:
         weights: all parameters.
         modules: all modules.
+        overrides_train: whether one has a train() of its own, which may keep its BatchNorm in eval mode.
         are_plain: whether Trainer's step does no more than forward, backward and a division by accumulated steps.
     """
 
     def __init__(self, model: nn.Module, trainer: Trainer) -> None:
         self.model, self.weights, self.modules = model, list(model.parameters()), list(model.modules())
+        self.overrides_train = any(
+            type(module).train not in _TRAIN or "train" in vars(module) for module in self.modules
+        )
         args, accelerator, optimizer = trainer.args, trainer.accelerator, trainer.optimizer
         self.are_plain = (
             hasattr(Trainer, "loss_is_scaled_for_ga")  # an older one asks other questions

@@ -101,6 +101,10 @@ class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, LeanStepsMixin, Trai
         self._parameter_count = None  # parameters may have been frozen or added
         return super().train(*args, **kwargs)
 
+    def _forget_steps(self, *_: Any) -> None:
+        super()._forget_steps()
+        self._parameter_count = None
+
     # A student that comes out of torch.compile is saved and loaded as what it was made of: Trainer would put
     # `_orig_mod.` before the name of every weight, which nothing else loads, and leave the config out.
 

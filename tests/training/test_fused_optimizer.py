@@ -87,3 +87,14 @@ def test_gradients_get_the_strides_of_their_parameters():
     optimizer.step()
     assert weight.grad.stride() == weight.stride() and torch.equal(weight.grad, gradient)
     assert torch.equal(weight.detach(), -0.1 * gradient)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_training_that_goes_on_in_another_form_says_so(tmp_path, begun, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, **KINDS["sgd"], **saving, fused_optimizer=begun)
+    assert "fused_optimizer: got" not in caplog.text
+    args = arguments(tmp_path, **KINDS["sgd"], fused_optimizer=not begun)
+    trainer = BornAgainTrainer(Network(1), args, train_dataset=vectors(), teacher=Network(2))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert f"fused_optimizer: got {not begun}, but " in caplog.text and f"written with {begun}" in caplog.text

@@ -7,6 +7,7 @@ import accelerate.optimizer
 import pytest
 import torch
 from helpers import Network, arguments, language_model, sentences, vectors
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from born_again import BornAgainTrainer
@@ -43,6 +44,42 @@ class ClampsGradients(torch.optim.SGD):
         return super().step(closure)
 
 
+class WritesWithoutATrace(torch.optim.SGD):
+    """From the second step on, as optimizers with kernels of their own do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"] if self.state else ():
+                parameter.grad.data.mul_(0.5)
+        return super().step(closure)
+
+
+class ScalesGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            parameter.grad.numpy()[...] *= 0.5
+
+
+class KeepsEvalMode(nn.Dropout):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class AddsParts(TrainerCallback):
+    """In eval mode, as from_pretrained returns them, from which Trainer takes them at every step."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 2:
+            torch.manual_seed(3)
+            head = nn.Linear(model.config.n_embd, model.config.vocab_size, dtype=torch.float64)
+            model.lm_head = nn.Sequential(head, nn.Dropout()).eval()
+            optimizer.param_groups[0]["params"].extend(model.lm_head.parameters())
+
+
+def keeping_eval_mode(model):
+    model.transformer.drop = KeepsEvalMode(0.5)
+
+
 TRAININGS = {
     "clipped": {"max_grad_norm": 0.5, "logging_steps": 1},
     "logged at every step": {"logging_steps": 1},
@@ -53,6 +90,11 @@ TRAININGS = {
     "evaluated": {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": sentences("next")},
     "AdamW": {"optim": "adamw_torch", "learning_rate": 1e-3, "logging_steps": 2},
     "an optimizer that changes gradients": {"logging_steps": 1, "optimizer": ClampsGradients},
+    "an optimizer that leaves no trace": {"logging_steps": 1, "optimizer": WritesWithoutATrace},
+    "a callback that leaves no trace": {"logging_steps": 1, "callbacks": [ScalesGradients()]},
+    "a train() of its own": {"logging_steps": 1, "change": keeping_eval_mode},
+    "parts added": {"logging_steps": 1, "callbacks": [AddsParts()]},
+    "nesterov": {"logging_steps": 1, "optim_args": "momentum=0.9,nesterov=True,foreach=True"},
     "eval mode": {"logging_steps": 1, "callbacks": [EvaluatesTheStudent()]},
     "frozen": {"logging_steps": 1, "frozen": "transformer.wte.weight"},
     "smoothed labels": {"logging_steps": 2, "label_smoothing_factor": 0.1},
@@ -66,9 +108,11 @@ def test_log_and_weights_are_those_of_trainer(tmp_path, name):
     for kind in (Trainer, BaseTrainer):
         changes = dict(TRAININGS[name])
         others = {key: changes.pop(key) for key in ("callbacks", "eval_dataset") if key in changes}
-        optimizer, frozen = changes.pop("optimizer", None), changes.pop("frozen", None)
+        optimizer, frozen, change = (changes.pop(key, None) for key in ("optimizer", "frozen", "change"))
         args = arguments(tmp_path / kind.__name__, **changes)
         model = language_model(0)
+        if change is not None:
+            change(model)
         if frozen is not None:
             model.get_parameter(frozen).requires_grad_(False)
         if optimizer is not None:
