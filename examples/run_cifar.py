@@ -9,7 +9,6 @@ is the paper's (digits and --smoke have small ones).
 
 from __future__ import annotations
 
-import os
 import re
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -68,7 +67,7 @@ from born_again.models.image_classifier import (
 from born_again.models.shared_ends import check_shared_ends, share_ends
 from born_again.report.figures import draw_curve
 from born_again.teacher.preprocessing import check_image_shape, read_otherwise
-from born_again.training.environment import take_from_launcher
+from born_again.training.environment import share_of_batch, take_from_launcher
 
 IMAGE_SIZE = 32
 
@@ -159,6 +158,7 @@ HOUSEKEEPING = {
     "logging_steps": 50,
     "report_to": "none",
     "remove_unused_columns": False,
+    "ddp_timeout": 600,
 }
 
 
@@ -174,9 +174,11 @@ def recipe(args: Namespace) -> dict[str, Any]:
         values |= DIGITS
     else:
         values |= CIFAR
-    # The batch is that of all processes together.
-    values["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
+    if "per_device_train_batch_size" not in args.given:
+        values["per_device_train_batch_size"] = share_of_batch(values["per_device_train_batch_size"])
     model, dataset = args.model or values["model"], args.dataset or values["dataset"]
+    if all(name.endswith("_cifar") for name in (model, args.student_model or model)):
+        values["ddp_find_unused_parameters"] = False  # ours use all of theirs at every step
     values["flip"] = allows_flip(dataset)
     values["dropout"] = usual_dropout(model)
     families = dict.fromkeys(family(one) for one in (model, args.student_model or model))
@@ -351,6 +353,7 @@ def build_runner(
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
         stop_when_worse=lineage.stop_when_worse,
+        stop_signals=lineage.stop_signals or (),
         publisher=create_publisher(lineage, training),
     )
 

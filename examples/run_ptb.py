@@ -58,7 +58,7 @@ from born_again.models.language_models import (
 from born_again.report.figures import draw_curve
 from born_again.teacher import carries_state, positions, vocabulary_size
 from born_again.teacher.tokenizers import check_same_tokenizer, has_tokenizer
-from born_again.training.environment import take_from_launcher
+from born_again.training.environment import number_of_processes, share_of_batch, take_from_launcher
 
 
 @dataclass
@@ -140,6 +140,7 @@ HOUSEKEEPING = {
     "logging_steps": 200,
     "report_to": "none",
     "remove_unused_columns": False,
+    "ddp_timeout": 600,
 }
 
 
@@ -153,8 +154,13 @@ def recipe(args: Namespace) -> dict[str, Any]:
     takes_best = values["load_best_model_at_end"] and "load_best_model_at_end" not in args.given
     values |= saving(args.given, takes_best or args.load_best_model_at_end)
     values["use_cpu"] = not torch.accelerator.is_available()  # without it TrainingArguments refuses bf16 on a CPU
-    # Number of validation streams, at most that of the training.
-    values["per_device_eval_batch_size"] = min(8, args.per_device_train_batch_size)
+    if "per_device_train_batch_size" not in args.given:
+        share_of_batch(values["per_device_train_batch_size"])
+    # Number of validation streams, at most that of the training, and as many for each process.
+    processes, streams = number_of_processes(), min(8, args.per_device_train_batch_size)
+    values["per_device_eval_batch_size"] = max(streams - streams % processes, processes)
+    if model in (*RECIPES, "gpt2-small", "test-lstm"):
+        values["ddp_find_unused_parameters"] = False  # ours use all of theirs at every step
     if args.lr_milestones or args.lr_scheduler_type != "linear":
         values = {name: value for name, value in values.items() if not name.startswith("lr_plateau")}
     values["name"] = plain_name(f"{Path(model).name}-{Path(dataset).name}")
@@ -259,6 +265,7 @@ def build_runner(
         take_teacher=None if spec.teacher is None else take_teacher,
         from_generation=lineage.from_generation,
         stop_when_worse=lineage.stop_when_worse,
+        stop_signals=lineage.stop_signals or (),
         publisher=create_publisher(lineage, training),
     )
 

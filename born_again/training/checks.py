@@ -48,6 +48,13 @@ def validate_arguments(
             "left at the end of an epoch would read on in the next; expected True: rows that are repeated to fill the "
             "last batch do not count."
         )
+    sizes = {"train": args.train_batch_size, "eval": 0 if trainer.eval_dataset is None else args.eval_batch_size}
+    for split, size in sizes.items() if args.accelerator_config.split_batches else ():
+        if size % args.world_size:
+            raise ValueError(
+                f"per_device_{split}_batch_size: got {size} with split_batches=True, which shares every batch out to "
+                f"{args.world_size} processes, expected a multiple of {args.world_size}."
+            )
     smoothing = args.label_smoothing_factor
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing_factor: got {smoothing} {where}, expected 0 to 1; 0.1 is usual.")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
-from accelerate.utils.environment import get_int_from_env
+from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
+from torch import distributed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,13 +107,49 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     return next((name for variable, name in _ENGINES.items() if os.environ.get(variable, "").lower() == "true"), None)
 
 
+def number_of_processes() -> int:
+    """How many the launcher has started, before they are joined."""
+    return get_int_from_env(_PROCESSES, 1)
+
+
+def share_of_batch(batch: int) -> int:
+    """What each process takes of a recipe's batch, that of all of them together.
+
+    Raises:
+        ValueError: it cannot be shared out equally.
+    """
+    processes = number_of_processes()
+    if batch % processes:
+        divisors = [count for count in range(1, min(batch, 1024) + 1) if batch % count == 0]
+        raise ValueError(
+            f"per_device_train_batch_size: the recipe's batch of {batch} cannot be shared out equally to {processes} "
+            f"processes; start {', '.join(map(str, divisors[:-1]))} or {divisors[-1]} of them, or give "
+            f"--per_device_train_batch_size for each process, such as {max(1, batch // processes)}, which is another "
+            "experiment."
+        )
+    return batch // processes
+
+
+def join_processes_on_cpu(args: TrainingArguments) -> None:
+    """Joins the processes of a launch with use_cpu so that they wait for each other for ddp_timeout seconds.
+
+    TrainingArguments would leave them torch's 30 minutes. Where the processes are joined already it does nothing.
+
+    Args:
+        args: whose __post_init__ begins.
+    """
+    on_cpu = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if on_cpu and number_of_processes() > 1 and not distributed.is_initialized():
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
+
+
 def check_launch(args: TrainingArguments) -> None:
     """Refuses a process that was started as one of several and trains alone.
 
     Raises:
         ValueError: accelerate has joined it with no other, so that each would write the same files.
     """
-    started = get_int_from_env(_PROCESSES, 1)
+    started = number_of_processes()
     if started > 1 and args.world_size == 1:
         raise ValueError(
             f"use_cpu: got {args.use_cpu} where the launcher started {started} processes, and accelerate joined none "

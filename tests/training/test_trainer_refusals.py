@@ -219,3 +219,17 @@ def test_an_engine_or_a_network_that_is_not_known_here(tmp_path, monkeypatch):
     refused("parallelism_config: got tp_size=2, which", _tp_size=2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("fsdp_version: got 1, expected 2", kind="FSDP", plugin=SimpleNamespace(fsdp_version=1))
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("train", (8, 9)), ("eval", (9, 8))])
+def test_split_batches_that_cannot_be_shared_out(tmp_path, monkeypatch, split, sizes):
+    monkeypatch.setattr(BornAgainTrainingArguments, "world_size", 3)
+    train, evaluation = sizes
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=train,
+        per_device_eval_batch_size=evaluation,
+        accelerator_config={"split_batches": True},
+    )
+    with pytest.raises(ValueError, match=f"per_device_{split}_batch_size: got 8 with split_batches=True, .* multiple"):
+        BornAgainTrainer(Network(1), args, train_dataset=vectors(), eval_dataset=vectors(), teacher=Network(2))
