@@ -19,7 +19,7 @@ from transformers.trainer_utils import SchedulerType
 
 from born_again.objectives import OBJECTIVES, OBJECTIVES_WITH_LABELS, PERMUTATIONS
 from born_again.teacher import PRECISIONS
-from born_again.training.environment import check_launch, compiler_of
+from born_again.training.environment import check_launch, compiler_of, join_processes_on_cpu
 from born_again.training.fused_optimizer import has_fused_form
 
 
@@ -64,7 +64,7 @@ _NOT_WEIGHT_AFFECTING = frozenset(
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
-    ddp_timeout ddp_backend
+    ddp_timeout ddp_backend ddp_find_unused_parameters
     teacher_cache teacher_cache_dir teacher_cache_limit_gib teacher_cuda_graph
     """.split()
 )
@@ -91,6 +91,9 @@ class BornAgainTrainingArguments(TrainingArguments):
             (1 - a) x teacher + a x label, a = steps done / steps of the training (Clark et al. 2019, BAM,
             arXiv 1907.04829).
         channels_last: keeps 4-d weights and inputs in torch.channels_last, which convolutions run faster in.
+        sync_batchnorm: on several processes, has BatchNorm normalise by the rows of all of them, as one process with
+            the whole batch would; on GPUs. Without it each process normalises by its own rows, and the running
+            statistics are those of the first. It costs two collectives a layer.
         teacher_precision: how the teacher computes. "autocast" as the student does; "inference" is the fastest, a
             private copy with BatchNorm folded into convolutions and weights in the dtype of bf16 or fp16; "float32" in
             full precision whatever the student does.
@@ -178,6 +181,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop on a loss or weights that are not finite; with a teacher when not given."},
     )
+    sync_batchnorm: bool = field(default=False, metadata={"help": "BatchNorm over the rows of all processes (GPUs)."})
     teacher_accuracy_samples: int | None = field(
         default=None,
         metadata={"help": "Training rows on which the teacher is measured before it teaches; 0 for none."},
@@ -205,6 +209,7 @@ class BornAgainTrainingArguments(TrainingArguments):
                 f"lr_plateau_gain: got {self.lr_plateau_gain!r} without lr_plateau_factor; give both, such as "
                 "lr_plateau_factor=0.5."
             )
+        join_processes_on_cpu(self)
         super().__post_init__()
         check_launch(self)
         self._take_accumulation()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from transformers import set_seed
 
 from born_again.objectives import IGNORED
 from born_again.training.checks import class_numbers
 from born_again.training.item_counts import LABEL_RANGE
+
+logger = logging.getLogger(__name__)
 
 
 class ProcessesMixin:
@@ -82,9 +86,39 @@ class ProcessesMixin:
             sampler.generator = torch.Generator().manual_seed(seed)
         return sampler
 
-    def _draw_apart(self) -> None:
-        """Seeds every process but the first with a number of its own, else all would have the same dropout masks."""
-        if self._is_one_of_many and self.args.process_index:
+    def _synchronize_batchnorm(self, student: nn.Module) -> None:
+        """Has BatchNorm normalise by the rows of all processes, where the arguments ask for it.
+
+        Raises:
+            ValueError: on a CPU, where torch has no such layer.
+        """
+        if not (self._is_one_of_many and getattr(self.args, "sync_batchnorm", False)):
+            return
+        if self.args.device.type == "cpu":
+            raise ValueError(
+                "sync_batchnorm: got True on a CPU, where torch.nn.SyncBatchNorm does not run, expected False: leave "
+                "it out, or take a network with GroupNorm or LayerNorm."
+            )
+        from timm.layers import convert_sync_batchnorm  # which knows timm's own layers, as torch's does not
+
+        for name, child in student.named_children():
+            setattr(student, name, convert_sync_batchnorm(child))
+
+    def _begin_on_processes(self) -> None:
+        """Before the first step of a training on several processes."""
+        if not self._is_one_of_many:
+            return
+        layers = [layer for layer in self.model.modules() if isinstance(layer, _BatchNorm)]
+        if layers and self.is_world_process_zero():
+            all_of_them = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
+            logger.info(
+                "BatchNorm: %d layers normalise by the rows of %s; rows repeated to fill the last batch of an epoch "
+                "are among them.",
+                len(layers),
+                "all processes" if all_of_them else "each process alone (sync_batchnorm=True: of all of them)",
+            )
+        if self.args.process_index:
+            # Else all would have the same dropout masks.
             text = f"{self.args.seed} process {self.args.process_index}".encode()
             set_seed(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
 

@@ -35,6 +35,7 @@ from born_again.training.arguments import (
 from born_again.training.checks import DivergenceGuard, LabelRange, class_numbers, narrow_weights, validate_arguments
 from born_again.training.compilation import CompilationMixin
 from born_again.training.device_reads import DeviceReadsMixin
+from born_again.training.failures import naming_lost_processes
 from born_again.training.item_counts import LABEL_RANGE, ItemCountsMixin
 from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
@@ -302,6 +303,7 @@ class BornAgainTrainer(
     def _own_the_loss(self, student: nn.Module) -> None:
         """From here on the loss is computed here, and never by the network."""
         self._owns_loss = True
+        self._synchronize_batchnorm(student)
         self._student_inputs = NetworkInputs(student, "student")
         readers = [self._student_inputs, *([] if self.teacher is None else self.teacher.inputs)]
         self._keep_columns({name for reader in readers for name in reader.columns})
@@ -618,6 +620,7 @@ class BornAgainTrainer(
             if (warning := narrow_weights(student)) is not None:
                 self._warn(warning)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(naming_lost_processes())
             stack.enter_context(explaining_errors(self))
             stack.enter_context(self._compiling_for_one_shape())
             if isinstance(self.teacher, CachedTeacher):
@@ -640,7 +643,7 @@ class BornAgainTrainer(
         self._guard, self._metric_sums, self._chunked = DivergenceGuard(), None, None
         self._labels = LabelRange(*(self.label_names or [])[:1])
         self._is_checked, self._weight_so_far = False, None
-        self._draw_apart()
+        self._begin_on_processes()
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.pop_hit_counts()  # those of the training alone are logged
 
