@@ -46,6 +46,7 @@ from born_again.lineage.status import results_table
 from born_again.lineage.worse import worse_than_teacher
 from born_again.training.arguments import BornAgainTrainingArguments, check_choice
 from born_again.training.environment import PRECISIONS, launcher_chooses_precision
+from born_again.training.failures import LostProcess, exit_with
 from born_again.training.fused_optimizer import should_fuse
 
 _Loaded = TypeVar("_Loaded")
@@ -89,6 +90,13 @@ class LineageFlags:
             "help": "Save a checkpoint when so many minutes have passed since the last one, and at the end; 5 where "
             "neither save_strategy nor save_steps is given. With load_best_model_at_end also after every evaluation "
             "that is the best so far."
+        },
+    )
+    stop_signals: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Signals that stop a run as SIGTERM does, after the step and a checkpoint: SIGUSR1 for SLURM's "
+            "--signal=USR1@120."
         },
     )
     hub_namespace: str | None = field(
@@ -581,11 +589,11 @@ def _smoothed_where(spec: LineageSpec, training: BornAgainTrainingArguments) -> 
 
 
 def launch(start: Callable[[], Any]) -> None:
-    """Runs a script, and prints expected errors as one line."""
+    """Runs a script, and prints expected errors as one line, once for all processes that raise it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger(HTTP_LIBRARY.__name__).setLevel(logging.WARNING)  # a line for each request to the Hub
     try:
         status = start()
-    except (ValueError, LineageError, HubError, FloatingPointError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (ValueError, LineageError, HubError, FloatingPointError, OSError, LostProcess) as error:
+        exit_with(error)
     sys.exit(status)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,11 +49,22 @@ class StopSignals:
     """A context manager that records SIGTERM and SIGINT; on exit it restores the previous handlers.
 
     A second signal, two seconds or more after the first, raises KeyboardInterrupt at once. Python handles signals in
-    the
-    main thread only: in another thread nothing is installed.
+    the main thread only: in another thread nothing is installed.
+
+    Args:
+        names: of more signals to record, such as SIGUSR1, which schedulers send before they end a job.
+
+    Raises:
+        ValueError: a name that is no signal, or one that cannot be handled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        for name in names:
+            if name in ("SIGKILL", "SIGSTOP") or not isinstance(getattr(signal, name, None), signal.Signals):
+                raise ValueError(
+                    f"stop_signals: got {name!r}, expected signals that a program can handle, such as SIGUSR1."
+                )
+        self.signals = (*SIGNALS, *(signal.Signals[name] for name in names))
         self.signum: int | None = None
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -61,7 +72,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+            self._before = {signum: signal.signal(signum, self._note) for signum in self.signals}
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -84,8 +95,11 @@ class StopSignals:
 
         It costs an all-reduce of one number; nothing with one process.
         """
-        self.signum = _highest(self.signum or 0) or None
-        return self.signum
+        found = _highest(self.signum or 0)
+        if not found:
+            return None  # also where one has arrived meanwhile, of which the others learn at the next call
+        self.signum = found
+        return found
 
 
 class SaveByTime(TrainerCallback):

@@ -68,6 +68,8 @@ from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_tha
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
 from born_again.training.background_save import Writer
+from born_again.training.environment import number_of_processes
+from born_again.training.failures import naming_lost_processes
 
 if TYPE_CHECKING:
     from born_again.hub.publishing import BackgroundPublisher
@@ -139,6 +141,8 @@ class LineageRunner:
         stop_when_worse: ends the lineage after a student that is clearly worse than its teacher (see
             `born_again.lineage.worse`): it is finished then, its ensembles evaluated, and the spec in lineage.json has
             as many generations as were trained. Without it the same command goes on.
+        stop_signals: names of signals that stop a run as SIGTERM does, such as SIGUSR1, which SLURM sends before a
+            time limit with `--signal=USR1@120`.
 
     Attributes:
         manifest: of the lineage.
@@ -148,7 +152,7 @@ class LineageRunner:
         LineageError: the folder holds something else, another experiment, other data, or changed weights.
         ValueError: an invalid from_generation; a teacher in the spec without take_teacher, or the reverse; from run(),
             a teacher that the trainer would evaluate on images with another preprocessing than its own;
-            save_minutes that are not above 0.
+            save_minutes that are not above 0; stop_signals that are none; processes that are not joined yet.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class LineageRunner:
         ensembles: Sequence[int] = ENSEMBLES,
         publisher: BackgroundPublisher | None = None,
         stop_when_worse: bool = False,
+        stop_signals: Sequence[str] = (),
     ) -> None:
         self.spec = spec
         self.output_dir = Path(output_dir)
@@ -198,7 +203,13 @@ class LineageRunner:
                 "of the two; the spec says what take_teacher loads."
             )
         self._processes = PartialState()
-        self._stop_signals = StopSignals()
+        if number_of_processes() > self._processes.num_processes:
+            raise ValueError(
+                f"training arguments: the launcher started {number_of_processes()} processes, which are not joined: "
+                "each would train alone and write the same files; make the training arguments before the runner, with "
+                "use_cpu=True on a machine without GPUs."
+            )
+        self._stop_signals = StopSignals(stop_signals)
         self.manifest = self._open()
         if from_generation is not None:
             check_restart(self.manifest, from_generation)
@@ -213,8 +224,13 @@ class LineageRunner:
             LineageError: weights of a finished generation are missing or changed, another run uses the folder, or it
                 cannot be written: the disk is full, or it is read-only.
             FloatingPointError: a loss was not finite; names generation and step. Checkpoints are kept.
+            LostProcess: another process has ended or hangs; names it.
             Interrupted: stopped by a signal, after a checkpoint was saved; uncaught, it ends the program.
         """
+        with naming_lost_processes():
+            return self._run_locked()
+
+    def _run_locked(self) -> Manifest:
         if self.is_finished():  # writes nothing, so the folder may be read-only
             self._run()
             if self._processes.is_main_process:
@@ -232,8 +248,7 @@ class LineageRunner:
                 if self.publisher is not None and self._processes.is_main_process:
                     self.unpublished = self.publisher.finish(stop=lambda: self._stop_signals.signum)
             except Interrupted as interrupted:
-                if self._processes.is_main_process:
-                    logger.warning("%s", interrupted)
+                self._log(logging.WARNING, "%s", interrupted)
                 raise
             except Exception as error:
                 problem = disk_problem(error, self.output_dir)
@@ -259,7 +274,7 @@ class LineageRunner:
             record = self.manifest.record(index)
             if record is not None and record["status"] == "finished":
                 check_weights(self.folder(index), record)
-                logger.info("Generation %d of %s is finished.", index, self.spec.name)
+                self._log(logging.INFO, "Generation %d of %s is finished.", index, self.spec.name)
                 continue
             signum = self._stop_signals.on_any_process()
             if signum is not None:
@@ -280,6 +295,10 @@ class LineageRunner:
         with contextlib.ExitStack() as held:
             on_first_process(lambda: held.enter_context(FolderLock(self.output_dir)))
             yield
+
+    def _log(self, level: int, message: str, *values: Any) -> None:
+        if self._processes.is_main_process:
+            logger.log(level, message, *values)
 
     def _resume_hint(self) -> str:
         return f"everything is saved in {self.output_dir}; the same command resumes from there."
@@ -354,7 +373,7 @@ class LineageRunner:
         has_own_peak = reset_peak_memory()
         set_seed(generation.seed)
         if generation.objective == EXTERNAL and self.take_teacher is not None:
-            logger.info("Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
+            self._log(logging.INFO, "Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
             taken = self.take_teacher()
             FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
             trainer = self._trainer(taken, None, generation)
@@ -386,7 +405,8 @@ class LineageRunner:
         on_first_process(
             lambda: set_aside_later_checkpoints(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
         )
-        logger.info(
+        self._log(
+            logging.INFO,
             "Generation %d of %s: %s with seed %d%s.",
             index,
             self.spec.name,
@@ -426,13 +446,15 @@ class LineageRunner:
         how = record.get("loss_normalization", "trainer")
         trainer.use_loss_normalization(how)
         if how == "trainer":
-            logger.info(
+            self._log(
+                logging.INFO,
                 "Generation 0 of %s was begun with Trainer's normalisation of the loss (loss_normalization 'trainer') "
                 "and goes on with it; from_generation=0 would begin it again with that of its students.",
                 self.spec.name,
             )
         else:
-            logger.info(
+            self._log(
+                logging.INFO,
                 "Generation 0 of %s has the mean over all items of a step as its loss (loss_normalization 'step'), as "
                 "its students have.",
                 self.spec.name,
@@ -445,8 +467,9 @@ class LineageRunner:
         if begun is not None:
             check_computation(here, index, begun)
         differing = computation_warning(here, self.manifest.generations[: index + 1])
-        if differing is not None and self._processes.is_main_process:
-            logger.warning(
+        if differing is not None:
+            self._log(
+                logging.WARNING,
                 "Generation %d of %s is computed differently than the lineage before it: %s.",
                 index,
                 self.spec.name,
@@ -535,8 +558,8 @@ class LineageRunner:
                 self.manifest.content["spec"]["generations"] = generation.index
                 self.manifest.content["stopped_when_worse"] = {"generations": self.spec.generations}
         self._save_manifest()
-        if is_worse and self._processes.is_main_process:
-            logger.warning("%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))
+        if is_worse:
+            self._log(logging.WARNING, "%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
         on_first_process(lambda: remove_training_files(self.output_dir, generation.index, self.keep_checkpoints))

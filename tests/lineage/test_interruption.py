@@ -148,3 +148,26 @@ def test_a_lineage_that_is_finished_is_read_without_the_lock(tmp_path):
     runner(folder, spec=spec(generations=0)).run()
     with FolderLock(folder):
         assert runner(folder, spec=spec(generations=0)).run().record(0)["status"] == "finished"
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(monkeypatch):
+    def agree(value):
+        if value == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr(callbacks, "_highest", agree)
+    with StopSignals() as noted:
+        assert noted.on_any_process() is None and noted.on_any_process() == signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["SIGNONE", "SIGKILL", "signal"])
+def test_a_stop_signal_that_is_none(tmp_path, name):
+    with pytest.raises(ValueError, match=f"stop_signals: got '{name}', expected signals that a program can handle"):
+        runner(tmp_path, stop_signals=[name])
+
+
+def test_processes_that_are_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="training arguments: the launcher started 2 processes, which are not joined"):
+        runner(tmp_path)

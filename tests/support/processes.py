@@ -8,6 +8,19 @@ from pathlib import Path
 import torch
 
 
+def launched(script: Path, folder: Path, *arguments: str, processes: int) -> subprocess.CompletedProcess:
+    """Runs `script FOLDER *arguments` on so many processes, by torch.distributed.run where they are more than one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
 def found_by(script: Path, folder: Path, *arguments: str, processes: int) -> list[dict]:
     """Runs `script FOLDER *arguments` on so many processes and returns what each left with `leave`, by rank.
 
@@ -17,15 +30,7 @@ def found_by(script: Path, folder: Path, *arguments: str, processes: int) -> lis
         arguments: after the folder.
         processes: with more than one, by torch.distributed.run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    done = launched(script, folder, *arguments, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
