@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, cached_file
@@ -403,7 +404,8 @@ def evaluate_ensemble(
     try:
         ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE)
     except ValueError as error:
-        logger.warning("The ensemble of generations %s is not evaluated: %s", members, error)
+        if PartialState().is_main_process:
+            logger.warning("The ensemble of generations %s is not evaluated: %s", members, error)
         metrics = {}
     else:
         measured = evaluate(ensemble)

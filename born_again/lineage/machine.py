@@ -87,28 +87,27 @@ def on_first_process(step: Callable[[], Any]) -> None:
 
     Raises:
         Exception: what the function raised. On the other processes a RuntimeError with its type and text if it cannot
-            be pickled.
+            be pickled, or is no Exception, as KeyboardInterrupt.
     """
     processes = PartialState()
     failure: list[Exception | None] = [None]
     if processes.is_main_process:
         try:
             step()
-        except Exception as error:
-            if processes.num_processes == 1:
-                raise
-            broadcast_object_list([_picklable_error(error)])
+        except BaseException as error:
+            if processes.num_processes > 1:
+                broadcast_object_list([_picklable_error(error)])
             raise
     broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
 
 
-def _picklable_error(error: Exception) -> Exception:
+def _picklable_error(error: BaseException) -> Exception:
     """The error itself if it survives pickling, else a RuntimeError with its type and text."""
     try:
         again = pickle.loads(pickle.dumps(error))
-        if type(again) is type(error) and str(again) == str(error):
+        if isinstance(error, Exception) and type(again) is type(error) and str(again) == str(error):
             return error
     except Exception:  # whatever its own __init__ or __reduce__ raises
         pass

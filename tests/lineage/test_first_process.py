@@ -23,6 +23,8 @@ def test_an_error_of_the_first_process_reaches_the_other(tmp_path):
         assert first[place].startswith(f"LineageError: output_dir: {tmp_path}")
     assert first.pop("TwoArguments") == "TwoArguments: value is 3"
     assert second.pop("TwoArguments") == "RuntimeError: the first process failed: TwoArguments: value is 3"
+    assert first.pop("KeyboardInterrupt") == "KeyboardInterrupt: "
+    assert second.pop("KeyboardInterrupt") == "RuntimeError: the first process failed: KeyboardInterrupt: "
     assert {**first, "done": ""} == {**second, "done": ""}
 
 

@@ -28,6 +28,7 @@ ERRORS = {
     "OSError": OSError(28, "No space left on device", "lineage.json"),
     "ValueError": ValueError("a wrong value"),
     "HubError": HubError("hub_namespace: cannot be published to"),
+    "KeyboardInterrupt": KeyboardInterrupt(),
     "TwoArguments": TwoArguments("value", 3),
 }
 
@@ -35,12 +36,12 @@ ERRORS = {
 def raised(call) -> str:
     try:
         call()
-    except Exception as error:
+    except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-def fail(error: Exception):
+def fail(error: BaseException):
     def step(*_, **__):
         raise error
 
