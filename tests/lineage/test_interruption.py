@@ -161,6 +161,14 @@ def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(monkeypatch
         assert noted.on_any_process() is None and noted.on_any_process() == signal.SIGTERM
 
 
+def test_another_signal_can_stop_a_run_too():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals(["SIGUSR1"]) as noted:
+        signal.raise_signal(signal.SIGUSR1)
+        assert noted.on_any_process() == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 @pytest.mark.parametrize("name", ["SIGNONE", "SIGKILL", "signal"])
 def test_a_stop_signal_that_is_none(tmp_path, name):
     with pytest.raises(ValueError, match=f"stop_signals: got '{name}', expected signals that a program can handle"):

@@ -38,7 +38,7 @@ class Disturb(TrainerCallback):
 def main(folder: Path, how: str) -> None:
     torch.set_num_threads(1)
     changes = {"ddp_backend": "gloo", "ddp_timeout": TIMEOUT, "per_device_train_batch_size": 4}
-    asked = {"spec": spec(generations=1), "changes": changes, "stop_signals": ["SIGUSR1"]}
+    asked = {"spec": spec(generations=1), "changes": changes}
 
     def start() -> int:
         arguments(folder, **changes)  # before the runner, so that the processes are joined
