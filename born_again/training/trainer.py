@@ -442,7 +442,7 @@ class BornAgainTrainer(
         """
         if not self._owns_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        known = inputs.get(LABEL_RANGE)
+        known = cast(tuple[int, int] | None, inputs.get(LABEL_RANGE))
         inputs, labels = self._split_labels(inputs)
         teacher_logits = inputs.pop(_TEACHER_LOGITS, None)
         if self._chunked and model.training and not return_outputs:
