@@ -5,6 +5,7 @@
     born-again card OUTPUT_DIR
     born-again compare OUTPUT_DIR OTHER_DIR
     born-again publish OUTPUT_DIR --namespace NAME
+    born-again plan --model densenet90_60_cifar --batch 128 --processes 8
 
 Exit status: 0; 1 if evaluate finds a difference to the record, or publish leaves something unpublished; 2 for invalid
 arguments or files.
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_card(commands)
     _add_publish(commands)
     _add_compare(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -160,6 +162,51 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--figure", metavar="FILE", help="Also draw the differences, as a .png, .svg or .pdf.")
     parser.add_argument("--json", action="store_true", help="Print the comparison as one JSON object.")
     parser.set_defaults(run=_compare)
+
+
+def _add_plan(commands: Any) -> None:
+    description = (
+        "Computes what a training step needs on so many processes: memory of each, bytes that each sends, hours."
+    )
+    parser = commands.add_parser("plan", help=description, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="A timm architecture, lstm-large and so on, a transformers model type such as llama, a folder or Hub id.",
+    )
+    parser.add_argument("--batch", type=int, required=True, help="Rows of an optimisation step, of all processes.")
+    for name, text in {
+        "processes": "One for each GPU; 1 when not given.",
+        "accumulation": "Micro-batches of a step; 1 when not given.",
+        "classes": "Of an image network; 10 when not given.",
+        "image_size": "Side in pixels, of an image network; 32 when not given.",
+        "vocabulary": "Tokens that a language model knows; 10000 when not given.",
+        "window": "Tokens of a row, of a language model; 35 when not given.",
+    }.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    for name, text in {
+        "engine": "ddp (when not given), fsdp2, zero2 or zero3; a lineage may not serve all, see its refusals.",
+        "precision": "bf16 (when not given) or float32.",
+        "optimizer": "sgd, sgd-momentum (when not given) or adamw.",
+        "objective": "ban (when not given) and so on, or label for generation 0.",
+        "teacher_precision": "inference (when not given), autocast or float32.",
+        "teacher_placement": "replicated (when not given) or sharded.",
+        "device": "gpu (when not given) or cpu.",
+    }.items():
+        parser.add_argument(f"--{name}", help=text)
+    parser.add_argument("--model_args", help="Arguments of the architecture: hidden_size=2048,num_hidden_layers=16.")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", default=None, help="Compute activations twice, keep none."
+    )
+    parser.add_argument(
+        "--step_seconds", type=float, metavar="X", help="Measured time of a student's step, for hours."
+    )
+    parser.add_argument("--label_step_seconds", type=float, metavar="X", help="Likewise, of generation 0.")
+    parser.add_argument("--samples", type=int, metavar="N", help="Rows of the training set, for hours.")
+    parser.add_argument("--epochs", type=float, metavar="X", help="Of each generation, for hours.")
+    parser.add_argument("--generations", type=int, default=3, metavar="N", help="Students, for hours; 3.")
+    parser.add_argument("--json", action="store_true", help="Print the plan as one JSON object, in bytes.")
+    parser.set_defaults(run=_plan)
 
 
 # ---- status ----
@@ -395,6 +442,59 @@ def _compare(arguments: argparse.Namespace) -> int:
     text = json.dumps(comparison, indent=2, allow_nan=False) if arguments.json else comparison_markdown(comparison)
     print(_printable(text))
     return 0
+
+
+# ---- plan ----
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from born_again.lineage.arguments import parse_mapping
+    from born_again.report.plan import PlannedStep, hours, plan
+
+    names = [field.name for field in dataclasses.fields(PlannedStep)]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "model_args" in given:
+        given["model_args"] = parse_mapping("model_args", given["model_args"])
+    step, time = PlannedStep(**given), None
+    timing = ("samples", "epochs", "step_seconds")
+    if missing := [name for name in timing if getattr(arguments, name) is None]:
+        if len(missing) < len(timing):
+            raise ValueError(
+                f"{missing[0]}: got none, expected it with {', '.join({*timing} - {*missing})}, for hours."
+            )
+    else:
+        time = hours(
+            step,
+            generations=arguments.generations,
+            label_step_seconds=arguments.label_step_seconds,
+            **{name: getattr(arguments, name) for name in timing},
+        )
+    content = {"step": dataclasses.asdict(step), **plan(step), "hours": time}
+    print(json.dumps(content, indent=2, allow_nan=False) if arguments.json else _printable(_plan_text(content)))
+    return 0
+
+
+def _plan_text(content: Mapping[str, Any]) -> str:
+    step, time = content["step"], content["hours"]
+    lines = [
+        f"{step['model']}: {content['parameters']:,} parameters, {step['processes']} x {step['engine']}, "
+        f"{step['batch']} rows a step, {step['precision']}, {step['optimizer']}, {step['objective']}, "
+        f"{content['loss_implementation']} loss; computed, not measured"
+    ]
+    for what, parts in (
+        ("memory of a process, MiB", content["memory"]),
+        ("sent by a process in a step, MiB", content["communication"]),
+    ):
+        lines += _aligned([[what, ""], *([f"  {name}", f"{size / 2**20:,.0f}"] for name, size in parts.items())])
+    if time is not None:
+        lines.append(
+            f"hours: {time['lineage']:.1f} (teacher {time['teacher']:.1f}, each student {time['student']:.1f}; "
+            f"{time['steps']:,} steps each)"
+        )
+    lines.append("Not counted: libraries and CUDA context, data, workspaces, what the allocator leaves unused.")
+    return "\n".join(lines)
 
 
 # ---- all ----

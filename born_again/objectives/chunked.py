@@ -130,7 +130,7 @@ def chunked_confidence_weight(teacher: Head, labels: Tensor) -> Tensor:
     check_head("teacher", teacher)
     teacher = teacher.detach().to(_product_dtype(teacher.hidden))
     total = labels.new_zeros((), dtype=working_dtype(teacher.hidden))
-    count = _chunk_rows(teacher)
+    count = chunk_rows(teacher)
     workspace = _workspace(teacher, count)
     with torch.autocast(teacher.hidden.device.type, enabled=False):
         for rows in _chunks(teacher, count):
@@ -195,7 +195,7 @@ def _chunked_forward(
         torch.zeros(part.shape, dtype=wide, device=part.device) if part is not None and needs else None
         for part, needs in zip(shapes, needed, strict=True)
     ]
-    count = min(_chunk_rows(head) for head in (student, teacher) if head is not None)
+    count = min(chunk_rows(head) for head in (student, teacher) if head is not None)
     workspace, teacher_workspace = _workspace(student, count), None if teacher is None else _workspace(teacher, count)
     for rows in _chunks(student, count):
         logits = student.logits(rows, workspace)
@@ -232,7 +232,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _chunk_rows(head: Head) -> int:
+def chunk_rows(head: Head) -> int:
+    """How many rows of logits are computed at a time."""
     rows = len(head.hidden)
     return max(1, min(rows, max(_CHUNK // (len(head.weight) * head.hidden.itemsize), -(-rows // _SHARE))))
 
