@@ -25,6 +25,7 @@ from born_again.models.lstm_precision import computes_lstm
 from born_again.teacher.precision import cpu_capabilities
 from born_again.training.environment import (
     ORDER_VARIABLES,
+    check_engine,
     check_launch,
     compiler_of,
     float32_precision,
@@ -306,17 +307,40 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     check_launch(args)
     engine = sharding_engine(args)
-    if engine is not None:
+    if engine not in (None, "FSDP"):
         raise ValueError(
-            f"accelerate launch: got {engine}, which shards weights and checkpoints over processes, expected "
+            f"accelerate launch: got {engine}, which shards weights and checkpoints over processes, expected FSDP2, "
             "DistributedDataParallel or one process in a lineage, whose checkpoints and generations are whole files; "
-            "launch it without --use_fsdp, --use_deepspeed and --use_megatron_lm, and leave fsdp and deepspeed out of "
-            "the arguments."
+            "launch it without --use_deepspeed and --use_megatron_lm, and leave deepspeed out of the arguments. FSDP2 "
+            "(--use_fsdp --fsdp_version 2) shards the weights as ZeRO-3 does."
         )
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError(
             "fp16: got True, or fp16 from the launcher, on a CPU, where accelerate silently computes in "
             "float32; use --bf16 True, or --bf16 False --fp16 False for float32."
+        )
+
+
+def check_sharding(trainer: Trainer) -> None:
+    """Validates how an engine shards the student of a lineage.
+
+    Raises:
+        ValueError: an engine that is not used or not known, offloaded shards, or a compiled student.
+    """
+    check_engine(trainer, trainer.model)
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        return
+    if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or plugin.cpu_offload is True:
+        raise ValueError(
+            "fsdp_offload_params: got True, expected False in a lineage, whose checkpoints are put together on the "
+            "devices that the processes are connected by; where a student does not fit, use more processes or "
+            "fsdp_activation_checkpointing."
+        )
+    if (compiler := compiler_of(trainer.args)) is not None:
+        raise ValueError(
+            f"torch_compile: got {compiler[0]!r} with FSDP, expected no compilation of a student in shards in a "
+            "lineage, whose weights would be saved under other names; leave it out, or use DistributedDataParallel."
         )
 
 

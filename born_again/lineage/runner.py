@@ -46,6 +46,7 @@ from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
     check_arguments,
     check_computation,
+    check_sharding,
     collect_memory,
     computation_of,
     computation_warning,
@@ -70,6 +71,7 @@ from born_again.teacher.preprocessing import check_prepared_as
 from born_again.training.background_save import Writer
 from born_again.training.environment import number_of_processes
 from born_again.training.failures import naming_lost_processes
+from born_again.training.sharding import count_parameters, loading_whole
 
 if TYPE_CHECKING:
     from born_again.hub.publishing import BackgroundPublisher
@@ -282,7 +284,8 @@ class LineageRunner:
             self._train(index)
         if self.evaluate is not None:
             for members in missing_ensembles(self.manifest, self.ensembles):
-                evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
+                with loading_whole():
+                    evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
                 self._save_manifest()
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)
@@ -374,8 +377,9 @@ class LineageRunner:
         set_seed(generation.seed)
         if generation.objective == EXTERNAL and self.take_teacher is not None:
             self._log(logging.INFO, "Generation 0 of %s: %s, trained elsewhere.", self.spec.name, self.spec.teacher)
-            taken = self.take_teacher()
-            FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
+            with loading_whole():
+                taken = self.take_teacher()
+                FrozenTeacher(taken).check_against(self.build_student(generation))  # before anything is written
             trainer = self._trainer(taken, None, generation)
             if self.evaluate is None:
                 check_prepared_as(taken, trainer.eval_dataset, trainer.processing_class)
@@ -383,8 +387,9 @@ class LineageRunner:
             trainer.use_loss_normalization("step")  # evaluated as its students are
             self._finish(generation, trainer, has_own_peak)
             return
-        student = self.build_student(generation)
-        teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
+        with loading_whole():
+            student = self.build_student(generation)
+            teacher = None if generation.parent is None else self.load_teacher(self.folder(generation.parent))
         trainer = self._trainer(student, teacher, generation)
         self._check_objective(trainer, generation)
         self._check_trainer(index, trainer)
@@ -463,6 +468,7 @@ class LineageRunner:
     def _check_trainer(self, index: int, trainer: BornAgainTrainer) -> None:
         """Validates arguments and computation before a generation begins or is resumed."""
         check_arguments(trainer.args)
+        check_sharding(trainer)
         here, begun = computation_of(trainer), self.manifest.record(index)
         if begun is not None:
             check_computation(here, index, begun)
@@ -505,7 +511,6 @@ class LineageRunner:
     ) -> None:
         """Saves the weights, evaluates them, then records both: a crash in between repeats only what follows."""
         partial = self.output_dir / f".gen{generation.index}.partial"
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
         def write() -> None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -514,11 +519,14 @@ class LineageRunner:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(partial)
 
-        on_first_process(write)
+        with trainer.whole_student() as model:
+            on_first_process(write)
         if self.evaluate is None:
             metrics = by_split(trainer.evaluate())
         else:
-            metrics = self.evaluate(self.load_teacher(partial))
+            with loading_whole():
+                trained = self.load_teacher(partial)
+            metrics = self.evaluate(trained)
         if trainer.checkpoint_writer is not None:
             trainer.checkpoint_writer.wait()  # while it wrote the last checkpoint the weights were evaluated
         facts = {
@@ -527,7 +535,7 @@ class LineageRunner:
             "weights_sha256": file_sha256(partial / WEIGHTS_NAME),
             "metrics": {split: finite_or_none(values) for split, values in metrics.items()},
             "teacher_fit": trainer.teacher_train_metrics and finite_or_none(trainer.teacher_train_metrics),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": count_parameters(model),
             "nll_difference": None if generation.parent is None else self._nll_difference(generation.parent, metrics),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],

@@ -94,8 +94,8 @@ class BackgroundSaveMixin(Trainer):
     the states of random number generators, which are small, are written. A thread then has Trainer write the rest, in
     its order: trainer_state.json, without which a checkpoint is not complete, comes last, and older checkpoints are
     deleted after it. One checkpoint is written at a time; the next one waits. Main memory holds one more copy of
-    weights and optimizer state meanwhile. Several processes and fp16, whose scaler is on the device, save as Trainer
-    does.
+    weights and optimizer state meanwhile. Several processes, students in shards, and fp16, whose scaler is on the
+    device, save as Trainer does.
 
     Attributes:
         checkpoint_writer: set by who runs the training, who waits for it before the files are used.
@@ -105,7 +105,8 @@ class BackgroundSaveMixin(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         writer = self.checkpoint_writer
-        can_be_copied = self.args.world_size == 1 and self.accelerator.scaler is None and trial is None
+        is_whole = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        can_be_copied = is_whole and self.accelerator.scaler is None and trial is None
         if writer is None or not writer.in_background or not can_be_copied:
             super()._save_checkpoint(model, trial)
             return

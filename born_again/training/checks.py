@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from born_again.objectives import IGNORED
 from born_again.training.environment import check_engine
+from born_again.training.sharding import local_part
 
 
 def validate_arguments(
@@ -278,10 +279,13 @@ class DivergenceGuard:
                 + _REMEDY
             )
 
-    def check_weights(self, model: nn.Module, step: int, steps: int) -> None:
+    def check_weights(
+        self, model: nn.Module, step: int, steps: int, sum_over_processes: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
         """Checks the trained weights, which an infinite gradient of a finite loss may have made infinite.
 
-        Frozen ones may hold an infinity on purpose, such as a mask.
+        Frozen ones may hold an infinity on purpose, such as a mask. Every process must call it together, since each
+        may have a shard of the weights.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; names `step` of `steps`.
@@ -289,8 +293,11 @@ class DivergenceGuard:
         found: dict[torch.device, list[Tensor]] = {}
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.is_meta:
-                found.setdefault(parameter.device, []).append(parameter.isfinite().all())
-        if not all(torch.stack(finite).all() for finite in found.values()):
+                part = local_part(parameter)
+                found.setdefault(part.device, []).append(part.isfinite().all())
+        bad = sum(bool(torch.stack(finite).logical_not().any()) for finite in found.values())
+        device = next(iter(found), torch.device("cpu"))
+        if sum_over_processes(torch.tensor(bad, device=device)):
             raise FloatingPointError(
                 f"weights: not finite after step {step} of {steps}; training stops, and checkpoints saved before "
                 "remain. " + _REMEDY

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from born_again.objectives import IGNORED
 from born_again.teacher import logits_of
@@ -62,15 +62,16 @@ class TeacherAccuracyMixin:
         """What `evaluate_teacher` gives, of the student as it is now: how much of its training set it has learned.
 
         Returns:
-            As there; None also for a student that FSDP or DeepSpeed keep in pieces.
+            As there.
         """
-        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if not (self._owns_loss and is_whole and can_be_indexed(self.train_dataset)):
+        if not (self._owns_loss and can_be_indexed(self.train_dataset)):
             return None
+        # Of a student in shards the wrapper puts the weights together.
+        student = self.model_wrapped if self.is_sharded else self.model
 
         def rows(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             with torch.no_grad(), self.accelerator.autocast():
-                yield self._items(logits_of(self._student_forward(self.model, inputs)), labels)
+                yield self._items(logits_of(self._student_forward(student, inputs)), labels)
 
         was_training = self.model.training
         self.model.eval()
@@ -149,8 +150,8 @@ def evenly_spaced(dataset: Dataset | datasets.Dataset, samples: int) -> Dataset 
 
 
 @contextmanager
-def changed(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """Inside, these arguments have other values."""
+def changed(args: Any, **values: Any) -> Iterator[None]:
+    """Inside, these attributes, such as training arguments, have other values."""
     before = {name: getattr(args, name) for name in values}
     for name, value in values.items():
         setattr(args, name, value)

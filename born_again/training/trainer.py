@@ -41,6 +41,7 @@ from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
 from born_again.training.processes import ProcessesMixin
+from born_again.training.sharding import check_loaded_whole
 from born_again.training.step_loss import ChunkedLossMixin
 from born_again.training.teacher_accuracy import TeacherAccuracyMixin, changed, sums_of_rows
 from born_again.training.upstream import BaseTrainer, explaining_errors
@@ -234,6 +235,7 @@ class BornAgainTrainer(
                 f"args: got {type(self.args).__name__} beside a teacher, expected BornAgainTrainingArguments, which "
                 "hold the objective."
             )
+        check_loaded_whole(self, teacher)
         frozen = FrozenTeacher(teacher)
         frozen.warn = self._warn
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -604,7 +606,7 @@ class BornAgainTrainer(
             self._labels.check()
             self._guard.check_loss(self.state.max_steps)
         if self.control.should_save and self._stops_on_nonfinite:
-            self._guard.check_weights(self.model, self.state.global_step, self.state.max_steps)
+            self._check_weights()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- Training and evaluation ----
@@ -635,7 +637,7 @@ class BornAgainTrainer(
         self._labels.check()
         if self._stops_on_nonfinite:
             self._guard.check_loss(self.state.max_steps)
-            self._guard.check_weights(self.model, self.state.global_step, self.state.max_steps)
+            self._check_weights()
         return output
 
     def begin_training(self) -> None:

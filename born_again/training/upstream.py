@@ -16,6 +16,7 @@ from born_again.metrics import BatchMetrics
 from born_again.training.background_save import BackgroundSaveMixin
 from born_again.training.fused_optimizer import FusedOptimizerMixin
 from born_again.training.lean_steps import LeanStepsMixin
+from born_again.training.sharding import ShardingMixin
 from born_again.training.teacher_accuracy import changed
 
 _NO_LSTM = "LSTM forward propagation primitive"  # in oneDNN's error for a dtype that it has no LSTM in
@@ -37,7 +38,7 @@ def explaining_errors(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, LeanStepsMixin, Trainer):
+class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanStepsMixin, Trainer):
     """Trainer with the same results, faster steps, and evaluation before training that leaves no trace."""
 
     _parameter_count: int | None = None
@@ -79,8 +80,9 @@ class BaseTrainer(BackgroundSaveMixin, FusedOptimizerMixin, LeanStepsMixin, Trai
         if self.is_in_train and getattr(dataloader, "dataset", None) is self.train_dataset:
             dataloader.set_epoch = lambda epoch: None
         args = (dataloader, *args)
+        self._shard_to_evaluate()
         state = self.model.__dict__
-        if state.get("_is_accelerate_prepared", False) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if state.get("_is_accelerate_prepared", False) or self.is_sharded:
             with explaining_errors(self):
                 return super().evaluation_loop(*args, **kwargs)
         names = ("_is_accelerate_prepared", "_original_forward", "forward")

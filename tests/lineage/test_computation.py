@@ -5,6 +5,7 @@ import logging
 import mmap
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_lineage import Crash, hashes, runner, spec
 from born_again import BornAgainTrainer
 from born_again.lineage.machine import (
     check_arguments,
+    check_sharding,
     computation_of,
     describe_computation,
     peak_memory_mib,
@@ -170,34 +172,54 @@ def test_a_flag_wins_over_the_launcher_and_is_what_accelerate_does(
 
 
 @pytest.mark.parametrize(
-    ("environment", "changes", "message"),
+    ("changes", "message"),
     [
-        ({}, {"save_only_model": True}, "save_only_model: got True, expected False in a lineage.*leave it out"),
+        ({"save_only_model": True}, "save_only_model: got True, expected False in a lineage.*leave it out"),
         (
-            {},
             {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
             "dataloader_persistent_workers: got True, expected False in a lineage",
         ),
-        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: got True, expected False in a lineage.*smaller"),
-        ({}, {"ignore_data_skip": True}, "ignore_data_skip: got True, expected False in a lineage.*leave it out"),
-        ({}, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, expected False in a lineage.*SIGTERM"),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "accelerate launch: got FSDP, which shards"),
-        ({}, {"fp16": True}, "fp16: got True, .* on a CPU, where accelerate silently computes in float32"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: got True, expected False in a lineage.*smaller"),
+        ({"ignore_data_skip": True}, "ignore_data_skip: got True, expected False in a lineage.*leave it out"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: got True, expected False in a lineage.*SIGTERM"),
+        ({"fp16": True}, "fp16: got True, .* on a CPU, where accelerate silently computes in float32"),
     ],
 )
-def test_what_a_lineage_cannot_go_on_from_is_refused_before_anything_is_made(
-    tmp_path, monkeypatch, environment, changes, message
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_what_a_lineage_cannot_go_on_from_is_refused_before_anything_is_made(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         runner(tmp_path / "out", changes=changes).run()
     assert not [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
     with pytest.raises(ValueError, match=message):
         check_arguments(arguments(tmp_path, **changes))
-    for name in environment:
-        monkeypatch.delenv(name)
     assert not runner(tmp_path / "out").is_finished()  # what is left of it is no other lineage
+
+
+def test_an_engine_that_no_lineage_knows(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(ValueError, match="accelerate launch: got Megatron, which shards.*FSDP2"):
+        check_arguments(arguments(tmp_path))
+
+
+def test_an_engine_that_accelerate_does_not_take_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate launch: got FSDP, which accelerate did not take"):
+        runner(tmp_path / "out").run()
+    assert not [path for path in (tmp_path / "out").rglob("*") if not path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "changes", "message"),
+    [
+        ({"cpu_offload": True}, {}, "fsdp_offload_params: got True, expected False in a lineage"),
+        ({"cpu_offload": None}, {"torch_compile": True}, "torch_compile: got 'inductor' with FSDP"),
+    ],
+)
+def test_how_a_lineage_cannot_be_sharded(tmp_path, monkeypatch, plugin, changes, message):
+    trainer = trainer_of(tmp_path, **changes)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(**plugin), raising=False)
+    with pytest.raises(ValueError, match=message):
+        check_sharding(trainer)
 
 
 def test_fp16_is_not_computed_on_a_cpu(tmp_path):

@@ -1,0 +1,306 @@
+"""Students that FSDP2 keeps in shards over processes: saved and resumed as whole files, and evaluated before training.
+
+The files are those of a training on one process, so that a generation loads by from_pretrained, and a checkpoint is
+checked as any other. The first process holds the whole weights and optimizer state in main memory while it writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from born_again.training.teacher_accuracy import changed
+
+# Of timm, of torchvision and of born_again: what is repeated in a network of images.
+_BLOCK = re.compile(r"\w*(Block|Bottleneck|Residual)")
+_LOADED_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_UNITS = 8  # of a network without repeated blocks: as many parts, by their number of parameters
+_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+class ShardingMixin(Trainer):
+    """The part of BaseTrainer for students in shards.
+
+    In a lineage checkpoints are whole files, written by the first process; elsewhere they are those of Trainer.
+    """
+
+    in_lineage = False
+    _guard: Any
+    _sum_over_processes: Any
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine may keep the student in shards, so that every process has to call and save it together."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _check_weights(self) -> None:
+        state = self.state
+        self._guard.check_weights(self.model, state.global_step, state.max_steps, self._sum_over_processes)
+
+    @contextmanager
+    def whole_student(self) -> Iterator[nn.Module]:
+        """Inside, the unwrapped student, on the first process with whole weights that no training may touch.
+
+        Every process must enter it together.
+        """
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.is_sharded:
+            yield student
+            return
+        _reshard(student)
+        places, whole = [], {}
+        for module in student.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in whole:  # tied weights stay one
+                    value = gathered(parameter, self.args.should_save)
+                    whole[id(parameter)] = parameter if value is None else nn.Parameter(value, False)
+                places.append((module._parameters, name, parameter))
+        kind = type(student)
+        try:
+            for parameters, name, parameter in places:
+                parameters[name] = whole[id(parameter)]
+            if isinstance(student, FSDPModule):
+                student.__class__ = kind.__bases__[-1]  # whose name goes into config.json
+            yield student
+        finally:
+            student.__class__ = kind
+            for parameters, name, parameter in places:
+                parameters[name] = parameter
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Trainer's; called before a student is sharded."""
+        if self.is_fsdp_enabled:
+            self._choose_layers(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _choose_layers(self, student: nn.Module) -> None:
+        """Says which layers are gathered one after the other, where neither arguments nor launcher do.
+
+        Accelerate looks for what a network of transformers calls its layers, which networks of timm do not say, and
+        keeps those of the generation before.
+        """
+        asked, plugin = self.args.fsdp_config or {}, self.accelerator.state.fsdp_plugin
+        policy = asked.get("auto_wrap_policy") or os.environ.get("FSDP_AUTO_WRAP_POLICY") or "TRANSFORMER_BASED_WRAP"
+        names = asked.get("transformer_layer_cls_to_wrap") or os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+        if names or policy.upper() != "TRANSFORMER_BASED_WRAP":
+            return
+        names = layers_to_shard(student)
+        plugin.transformer_cls_names_to_wrap = names
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy if names else size_based_auto_wrap_policy
+        plugin.min_num_params = max(1, count_parameters(student) // _UNITS)
+
+    @property
+    def _writes_whole_files(self) -> bool:
+        return self.is_fsdp_enabled and self.in_lineage
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's."""
+        if not self._writes_whole_files:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self.whole_student(), changed(self, is_fsdp_enabled=False):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._writes_whole_files:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = tree_map(lambda value: gathered(value, self.args.should_save), self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._writes_whole_files:
+            load_whole(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._writes_whole_files:
+            load_whole(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._writes_whole_files:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path = os.path.join(checkpoint, OPTIMIZER_NAME)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, values in state["state"].items():
+            like = trained[index]
+            # Not the number of steps, a scalar.
+            state["state"][index] = tree_map(
+                lambda value, like=like: shard(value, like) if value.shape == like.shape else value, values
+            )
+        self.optimizer.load_state_dict(state)
+        scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _shard_to_evaluate(self) -> None:
+        """Shards a student that is evaluated before it is trained, as the training would.
+
+        Accelerate shards a network beside its optimizer alone, which is made when the training begins.
+        """
+        if not self.is_fsdp_enabled or self.accelerator._models:
+            return
+        self._wrap_model(self.model)
+        optimizers = list(self.accelerator._optimizers)
+        student, _ = self.accelerator.prepare(self.model, torch.optim.SGD(self.model.parameters(), lr=0.0))
+        self.accelerator._optimizers[:] = optimizers
+        self.model = self.model_wrapped = student
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """A context manager in which from_pretrained gives every process whole weights, under FSDP as without it.
+
+    With cpu_ram_efficient_loading transformers reads weights on the first process alone, for a network that is
+    sharded afterwards: a teacher is not.
+    """
+    before = os.environ.get(_LOADED_ONCE)
+    if before is not None:
+        os.environ[_LOADED_ONCE] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_LOADED_ONCE] = before
+
+
+def check_loaded_whole(trainer: Trainer, teachers: nn.Module | Sequence[nn.Module]) -> None:
+    """Refuses a teacher whose weights this process does not have.
+
+    Raises:
+        ValueError: it was loaded for an engine that shards it afterwards.
+    """
+    for teacher in [teachers] if isinstance(teachers, nn.Module) else teachers:
+        if not trainer.is_fsdp_enabled or not any(parameter.is_meta for parameter in teacher.parameters()):
+            continue
+        raise ValueError(
+            f"teacher: process {trainer.args.process_index} has no weights of {type(teacher).__name__}, which "
+            "from_pretrained has read on the first process alone (fsdp_cpu_ram_efficient_loading); expected them on "
+            "every process, since a teacher is not sharded: load it inside `with "
+            "born_again.training.sharding.loading_whole():`, or set fsdp_cpu_ram_efficient_loading to false."
+        )
+
+
+def layers_to_shard(student: nn.Module) -> list[str]:
+    """The classes of layers whose weights FSDP2 gathers one layer after the other.
+
+    Args:
+        student: unwrapped.
+
+    Returns:
+        Names: those that a network of transformers says not to split, or else of the outermost repeated blocks, as
+        networks of timm name theirs; [] where there are none.
+    """
+    classes = {type(module).__name__ for module in student.modules() if module is not student}
+    if said := sorted(classes.intersection(getattr(student, "_no_split_modules", None) or ())):
+        return said
+    found: dict[str, int] = {}
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            name = type(child).__name__
+            if _BLOCK.fullmatch(name):
+                found[name] = found.get(name, 0) + 1
+            else:
+                look(child)
+
+    look(student)
+    return sorted(found)
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """A tensor of which every process has a shard, put together in main memory; every process must call it together.
+
+    Args:
+        value: anything; what is no such tensor is returned as it is.
+        keep: whether the result is wanted on this process.
+
+    Returns:
+        The whole tensor, on the CPU; None on a process that does not want it.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    # Offloaded shards are sent by the devices that the processes are connected by.
+    whole = value.detach().to(value.device_mesh.device_type).full_tensor()
+    return whole.cpu() if keep else None
+
+
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a tensor that every process has read."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_whole(student: nn.Module, folder: Path) -> None:
+    """Loads the weights of a folder into a student in shards.
+
+    Args:
+        student: with its shards.
+        folder: with model.safetensors, or its parts.
+
+    Raises:
+        ValueError: it lacks weights of the student.
+    """
+    weights = {name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in
+               load_file(path).items()}  # fmt: skip
+    _reshard(student)
+    missing: dict[int, str] = {}
+    loaded: set[int] = set()
+    named = [*student.named_parameters(remove_duplicate=False), *student.named_buffers(remove_duplicate=False)]
+    persistent = student.state_dict().keys()
+    with torch.no_grad():
+        for name, tensor in named:
+            name = _WRAPPERS.sub("", name)
+            if name in weights:
+                tensor.copy_(shard(weights[name], tensor))
+                loaded.add(id(tensor))
+            elif name in persistent:
+                missing[id(tensor)] = name
+    left = [name for key, name in missing.items() if key not in loaded]  # of tied weights one is saved
+    if left:
+        raise ValueError(
+            f"{folder}: its weights lack {', '.join(left[:3])}{' and others' if len(left) > 3 else ''} of "
+            f"{type(student).__name__}; expected those of the network that is trained, as it was when it was saved."
+        )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """How many parameters a network has, also where this process has a shard of them alone."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in network.parameters())
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What of a parameter this process has."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def _reshard(student: nn.Module) -> None:
+    """After an evaluation the outermost module still has its weights, in the precision that it computed in."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
