@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from born_again import BornAgainTrainer, BornAgainTrainingArguments
 from born_again.teacher import FrozenTeacher, logits_of
-from born_again.training.environment import check_engine
+from born_again.training.environment import check_engine, check_launch
 
 
 def build(student, teacher, folder, **changes):
@@ -178,10 +178,12 @@ def test_sequences_train_with_labels_named_otherwise(tmp_path):
 
 
 def test_processes_that_would_train_alone(tmp_path, monkeypatch):
-    """As torchrun starts them on a machine without GPUs, when use_cpu is left out."""
+    """As torchrun starts them on a machine without GPUs, when use_cpu is left out; an older accelerate joins them."""
+    args = arguments(tmp_path, use_cpu=False)
+    check_launch(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="use_cpu: got False where the launcher started 2 processes, and accelerate"):
-        arguments(tmp_path, use_cpu=False)
+        check_launch(args)
 
 
 def test_batches_of_which_a_process_may_have_none(tmp_path, monkeypatch):
