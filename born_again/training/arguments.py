@@ -45,6 +45,7 @@ def multi_step_schedule(
     return LambdaLR(optimizer, factor)
 
 
+TEACHER_PLACEMENTS = ("replicated", "sharded")
 TEACHER_CACHES = ("off", "memory", "disk")
 LOSS_IMPLEMENTATIONS = ("auto", "full", "chunked")
 LOSS_NORMALIZATIONS = ("trainer", "step")
@@ -65,7 +66,7 @@ _NOT_WEIGHT_AFFECTING = frozenset(
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names torch_empty_cache_steps
     ddp_timeout ddp_backend ddp_find_unused_parameters
-    teacher_cache teacher_cache_dir teacher_cache_limit_gib teacher_cuda_graph
+    teacher_cache teacher_cache_dir teacher_cache_limit_gib teacher_cuda_graph teacher_placement
     """.split()
 )
 # Unless the learning rate or the choice of weights hangs on evaluations.
@@ -101,6 +102,10 @@ class BornAgainTrainingArguments(TrainingArguments):
             saves the host the launch of every kernel and takes memory of its own for the teacher's activations; its
             outputs are the same bit for bit. Where it cannot be captured, with torch_compile and with a teacher_cache
             it is called as on other devices.
+        teacher_placement: "replicated" keeps the whole teacher on every process; "sharded", under FSDP2, a part on
+            each, gathered layer by layer at every forward, for a teacher that does not fit. The network that is handed
+            over is sharded in place. Not beside a teacher_cache, torch_compile and another teacher_precision than
+            "autocast".
         teacher_cache: where the teacher's outputs are cached, to be read when the same view of a sample comes again:
             "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one teacher).
             The weights are the same. The training set must give each view a cache key, as born_again.data's do.
@@ -158,6 +163,10 @@ class BornAgainTrainingArguments(TrainingArguments):
     )
     teacher_cuda_graph: bool = field(
         default=True, metadata={"help": "Replay the teacher's forward as a CUDA graph, on CUDA."}
+    )
+    teacher_placement: str = field(
+        default="replicated",
+        metadata={"help": f"Where the teacher is under FSDP2: {', '.join(TEACHER_PLACEMENTS)}."},
     )
     teacher_cache: str = field(
         default="off", metadata={"help": "Where teacher outputs are cached: off, memory, disk."}
@@ -217,6 +226,7 @@ class BornAgainTrainingArguments(TrainingArguments):
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("permutation", self.permutation, PERMUTATIONS)
         check_choice("teacher_precision", self.teacher_precision, PRECISIONS)
+        check_choice("teacher_placement", self.teacher_placement, TEACHER_PLACEMENTS)
         check_choice("teacher_cache", self.teacher_cache, TEACHER_CACHES)
         check_choice("loss_implementation", self.loss_implementation, LOSS_IMPLEMENTATIONS)
         check_choice("loss_normalization", self.loss_normalization, LOSS_NORMALIZATIONS)

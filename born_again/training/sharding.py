@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from born_again.teacher import FrozenTeacher
+from born_again.training.environment import compiler_of
 from born_again.training.teacher_accuracy import changed
 
 # Of timm, of torchvision and of born_again: what is repeated in a network of images.
@@ -82,6 +84,16 @@ class ShardingMixin(Trainer):
             student.__class__ = kind
             for parameters, name, parameter in places:
                 parameters[name] = parameter
+
+    @property
+    def _captures_teacher(self) -> bool:
+        return self.args.teacher_cuda_graph and self.args.teacher_placement == "replicated"
+
+    def _place_teacher(self, frozen: FrozenTeacher, memory_format: torch.memory_format | None) -> None:
+        frozen.to(self.args.device, memory_format)
+        if self.args.teacher_placement == "sharded":
+            for module in frozen.modules:
+                shard_teacher(module)
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """Trainer's; called before a student is sharded."""
@@ -186,21 +198,61 @@ def loading_whole() -> Iterator[None]:
             os.environ[_LOADED_ONCE] = before
 
 
-def check_loaded_whole(trainer: Trainer, teachers: nn.Module | Sequence[nn.Module]) -> None:
-    """Refuses a teacher whose weights this process does not have.
+def check_teacher_loading(trainer: Trainer, teachers: nn.Module | Sequence[nn.Module]) -> None:
+    """Refuses a teacher whose weights this process does not have, and a placement that is not possible.
 
     Raises:
-        ValueError: it was loaded for an engine that shards it afterwards.
+        ValueError: it was loaded for an engine that shards it afterwards; `teacher_placement` is "sharded" without
+            FSDP2, or beside what needs the whole teacher on every process.
     """
-    for teacher in [teachers] if isinstance(teachers, nn.Module) else teachers:
+    args = trainer.args
+    given = [teachers] if isinstance(teachers, nn.Module) else teachers
+    for teacher in (one for one in given if isinstance(one, nn.Module)):  # others are refused as no networks
+        if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+            raise ValueError(
+                f"teacher: {type(teacher).__name__} was loaded in shards, as from_pretrained does once training "
+                "arguments with ZeRO-3 are made; expected whole weights on every process: load it before them, or use "
+                "FSDP2, beside which teacher_placement='sharded' shards it."
+            )
         if not trainer.is_fsdp_enabled or not any(parameter.is_meta for parameter in teacher.parameters()):
             continue
         raise ValueError(
-            f"teacher: process {trainer.args.process_index} has no weights of {type(teacher).__name__}, which "
+            f"teacher: process {args.process_index} has no weights of {type(teacher).__name__}, which "
             "from_pretrained has read on the first process alone (fsdp_cpu_ram_efficient_loading); expected them on "
-            "every process, since a teacher is not sharded: load it inside `with "
+            "every process, before it is placed: load it inside `with "
             "born_again.training.sharding.loading_whole():`, or set fsdp_cpu_ram_efficient_loading to false."
         )
+    if args.teacher_placement == "replicated":
+        return
+    if not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"teacher_placement: got {args.teacher_placement!r} without FSDP2, expected 'replicated'; to shard "
+            "teacher and student, start with `accelerate launch --use_fsdp --fsdp_version 2`."
+        )
+    for name, value, expected in (
+        ("teacher_cache", args.teacher_cache, "off"),
+        ("teacher_precision", args.teacher_precision, "autocast"),
+        ("torch_compile", compiler_of(args) is not None, False),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"teacher_placement: got 'sharded' with {name} {value!r}, expected {expected!r}: every process "
+                "has to call the network itself for every batch, since all gather its weights together; or "
+                "teacher_placement='replicated'."
+            )
+
+
+def shard_teacher(teacher: nn.Module) -> None:
+    """Shards a frozen network over all processes, in place; its weights are gathered layer by layer in its forward.
+
+    Args:
+        teacher: frozen and on its device, with the same weights on every process.
+    """
+    names = layers_to_shard(teacher)
+    for module in reversed(list(teacher.modules())):
+        if module is teacher or type(module).__name__ in names:
+            # The outermost too, which FSDP2 else leaves whole after its forward, for a backward that never comes.
+            fully_shard(module, reshard_after_forward=True)
 
 
 def layers_to_shard(student: nn.Module) -> list[str]:

@@ -41,7 +41,7 @@ from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
 from born_again.training.processes import ProcessesMixin
-from born_again.training.sharding import check_loaded_whole
+from born_again.training.sharding import check_teacher_loading
 from born_again.training.step_loss import ChunkedLossMixin
 from born_again.training.teacher_accuracy import TeacherAccuracyMixin, changed, sums_of_rows
 from born_again.training.upstream import BaseTrainer, explaining_errors
@@ -235,7 +235,7 @@ class BornAgainTrainer(
                 f"args: got {type(self.args).__name__} beside a teacher, expected BornAgainTrainingArguments, which "
                 "hold the objective."
             )
-        check_loaded_whole(self, teacher)
+        check_teacher_loading(self, teacher)
         frozen = FrozenTeacher(teacher)
         frozen.warn = self._warn
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -251,11 +251,11 @@ class BornAgainTrainer(
         frozen.set_precision(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
         taught_by = with_teacher_cache(frozen, self.args, self.train_dataset)
         # Every check is done before the teacher is changed.
-        frozen.to(self.args.device, self._memory_format)
+        self._place_teacher(frozen, self._memory_format)
         if self._compiler is not None:
             with self._compiling_for_one_shape():
                 frozen.compile(**self._compiler.to_kwargs())  # as accelerate compiles the student
-        elif self.args.device.type == "cuda" and self.args.teacher_cuda_graph and taught_by is frozen:
+        elif self.args.device.type == "cuda" and self._captures_teacher and taught_by is frozen:
             frozen.capture_graphs()
         self.teacher = taught_by
         self._own_the_loss(student)

@@ -28,7 +28,7 @@ def on_one(tmp_path_factory):
 def on_fsdp(tmp_path_factory):
     """Everything in one start of two processes."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    return folder, found_by(SCRIPT, folder, "fsdp2", *WHOLE, "crashed", "sgd crashed", processes=2)
+    return folder, found_by(SCRIPT, folder, "fsdp2", *WHOLE, "sharded", "crashed", "sgd crashed", processes=2)
 
 
 def files(folder: Path) -> set[str]:
@@ -73,11 +73,22 @@ def test_a_generation_resumed_under_fsdp2_has_the_weights_of_an_uninterrupted_on
         assert own == [record["weights_sha256"] for record in rank[part]["records"]][: len(own)]
 
 
-def test_evaluation_before_training_and_the_teacher_beside_a_student_in_shards(on_one, on_fsdp):
+@pytest.mark.slow
+def test_a_lineage_under_fsdp2_goes_on_after_kill_9(on_fsdp, tmp_path):
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        found_by(SCRIPT, tmp_path, "fsdp2", "killed", processes=2)
+    assert (tmp_path / "text" / "checkpoints" / "gen1" / "checkpoint-4").is_dir()
+    found = found_by(SCRIPT, tmp_path, "fsdp2", "text", processes=2)
+    hashes = [[record["weights_sha256"] for record in rank[0]["text"]["records"]] for rank in (found, on_fsdp[1])]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("placement", ["measured", "sharded"])
+def test_evaluation_before_training_and_the_teacher_beside_a_student_in_shards(on_one, on_fsdp, placement):
     expected = on_one[1]["measured"]
     for rank in on_fsdp[1]:
-        own = rank["measured"]
-        assert own["student_in_shards"] and not own["teacher_in_shards"]
+        own = rank[placement]
+        assert own["student_in_shards"] and own["teacher_in_shards"] == (placement == "sharded")
         for name in ("before", "again", "after"):
             assert own[name] == pytest.approx(expected[name], rel=1e-12)
         assert own["student_fit"] == pytest.approx(expected["student_fit"])

@@ -4,6 +4,7 @@ torchrun --nproc_per_node N tests/support/engine_lineages.py FOLDER ENGINE PART.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -113,6 +114,17 @@ def crashed_and_resumed(folder: Path, generation: int, **changes) -> dict:
     return finished(text_lineage(folder, **changes))
 
 
+class Kill(Crash):
+    """kill -9 of the last process, while the others train on."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == PROCESSES - 1:
+            try:
+                super().on_step_end(args, state, control, **kwargs)
+            except KeyboardInterrupt:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 def trainer_of(folder: Path, **changes) -> BornAgainLMTrainer:
     data = sentences("next", 24)
     args = arguments(folder, **settings(save_strategy="no", **changes))
@@ -129,6 +141,7 @@ def measured_first(folder: Path, **changes) -> dict:
     found["after"] = trainer.evaluate()["eval_loss"]
     found["student_in_shards"] = any(isinstance(part, DTensor) for part in trainer.model.parameters())
     found["teacher_in_shards"] = any(isinstance(part, DTensor) for part in trainer.teacher.modules[0].parameters())
+    trainer.teacher.check_against(trainer.model)  # as a student of model_init is
     found["student_fit"] = BornAgainTrainer.evaluate_student(trainer)
     found["infinite"] = refused_weights(trainer)
     return found
@@ -152,7 +165,11 @@ PARTS = {
     "crashed": lambda folder, **engine: crashed_and_resumed(folder, 1, **engine),
     "sgd crashed": lambda folder, **engine: crashed_and_resumed(folder, 0, generations=0, optim="sgd", **engine),
     "images": lambda folder, **engine: finished(image_lineage(folder, **engine)),
+    "killed": lambda folder, **engine: finished(
+        text_lineage(folder.parent / "text", callbacks=[Kill(1, 5)], **engine)
+    ),
     "measured": measured_first,
+    "sharded": lambda folder, **engine: measured_first(folder, teacher_placement="sharded", **engine),
 }
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from born_again import BornAgainTrainer, BornAgainTrainingArguments
 from born_again.teacher import FrozenTeacher, logits_of
 from born_again.training.environment import check_engine, check_launch
+from born_again.training.sharding import check_teacher_loading
 
 
 def build(student, teacher, folder, **changes):
@@ -221,6 +222,34 @@ def test_an_engine_or_a_network_that_is_not_known_here(tmp_path, monkeypatch):
     refused("parallelism_config: got tp_size=2, which", _tp_size=2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("fsdp_version: got 1, expected 2", kind="FSDP", plugin=SimpleNamespace(fsdp_version=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_placement": "split"}, "teacher_placement: got 'split', expected one of 'replicated', 'sharded'"),
+        ({"teacher_placement": "sharded"}, "teacher_placement: got 'sharded' without FSDP2, expected 'replicated'"),
+    ],
+)
+def test_where_a_teacher_cannot_be_placed(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(Network(1), Network(2), tmp_path, **changes)
+
+
+def test_a_teacher_that_not_every_process_has_or_calls(tmp_path):
+    trainer = build(Network(1), Network(2), tmp_path)
+    trainer.is_fsdp_enabled = True
+    with torch.device("meta"):
+        absent = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="teacher: process 0 has no weights of Linear, which from_pretrained"):
+        check_teacher_loading(trainer, absent)
+    partitioned = torch.nn.Linear(2, 2)
+    partitioned.weight.ds_id = 0
+    with pytest.raises(ValueError, match="teacher: Linear was loaded in shards.*load it before them, or use FSDP2"):
+        check_teacher_loading(trainer, [partitioned])
+    trainer.args.teacher_placement, trainer.args.teacher_cache = "sharded", "memory"
+    with pytest.raises(ValueError, match="teacher_placement: got 'sharded' with teacher_cache 'memory'"):
+        check_teacher_loading(trainer, Network(2))
 
 
 @pytest.mark.parametrize(("split", "sizes"), [("train", (8, 9)), ("eval", (9, 8))])
