@@ -58,6 +58,7 @@ from born_again.lineage.machine import (
     versions,
 )
 from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
+from born_again.lineage.nodes import GatherRandomStates, NodeFolders
 from born_again.lineage.predictions import (
     PREDICTIONS_NAME,
     predictions_by_split,
@@ -113,7 +114,8 @@ class LineageRunner:
 
     Args:
         spec: of the lineage.
-        output_dir: the lineage's folder; new, empty, or of the same spec.
+        output_dir: the lineage's folder; new, empty, or of the same spec. Several nodes share it, or each has its own
+            by that path, see `born_again.lineage.nodes`.
         build_student: makes the untrained network of a generation.
         build_trainer: from (student, teacher or None, generation) to a `BornAgainTrainer` whose output_dir is the
             generation's `checkpoint_dir` and whose seed is the generation's. Generation 0 is trained with
@@ -212,6 +214,7 @@ class LineageRunner:
                 "use_cpu=True on a machine without GPUs."
             )
         self._stop_signals = StopSignals(stop_signals)
+        self._nodes = NodeFolders(self.output_dir)
         self.manifest = self._open()
         if from_generation is not None:
             check_restart(self.manifest, from_generation)
@@ -270,6 +273,7 @@ class LineageRunner:
         self.manifest, self.from_generation = self._open(), None
 
     def _run(self) -> None:
+        self._nodes.receive("gen*/**/*")
         for index in range(self.spec.generations + 1):
             if index > self.manifest.spec.generations:
                 break  # stop_when_worse
@@ -291,6 +295,8 @@ class LineageRunner:
             restarted = self.manifest.content.pop("restart", None)
         if restarted is not None:
             self._save_manifest()
+        for pattern in ("ensemble/**/*", MANIFEST_NAME):
+            self._nodes.receive(pattern)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -323,6 +329,7 @@ class LineageRunner:
 
     def _open(self) -> Manifest:
         folder, data = self.output_dir, self.data
+        self._nodes.receive(MANIFEST_NAME)
         if (folder / MANIFEST_NAME).exists():
             manifest = Manifest.read(folder)
             differences = self.spec.differences(manifest.spec, self._ignored_fields(manifest))
@@ -401,11 +408,12 @@ class LineageRunner:
         keeper = RecordProgress(
             generation.checkpoint_dir, record["seconds"], lambda **fields: self._update_record(index, **fields), writer
         )
-        for callback in (*self._savers, SaveAfterEvaluation()):
+        gathering = GatherRandomStates(self._nodes, generation.checkpoint_dir)
+        for callback in (*self._savers, SaveAfterEvaluation(), gathering):
             trainer.add_callback(callback)
         trainer.add_callback(keeper)
         trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint(), writer))
-        checkpoint = last_checkpoint(generation.checkpoint_dir)
+        checkpoint = self._last_checkpoint(generation)
         self._processes.wait_for_everyone()
         on_first_process(
             lambda: set_aside_later_checkpoints(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
@@ -434,6 +442,16 @@ class LineageRunner:
         trainer = self.build_trainer(student, teacher, generation)
         trainer.in_lineage = True
         return trainer
+
+    def _last_checkpoint(self, generation: Generation) -> Path | None:
+        folder = generation.checkpoint_dir
+        if self._nodes.is_shared:
+            return last_checkpoint(folder)
+        found = [last_checkpoint(folder)] if self._processes.is_main_process else [None]
+        (checkpoint,) = broadcast_object_list(found)
+        if checkpoint is not None:
+            self._nodes.receive(f"{CHECKPOINTS_NAME}/{folder.name}/{checkpoint.name}/**/*")
+        return checkpoint
 
     def _check_objective(self, trainer: BornAgainTrainer, generation: Generation) -> None:
         """Refuses a function as objective that the spec, and so the record, would call otherwise."""
@@ -521,6 +539,8 @@ class LineageRunner:
 
         with trainer.whole_student() as model:
             on_first_process(write)
+        self._nodes.on_other_nodes(lambda: shutil.rmtree(partial, ignore_errors=True))
+        self._nodes.receive(f"{partial.name}/**/*")
         if self.evaluate is None:
             metrics = by_split(trainer.evaluate())
         else:
@@ -560,6 +580,10 @@ class LineageRunner:
             put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
 
         on_first_process(finish)
+        self._nodes.on_other_nodes(
+            lambda: put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
+        )
+        self._nodes.receive(f"gen{generation.index}/**/*")
         self.manifest.update(generation.index, **facts)  # only now: a finished record must have its folder
         if is_worse and self.stop_when_worse and generation.index < self.spec.generations:
             with self.manifest.lock:
@@ -570,7 +594,12 @@ class LineageRunner:
             self._log(logging.WARNING, "%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
-        on_first_process(lambda: remove_training_files(self.output_dir, generation.index, self.keep_checkpoints))
+
+        def clean() -> None:
+            remove_training_files(self.output_dir, generation.index, self.keep_checkpoints)
+
+        on_first_process(clean)
+        self._nodes.on_other_nodes(clean)
 
     def _nll_difference(self, parent: int, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
         """Of text, over the teacher on the test split; None where the predictions of one are not kept."""

@@ -81,13 +81,14 @@ def test_the_command(capsys):
 # On one thread, in float32 unless said: peak of resident memory above what was there before the networks.
 MEASURED = {
     "images": {"model": "wide_resnet28_1_cifar", "batch": 128, "precision": "float32"},
-    "images in bf16, accumulated": {
-        "model": "wide_resnet28_2_cifar",
-        "batch": 128,
-        "precision": "bf16",
-        "accumulation": 2,
-    },
     "lstm": {"model": "lstm-large", "batch": 32, "precision": "float32", "optimizer": "sgd"},
+    "gpt2 in bf16": {
+        "model": "gpt2-small",
+        "batch": 4,
+        "window": 256,
+        "precision": "bf16",
+        "optimizer": "adamw",
+    },
     "gpt2, DDP": {
         "model": "gpt2-small",
         "batch": 4,
