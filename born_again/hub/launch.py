@@ -40,6 +40,7 @@ from born_again.lineage.manifest import (
     seed_folder_name,
 )
 from born_again.lineage.members import ENSEMBLE_NAME
+from born_again.lineage.nodes import NodeFolders
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import CONTROLS, TEACHER_OBJECTIVE, LineageSpec
 from born_again.lineage.status import results_table
@@ -377,6 +378,7 @@ def resume_lineage(flags: LineageFlags, training: BornAgainTrainingArguments) ->
     _check_not_of_seeds(training)
     if settings is not None and flags.from_generation is None:
         on_first_process(lambda: _restore(flags, training, settings))
+    NodeFolders(training.output_dir).receive(MANIFEST_NAME)
     try:
         spec = Manifest.read(Path(training.output_dir)).spec
     except (FileNotFoundError, LineageError):  # the runner says what is wrong with it

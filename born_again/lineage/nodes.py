@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -84,13 +84,16 @@ class NodeFolders:
 
     def _check_own(self) -> None:
         """Refuses to write over a lineage of another experiment; a stale copy of this one is what a run leaves."""
-        path = self.folder / MANIFEST_NAME
-        own = Manifest.read(self.folder).spec if path.exists() else None
+        own = problem = None
+        try:
+            if (self.folder / MANIFEST_NAME).exists():
+                own = Manifest.read(self.folder).spec
+        except LineageError as error:
+            problem = f"{error} (on {socket.gethostname()})"
         first = broadcast_object_list([own])[0]
-        problem = None
         if own is not None and (first is None or own.differences(first)):
             problem = (
-                f"output_dir: {self.folder} on {os.uname().nodename} holds another lineage than on the first node, "
+                f"output_dir: {self.folder} on {socket.gethostname()} holds another lineage than on the first node, "
                 "whose files it would receive; move it away, or give another output_dir."
             )
         problems = [found for found in gather_object([problem]) if found is not None]

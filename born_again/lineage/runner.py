@@ -65,7 +65,7 @@ from born_again.lineage.predictions import (
     read_predictions,
     write_predictions,
 )
-from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
+from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences, shared_out
 from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
@@ -334,9 +334,11 @@ class LineageRunner:
             manifest = Manifest.read(folder)
             differences = self.spec.differences(manifest.spec, self._ignored_fields(manifest))
             if differences:
+                has_others = any(text.startswith("training.world_size: ") for text in differences)
+                same = f" ({shared_out(manifest.spec)})" if has_others else ""
                 raise LineageError(
                     f"output_dir: {folder} holds a lineage of another experiment ({'; '.join(differences)}); give the "
-                    "same arguments to continue it, or another output_dir."
+                    f"same arguments{same} to continue it, or another output_dir."
                 )
             if changed := data_differences(data, manifest.content["data"]):
                 raise LineageError(
