@@ -328,7 +328,7 @@ def _communication(step: PlannedStep, sizes: _Sizes, narrow: int, taught_in: tor
 def _network(step: PlannedStep) -> nn.Module:
     arguments = dict(step.model_args or {})
     if step.is_image:
-        network = timm.create_model(step.model, num_classes=step.classes, **arguments)
+        network: Any = timm.create_model(step.model, num_classes=step.classes, **arguments)
         if step.gradient_checkpointing:
             network.set_grad_checkpointing(True)
         return network

@@ -120,7 +120,7 @@ def _loss(
     chunked: bool,
     live: _LiveBytes,
 ) -> Tensor:
-    def run(network: nn.Module, autocast: bool) -> tuple[Tensor, nn.Linear | None]:
+    def run(network: nn.Module, autocast: bool) -> tuple[Tensor, Any]:
         call: dict[str, Any] = dict(inputs)
         if hasattr(network, "config") and getattr(network.config, "use_cache", None) is not None:
             call["use_cache"] = False
@@ -131,7 +131,9 @@ def _loss(
             values = call.values() if "pixel_values" in call else ()
             return logits_of(network(*values) if values else network(**call)), layer
 
-    narrow, teacher_out, teacher_layer = dtype != torch.float32, None, None
+    teacher_out: Any = None
+    teacher_layer: Any = None
+    narrow = dtype != torch.float32
     if teacher is not None:
         own = _dtype(teacher)
         with torch.no_grad():
@@ -199,7 +201,8 @@ class _LiveBytes(TorchDispatchMode):
         self._parts: dict[str, dict[int, int]] = {"gradients": {}, "logits": {}}
 
     def is_gradient(self, parameter: Tensor) -> None:
-        self._note("gradients", parameter.grad)
+        if parameter.grad is not None:
+            self._note("gradients", parameter.grad)
 
     def is_logits(self, tensor: Tensor) -> None:
         self._note("logits", tensor)

@@ -505,7 +505,7 @@ def _is_narrow(module: nn.Module) -> bool:
 
 def _storage(parameter: nn.Parameter) -> int:
     # Compared by memory, not by object: a view or a tied tensor of the student is a shared parameter too.
-    part = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a network in shards
+    part = getattr(parameter, "to_local", lambda: parameter)()  # of a network in shards
     return 0 if part.is_meta else part.untyped_storage().data_ptr()
 
 
