@@ -17,12 +17,13 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.optim.optimizer import _global_optimizer_pre_hooks
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import is_sagemaker_mp_enabled
 
 _WITH_GRADIENTS = ("on_pre_optimizer_step", "on_optimizer_step")
 _REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
-_TRAIN = (nn.Module.train, nn.parallel.DistributedDataParallel.train)
+# That of transformers only sees to kernels, where these are used.
+_TRAIN = (nn.Module.train, nn.parallel.DistributedDataParallel.train, PreTrainedModel.train)
 _is_training = operator.attrgetter("training")
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -153,7 +154,8 @@ class _PlainSteps:
     def __init__(self, model: nn.Module, trainer: Trainer) -> None:
         self.model, self.weights, self.modules = model, list(model.parameters()), list(model.modules())
         self.overrides_train = any(
-            type(module).train not in _TRAIN or "train" in vars(module) for module in self.modules
+            type(module).train not in _TRAIN or "train" in vars(module) or getattr(module, "use_kernels", False)
+            for module in self.modules
         )
         args, accelerator, optimizer = trainer.args, trainer.accelerator, trainer.optimizer
         self.are_plain = (
