@@ -69,7 +69,7 @@ STUBS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; echo $$ > "$STUBS/step"; exec "$@"',
     "scancel": 'kill -TERM "$(cat "$STUBS/step")"',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STUBS/told"; fi',
-    "accelerate": f'exec {sys.executable} -m accelerate.commands.launch "$@"',
+    "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
     "python": f'exec {sys.executable} "$@"',
 }
 
@@ -92,10 +92,10 @@ def slurm(tmp_path):
     return start
 
 
-def wait_for(path: Path, seconds: float = 300) -> None:
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < end, path
+        assert time.monotonic() < end and process.poll() in (None, 0, 3), path
         time.sleep(0.02)
 
 
@@ -117,7 +117,7 @@ def test_a_job_goes_back_in_the_queue_where_a_signal_stopped_it_and_only_there(s
     ):
         begun = tmp_path / f"begun-{how}-{signum}"
         process = slurm(job, training, begun, how, SLURM_ARRAY_TASK_ID="10")
-        wait_for(begun)
+        wait_for(begun, process)
         if signum is not None:
             process.send_signal(signum)
         assert process.wait(60) == status
@@ -149,7 +149,7 @@ def test_a_job_that_is_preempted_goes_on_and_ends_like_one_that_is_not(slurm, tm
         words = (JOBS[name], "examples/run_cifar.py", *SMOKE, "--num_train_epochs", "8", "--output_dir", folder)
         process = slurm(*words, **variables)
         if folder.name == "preempted":
-            wait_for(own / "lineage.json")
+            wait_for(own / "lineage.json", process)
             time.sleep(1)
             process.send_signal(signal.SIGUSR1)
             assert process.wait(300) != 0 and slurm.requeued.read_text() == "requeue 7\n"
