@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from born_again.objectives.fused import IGNORED, ItemLoss, fused_item_losses, fused_loss_sums, max_probabilities
+from born_again.objectives.fused import IGNORED, ItemLoss, fused_item_losses, max_probabilities
 from born_again.objectives.permutations import PERMUTATIONS
 from born_again.objectives.permutations import permute_all_but_argmax as permute_all_but_argmax
 
@@ -196,45 +196,6 @@ def objective_items_and_metrics(
         loss, student_logits, teacher_logits, labels, generator=generator, with_metrics=True
     )
     return losses, weights, metrics or {}
-
-
-def objective_sums(
-    objective: str,
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    label_weight: float = 1.0,
-    permutation: str = "fresh",
-    label_smoothing: float = 0.0,
-    label_share: float = 0.0,
-    generator: torch.Generator | None = None,
-    all_count: bool = False,
-    with_metrics: bool = False,
-) -> tuple[Tensor, Tensor | float, dict[str, Tensor] | None]:
-    """The sums over items of what `objective_items` gives item by item, in fewer operations.
-
-    Args:
-        objective, student_logits, teacher_logits, labels, temperature, label_weight, permutation, label_smoothing,
-            label_share, generator: see `objective_items`.
-        all_count: promises that no label is `IGNORED`.
-        with_metrics: also sum `distillation_metrics`; needs a teacher and labels.
-
-    Returns:
-        sum(weight x loss), a scalar in nats; sum(weight), a number where every item weighs 1; and the metrics by
-        name, or None.
-    """
-    loss = item_loss(objective, temperature, label_weight, permutation, label_smoothing, label_share)
-    return fused_loss_sums(
-        loss,
-        student_logits,
-        teacher_logits,
-        labels,
-        all_count=all_count,
-        generator=generator,
-        with_metrics=with_metrics,
-    )
 
 
 def item_loss(

@@ -102,10 +102,11 @@ class BackgroundSaveMixin(Trainer):
     """
 
     checkpoint_writer: Writer | None = None
+    is_sharded: bool
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         writer = self.checkpoint_writer
-        is_whole = self.args.world_size == 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        is_whole = self.args.world_size == 1 and not self.is_sharded
         can_be_copied = is_whole and self.accelerator.scaler is None and trial is None
         if writer is None or not writer.in_background or not can_be_copied:
             super()._save_checkpoint(model, trial)

@@ -14,10 +14,11 @@ from torch import Tensor
 from born_again.objectives import (
     IGNORED,
     at_least_tiny,
+    item_loss,
     objective_items_and_metrics,
-    objective_sums,
     widened,
 )
+from born_again.objectives.fused import fused_loss_sums
 
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Of the training arguments; a function reads none of them.
@@ -90,7 +91,7 @@ class ItemLossesMixin:
         return self.args.has_label_term
 
     def _loss_settings(self) -> dict[str, Any]:
-        """What `objective_items` and the chunked loss take beside logits and labels, at this step."""
+        """What `item_loss` and the chunked loss take beside the objective, at this step."""
         args, state = self.args, self.state
         # Of the step alone, so that a resumed training has the share that an uninterrupted one would have.
         share = state.global_step / max(1, state.max_steps) if getattr(args, "teacher_annealing", False) else 0.0
@@ -100,7 +101,6 @@ class ItemLossesMixin:
             "permutation": getattr(args, "permutation", "fresh"),
             "label_smoothing": args.label_smoothing_factor,
             "label_share": share,
-            "generator": self._permutations,
         }
 
     def _objective_sums(
@@ -116,13 +116,13 @@ class ItemLossesMixin:
         if self._objective is not None:
             losses, weights = self._custom_items(self._objective, student_rows, teacher_rows, targets)
             return (losses * weights).sum(), weights.sum()
-        total, weight, metrics = objective_sums(
-            self.args.objective,
+        total, weight, metrics = fused_loss_sums(
+            item_loss(self.args.objective, **self._loss_settings()),
             student_rows,
             teacher_rows,
             targets,
-            **self._loss_settings(),
             all_count=all_count,
+            generator=self._permutations,
             with_metrics=self._collects_metrics,
         )
         if metrics is not None:

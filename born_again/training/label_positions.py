@@ -31,7 +31,7 @@ class LabelPositionsMixin:
             ValueError: it is more than a cross-entropy and an auxiliary loss, which would be lost. A teacher that
                 predicts other tokens at its positions. Labels from which the student would learn to copy its input.
         """
-        student, sharded = self._bare_student(), self.is_fsdp_enabled or self.is_deepspeed_enabled
+        student, sharded = self._bare_student(), self.is_sharded
         batch, labels = self._prepare_inputs(inputs), self._prepare_input(labels)
         inputs = self._inputs_of_student(batch)
         weight = next(student.parameters(), labels)

@@ -35,6 +35,10 @@ class LeanStepsMixin(Trainer):
     _steps: _PlainSteps | None = None
     _optimizer_keeps_gradients: bool | None = None  # as they are; None until the first step has told
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._skip_events_without_listeners()
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's."""
         self._optimizer_keeps_gradients = self._steps = None

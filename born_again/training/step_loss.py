@@ -64,7 +64,7 @@ class ChunkedLossMixin:
         """Why the chunked implementation cannot be used, or None."""
         if self._objective is not None and self.teacher is not None:
             return "the objective is a function of all logits"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             return "FSDP or DeepSpeed keep the output layer in pieces"
         if (why_not := self._why_no_hidden()) is not None:
             return why_not
@@ -125,6 +125,7 @@ class ChunkedLossMixin:
                 teacher,
                 targets,
                 **self._loss_settings(),
+                generator=self._permutations,
                 with_metrics=teacher is not None and self._collects_metrics,
             )
         if metrics is not None:

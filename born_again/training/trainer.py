@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from born_again.objectives import IGNORED, at_least_tiny, item_weights, objective_items, objective_sums
+from born_again.objectives import IGNORED, at_least_tiny, item_loss, item_weights, objective_items
+from born_again.objectives.fused import fused_loss_sums
 from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
 from born_again.teacher.cache import with_teacher_cache
 from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view_keys, without_view_keys
@@ -243,7 +244,7 @@ class BornAgainTrainer(
         given = preprocessing_of_training(self.train_dataset, self.processing_class, student)
         frozen.give_own_pixels(given, self._teacher_processing_class, self._warn)
         validate_arguments(self, student, teachers=frozen.modules, has_label_term=self._has_label_term)
-        if self._objective is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self._objective is not None and self.is_sharded:
             raise ValueError(
                 f"objective: got the function {self.objective_name!r} with FSDP or DeepSpeed, whose gradients cannot "
                 "be scaled once the weights of a step are known; expected a built-in objective, or DDP."
@@ -467,9 +468,9 @@ class BornAgainTrainer(
             teacher_rows, _ = self._teacher_items(teacher_logits, labels)
             total, weight = self._objective_sums(student_rows, teacher_rows, targets, known is not None)
         else:
-            smoothing = self.args.label_smoothing_factor
-            total, weight, _ = objective_sums(
-                "label", student_rows, None, targets, label_smoothing=smoothing, all_count=known is not None
+            loss_of_labels = item_loss("label", label_smoothing=self.args.label_smoothing_factor)
+            total, weight, _ = fused_loss_sums(
+                loss_of_labels, student_rows, None, targets, all_count=known is not None
             )
         if model.training and (auxiliary := self._auxiliary_loss(outputs)) is not None:
             total = total + weight * auxiliary
@@ -618,7 +619,7 @@ class BornAgainTrainer(
         if (warning := wrong_config(student, self.train_dataset, self.processing_class)) is not None:
             self._warn(warning)
         # Of narrow weights FSDP and DeepSpeed train a copy in float32.
-        if self._owns_loss and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self._owns_loss and not self.is_sharded:
             if (warning := narrow_weights(student)) is not None:
                 self._warn(warning)
         with contextlib.ExitStack() as stack:

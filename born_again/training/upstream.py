@@ -50,13 +50,11 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
         smoothing = getattr(args, "label_smoothing_factor", 0.0)
         if not smoothing or not isinstance(model, nn.Module) or hasattr(model, "config"):
             super().__init__(model, args, *rest, **kwargs)
-            self._skip_events_without_listeners()
             return
         # To smooth labels Trainer asks the network for a config, which a plain nn.Module does not have.
         with changed(args, label_smoothing_factor=0.0):
             super().__init__(model, args, *rest, **kwargs)
         self.label_smoother = LabelSmoother(epsilon=smoothing)
-        self._skip_events_without_listeners()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Trainer's; where workers are persistent it would give its first loader for any dataset it is handed."""

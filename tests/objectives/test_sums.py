@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from born_again.objectives import OBJECTIVES, distillation_metrics, fused, objective_items, objective_sums
+from born_again.objectives import OBJECTIVES, distillation_metrics, fused, item_loss, objective_items
+from born_again.objectives.fused import fused_loss_sums
 
 ITEMS, CLASSES = 13, 7
 SETTINGS = {
@@ -16,6 +17,14 @@ SETTINGS = {
     "ban, tempered": {"temperature": 3.0},
     "ban+l, smoothed": {"label_smoothing": 0.2},
 }
+
+
+def objective_sums(
+    objective, student, teacher, target, *, generator=None, all_count=False, with_metrics=False, **settings
+):
+    loss = item_loss(objective, **settings)
+    how = {"generator": generator, "all_count": all_count, "with_metrics": with_metrics}
+    return fused_loss_sums(loss, student, teacher, target, **how)
 
 
 @pytest.fixture(params=["small", "by blocks"])
