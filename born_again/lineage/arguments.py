@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+# Between NAME=VALUE pairs, not within the brackets of a list.
+_COMMA = re.compile(r",(?![^\[]*\])")
 
 
 def parse_arguments(
@@ -98,7 +102,7 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
 
 
 def parse_mapping(argument: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Reads a flag that is a mapping: a mapping in a config file, "depth=172,growth_rate=30" on the command line.
+    """Reads a flag that is a mapping: a mapping in a config file, "depth=172,layers=[2,2]" on the command line.
 
     Args:
         argument: name of the flag, for messages.
@@ -112,7 +116,8 @@ def parse_mapping(argument: str, value: Mapping[str, Any] | str | None) -> dict[
     pairs = list(value.items()) if isinstance(value, Mapping) else []
     try:
         if isinstance(value, str):
-            pairs = [(name.strip(), yaml.safe_load(text)) for name, text in (p.split("=") for p in value.split(","))]
+            texts = (part.split("=") for part in _COMMA.split(value))
+            pairs = [(name.strip(), yaml.safe_load(text)) for name, text in texts]
     except (ValueError, yaml.YAMLError):
         pairs = []
     names = [name for name, _ in pairs]

@@ -75,6 +75,7 @@ def test_model_args_in_a_file_and_on_the_command_line(tmp_path):
     assert parsed("--config", config)[2]() == line and line.model_args == {"depth": 172, "growth_rate": 30}
     text = parsed("--model_args", "tie_weights=false,hidden_size=8", script="run_ptb")[2]()
     assert text.model_args == {"tie_weights": False, "hidden_size": 8}
+    assert parse_mapping("model_args", "depths=[2, 2],width=4") == {"depths": [2, 2], "width": 4}
     assert parse_mapping("model_args", None) == {}
     for wrong in ("depth", "depth=1,", "=3", "a=1=2", "a=[", 3, {3: 4}):
         with pytest.raises(ValueError, match="model_args: got .*, expected NAME=VALUE pairs such as 'depth=172,"):
