@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from born_again import models as models
+    from born_again.any_model import Lineage as Lineage
     from born_again.hub.publishing import publish_lineage as publish_lineage
     from born_again.lineage.ensemble import LineageEnsemble as LineageEnsemble
     from born_again.lineage.evaluation import load_generation as load_generation
@@ -39,6 +40,7 @@ _HOME = {
     "LineageSpec": "born_again.lineage.spec",
     "LineageRunner": "born_again.lineage.runner",
     "LineageEnsemble": "born_again.lineage.ensemble",
+    "Lineage": "born_again.any_model",
     "create_image_classifier": "born_again.models.image_classifier",
     "LstmLMConfig": "born_again.models.lstm_lm",
     "LstmLMForCausalLM": "born_again.models.lstm_lm",

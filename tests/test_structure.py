@@ -25,6 +25,7 @@ LAYERS = {
     "lineage": 3,
     "hub": 4,
     "report": 4,
+    "any_model": 5,
     "cli": 5,
 }
 NEVER = {("training", "models"), ("training", "data")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from born_again._files import write_atomically
-from born_again.hub.model_card import ensemble_card, image_classifier_card, language_model_card
+from born_again.hub.model_card import any_model_card, ensemble_card, image_classifier_card, language_model_card
 from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest, is_repo_id
@@ -32,6 +32,7 @@ GENERATION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "processor_config.json",
     CURVE_NAME,
 )
 _SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors|model\.safetensors\.index\.json")
@@ -189,6 +190,8 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
             "render the card alone."
         )
     write = image_classifier_card if is_image else language_model_card
+    if content["spec"].get("task") is not None:
+        write = any_model_card
     return write(content, index, curve=CURVE_NAME if (folder / CURVE_NAME).is_file() else None)
 
 

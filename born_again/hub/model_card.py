@@ -24,6 +24,7 @@ from born_again.lineage.spec import EXTERNAL, TEACHER_OBJECTIVE
 from born_again.lineage.status import results_table
 from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
 from born_again.objectives import OBJECTIVES_WITH_LABELS
+from born_again.teacher.loading import TASKS
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -143,20 +144,46 @@ _COUNTS = ("tokens", "samples")
 class _Kind:
     """What the cards of one task have in common."""
 
-    task: str  # its name on the Hub and of its template
+    task: str  # its name on the Hub
     unit: str
     libraries: tuple[str, ...]  # the Hub shows the first
     # Names of networks of this package, which other libraries do not have; Hub ids and folders do not match.
     own: re.Pattern[str]
+    template: str = ""
+    auto: str = ""  # of transformers, for any model
+
+    @property
+    def is_language(self) -> bool:
+        return self.task in ("text-generation", "fill-mask")
 
 
+_NOTHING = re.compile(r"(?!)")
 _IMAGES = _Kind(
     "image-classification",
     "images",
     ("timm", "transformers"),
     re.compile(r"(test_)?(densenet|wide_resnet|resnet_student)\w*_cifar", re.ASCII),
+    "image-classification",
 )
-_TEXT = _Kind("text-generation", "words", ("transformers",), re.compile(r"(test-)?(char-cnn-)?lstm(-\w+)?", re.ASCII))
+_TEXT = _Kind(
+    "text-generation",
+    "words",
+    ("transformers",),
+    re.compile(r"(test-)?(char-cnn-)?lstm(-\w+)?", re.ASCII),
+    "text-generation",
+)
+
+
+def _kind_of_any(manifest: Mapping[str, Any]) -> _Kind | None:
+    """What the spec says that the networks are for; None where it leaves that to the architecture."""
+    spec = manifest["spec"]
+    task = spec.get("task")
+    if task is None:
+        return None
+    if (spec.get("model_args") or {}).get("library") == "timm":
+        return _IMAGES
+    unit = str(manifest["data"].get("unit", "items"))
+    return _Kind(task, unit, ("transformers",), _NOTHING, "any-model", TASKS.get(task, "AutoModel"))
 
 
 def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
@@ -182,6 +209,11 @@ def language_model_card(manifest: Mapping[str, Any], generation: int, *, curve: 
     return _generation_card(manifest, generation, _TEXT, curve)
 
 
+def any_model_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
+    """The card of one generation of a lineage whose spec names the task; as `image_classifier_card`."""
+    return _generation_card(manifest, generation, _kind_of_any(manifest) or _IMAGES, curve)
+
+
 def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """The card of an ensemble of generations, of image classifiers or of language models.
 
@@ -195,7 +227,7 @@ def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str
     """
     members = [manifest["generations"][index] for index in record["members"]]
     is_text = any("perplexity" in values for member in members for values in member["metrics"].values())
-    kind = _TEXT if is_text else _IMAGES
+    kind = _kind_of_any(manifest) or (_TEXT if is_text else _IMAGES)
     repo, repos = _repo_of(manifest, "ensemble"), [_repo_of(manifest, index) for index in record["members"]]
     are_on_hub = repo is not None and None not in repos
     commits = [_commit_of(member) for member in members]
@@ -253,7 +285,7 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, 
         "parent_commit": parent and _commit_of(parent),
         "curve": curve,
     }
-    return _card(kind.task, seen, kind, header, facts)
+    return _card(kind.template, seen, kind, header, facts)
 
 
 def _card(
@@ -282,6 +314,8 @@ def _card(
         "data": manifest["data"],
         "kind": kind,
         "counts": _counts(manifest["data"]),
+        "rows": "rows" if kind.unit == "tokens" else kind.unit,  # what the counts are of
+        "item": kind.unit.removesuffix("s"),
         "model": local_name(model),
         "model_args": model_args,
         "own_model": Markup(model) if kind.own.fullmatch(model) and not _is_external(facts["record"]) else None,
@@ -410,7 +444,9 @@ def _hub_dataset(manifest: Mapping[str, Any]) -> str | None:
     if name in _HUB_DATASETS:
         return _HUB_DATASETS[name]
     # Images from the Hub have a revision, folders have none.
-    from_the_hub = "image_column" not in data or isinstance(data.get("revision"), str)
+    from_the_hub = ("image_column" not in data and "unit" not in data) or isinstance(data.get("revision"), str)
+    if "unit" in data:  # of any model: what the data says of itself
+        from_the_hub = data.get("source") == name
     return name if from_the_hub and is_hub_id(name) else None
 
 
@@ -427,7 +463,9 @@ def _datasets_of(manifest: Mapping[str, Any]) -> list[str] | None:
 def _base_model_of(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str | None:
     if record["parent"] is not None:
         return _repo_of(manifest, record["parent"])
-    source = record.get("source", {}).get("path_or_repo") if _is_external(record) else None
+    source = manifest["spec"].get("starting_point")
+    if _is_external(record):
+        source = record.get("source", {}).get("path_or_repo")
     return source if is_hub_id(source) else None
 
 

@@ -80,6 +80,8 @@ class LineageEnsemble(nn.Module):
         average: "probabilities" (what the paper does is not stated; this is the usual reading) or "logits".
         sequential: keeps one member in memory at a time: every call loads the members from their folders in turn. For
             networks too large to be held together, with large batches.
+        load: from the folder of a member to its network; None takes `born_again.load_generation`. For networks of a
+            class of your own.
 
     Raises:
         LineageError: weights that are missing or not those of a member, members of different kinds, labels or
@@ -94,6 +96,7 @@ class LineageEnsemble(nn.Module):
         members: Sequence[Member],
         average: str = "probabilities",
         sequential: bool = False,
+        load: Callable[[Path], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if average not in AVERAGES:
@@ -104,6 +107,7 @@ class LineageEnsemble(nn.Module):
         self.members = tuple(members)
         self.average = average
         self.sequential = sequential
+        self._load_network = load or load_generation
         self.networks = nn.ModuleList()
         self._conversions: list[Callable[[Tensor], Tensor]] = []
         self._skeleton: list[nn.Module] = []  # in a list, so that it is not registered as a submodule
@@ -121,6 +125,7 @@ class LineageEnsemble(nn.Module):
         members: str | Sequence[int] = "last 3",
         average: str = "probabilities",
         sequential: bool = False,
+        load: Callable[[Path], nn.Module] | None = None,
     ) -> LineageEnsemble:
         """The ensemble of some of a lineage's finished generations.
 
@@ -131,6 +136,7 @@ class LineageEnsemble(nn.Module):
                 whole numbers, where 0 is the teacher.
             average: see the class.
             sequential: see the class.
+            load: see the class.
 
         Raises:
             FileNotFoundError: there is no lineage.json, or there are those of several seeds.
@@ -149,7 +155,7 @@ class LineageEnsemble(nn.Module):
             Member(index, manifest.generations[index]["weights_sha256"])
             for index in select_generations(members, manifest)
         ]
-        return cls(folder, chosen, average, sequential)
+        return cls(folder, chosen, average, sequential, load)
 
     @classmethod
     def from_pretrained(
@@ -296,7 +302,8 @@ class LineageEnsemble(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The first member's, without values where `sequential`; None for image classifiers."""
-        return self._first_network().get_output_embeddings()
+        find = getattr(self._first_network(), "get_output_embeddings", None)
+        return None if find is None else find()
 
     def extra_repr(self) -> str:
         """What the logits depend on, so that a teacher cache can tell ensembles apart."""
@@ -341,7 +348,7 @@ class LineageEnsemble(nn.Module):
         return infos
 
     def _load(self, folder: Path) -> nn.Module:
-        network = load_generation(folder).requires_grad_(False)
+        network = self._load_network(folder).requires_grad_(False)
         for convert in self._conversions:
             network._apply(convert)
         return network
@@ -383,11 +390,12 @@ def evaluate_ensemble(
     members: Sequence[int],
     evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]],
     write_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+    load: Callable[[Path], nn.Module] | None = None,
 ) -> None:
     """Evaluates the mean probability of some generations, and saves the ensemble.
 
     Its record is added to the manifest, which the caller writes; OUTPUT_DIR/ensemble, which holds no weights, is
-    replaced by this ensemble. If `load_generation` cannot load a member, a warning is logged and no metrics are
+    replaced by this ensemble. If a member cannot be loaded, a warning is logged and no metrics are
     recorded.
 
     Args:
@@ -395,6 +403,7 @@ def evaluate_ensemble(
         members: their indices.
         evaluate: from a network to metrics by split.
         write_card: see `LineageEnsemble.save_pretrained`.
+        load: see `LineageEnsemble`.
 
     Raises:
         LineageError: a member's weights are missing or changed.
@@ -402,7 +411,7 @@ def evaluate_ensemble(
     folder = Path(manifest.path).parent
     weights = [manifest.generations[index]["weights_sha256"] for index in members]
     try:
-        ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE)
+        ensemble = LineageEnsemble.from_lineage(folder, members, _AVERAGE, load=load)
     except ValueError as error:
         if PartialState().is_main_process:
             logger.warning("The ensemble of generations %s is not evaluated: %s", members, error)

@@ -19,8 +19,9 @@ from born_again.lineage.predictions import SplitMetrics
 from born_again.metrics import classification_metrics, language_model_metrics
 from born_again.models.image_classifier import load_image_classifier
 from born_again.models.language_models import load_language_model
-from born_again.models.saved import read_settings
+from born_again.models.saved import check_index, check_settings, loading, read_settings
 from born_again.teacher import carries_state
+from born_again.teacher.loading import TASKS, class_names, load_network
 from born_again.teacher.preprocessing import (
     Renormalization,
     preprocessing_of_dataset,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
-    """Loads a generation, image classifier or language model, ready to evaluate.
+    """Loads a generation, of whatever task, ready to evaluate.
 
     Args:
         path_or_repo: the folder of a generation, such as OUTPUT_DIR/gen3, or a Hub repository.
@@ -60,8 +61,25 @@ def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
     except OSError:
         return load_image_classifier  # raises with what is missing
     # timm's own config.json has an architecture and no model_type.
-    is_image = "architecture" in config or config.get("model_type") == "timm_wrapper"
-    return load_image_classifier if is_image else load_language_model
+    if "architecture" in config or config.get("model_type") == "timm_wrapper":
+        return load_image_classifier
+    return _load_any if _is_of_another_task(config) else load_language_model
+
+
+def _is_of_another_task(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a class for another of the tasks that are served than causal language modelling."""
+    named = config.get("architectures") or []
+    others = (auto for task, auto in TASKS.items() if task != "text-generation")
+    return any(name in class_names(auto) for auto in others for name in named if isinstance(name, str))
+
+
+def _load_any(path_or_repo: str | os.PathLike[str], revision: str | None = None) -> nn.Module:
+    source = os.fspath(path_or_repo)
+    if os.path.isdir(source):
+        check_index(Path(source))
+        check_settings(read_settings(Path(source)), source)
+    with loading(source):
+        return load_network(source, revision, dtype="float32")
 
 
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")

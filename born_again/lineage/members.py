@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from born_again.lineage.manifest import LineageError, Manifest, file_sha256, is_repo_id
 from born_again.teacher import carries_state
+from born_again.teacher import vocabulary_size as size_of_vocabulary
 from born_again.teacher.preprocessing import Preprocessing, Renormalization, preprocessing_of_network
 from born_again.teacher.tokenizers import check_same_tokens
 
@@ -74,13 +75,13 @@ class MemberInfo:
 
     @classmethod
     def of(cls, network: nn.Module, folder: Path, generation: int) -> MemberInfo:
-        """Inspects a network that `load_generation` returned; one that carries a state predicts one token for it."""
-        tokenizer = folder / "tokenizer.json"
-        if network.main_input_name == "pixel_values":
-            labels = dict(network.config.id2label)
-            own = preprocessing_of_network(network)
-            return cls(generation, "an image classifier", labels, tokenizer, 0, own)
-        vocabulary_size = network.config.get_text_config().vocab_size
+        """Inspects a network as it was loaded; one that carries a state predicts one token for it."""
+        tokenizer, config = folder / "tokenizer.json", getattr(network, "config", None)
+        if (vocabulary_size := size_of_vocabulary(network)) is None:
+            labels = dict(getattr(config, "id2label", None) or {})
+            is_image = getattr(network, "main_input_name", None) == "pixel_values"
+            kind = "an image classifier" if is_image else f"a {type(network).__name__}"
+            return cls(generation, kind, labels, tokenizer, 0, preprocessing_of_network(network))
         if not carries_state(network):
             return cls(generation, "a language model without a state", vocabulary_size, tokenizer, 0)
         with torch.no_grad():

@@ -129,6 +129,11 @@ def reevaluate(
     """
     _check_numbers(batch_size, tolerance)
     target = _resolve_target(path, revision)
+    if target.manifest is not None and target.manifest.spec.task is not None:
+        raise ValueError(
+            f"path: {os.fspath(path)!r} is of a lineage that a program trained on data of its own, expected one of "
+            "the scripts'; measure it there, with Lineage(...).evaluate(INDEX) of the same arguments."
+        )
     name, arguments = _data(target, dataset, data_args or {})
     place = _device(device)
     result = {

@@ -141,6 +141,7 @@ class LineageRunner:
             `born_again.lineage.folders.restart_from`; the same command after a crash continues the restart.
         ensembles: for each number, an ensemble of that many of the newest students, evaluated by `evaluate` once all
             are trained; the last is saved in OUTPUT_DIR/ensemble. Without `evaluate` there are none.
+        load_member: loads the members of ensembles from their folders; None takes `born_again.load_generation`.
         publisher: uploads finished generations to the Hub while the next one trains; None publishes nothing.
         stop_when_worse: ends the lineage after a student that is clearly worse than its teacher (see
             `born_again.lineage.worse`): it is finished then, its ensembles evaluated, and the spec in lineage.json has
@@ -178,6 +179,7 @@ class LineageRunner:
         take_teacher: Callable[[], nn.Module] | None = None,
         from_generation: int | None = None,
         ensembles: Sequence[int] = ENSEMBLES,
+        load_member: Callable[[Path], nn.Module] | None = None,
         publisher: BackgroundPublisher | None = None,
         stop_when_worse: bool = False,
         stop_signals: Sequence[str] = (),
@@ -198,6 +200,7 @@ class LineageRunner:
         self.take_teacher = take_teacher
         self.from_generation = from_generation
         self.ensembles = () if evaluate is None else tuple(ensembles)
+        self.load_member = load_member
         self.publisher = publisher
         self.stop_when_worse = stop_when_worse
         self.unpublished: dict[str, str] = {}
@@ -289,7 +292,9 @@ class LineageRunner:
         if self.evaluate is not None:
             for members in missing_ensembles(self.manifest, self.ensembles):
                 with loading_whole():
-                    evaluate_ensemble(self.manifest, members, self.evaluate, self.write_ensemble_card)
+                    evaluate_ensemble(
+                        self.manifest, members, self.evaluate, self.write_ensemble_card, self.load_member
+                    )
                 self._save_manifest()
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)

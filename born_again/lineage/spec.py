@@ -20,6 +20,8 @@ _LATER: dict[str, Any] = {
     "share_teacher_ends": False,
     "control": None,
     "control_generations": None,
+    "task": None,
+    "starting_point": None,
 }
 # What a lineage is compared with: one run on labels as long as the whole lineage, or independent runs on labels.
 CONTROLS = ("equal-compute", "seeds")
@@ -71,6 +73,9 @@ class LineageSpec:
             independent trainings on labels, `generations` after the first, none of which teaches another; None is a
             lineage.
         control_generations: of "equal-compute", the students of the lineage that it is as long as.
+        task: as the Hub names it, such as "text-classification"; None where the architecture tells.
+        starting_point: of the pretrained weights that every generation starts from, folder or Hub id; None where
+            they are trained from scratch.
 
     Raises:
         ValueError: generations below 0, an empty text, a name with other characters, student_model_args without
@@ -94,12 +99,14 @@ class LineageSpec:
     share_teacher_ends: bool = False
     control: str | None = None
     control_generations: int | None = None
+    task: str | None = None
+    starting_point: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "model", "dataset", "objective"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty.")
-        for name in ("teacher", "teacher_revision", "student_model"):
+        for name in ("teacher", "teacher_revision", "student_model", "task", "starting_point"):
             if getattr(self, name) is not None and not (isinstance(getattr(self, name), str) and getattr(self, name)):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a text that is not empty, or None.")
         if self.teacher_revision is not None and self.teacher is None:

@@ -77,24 +77,26 @@ def _drop(manifest: Mapping[str, Any], index: int) -> str | None:
     )
     begin = f"Generation {index} is clearly worse than its teacher:"
     if "perplexity" in ours and "perplexity" in theirs:
-        return _drop_of_text(begin, ours["perplexity"], theirs["perplexity"], record.get("nll_difference"))
-    items = (manifest.get("data") or {}).get("rows") or {}
-    return _drop_of_images(begin, ours.get("accuracy"), theirs.get("accuracy"), items.get("test"))
+        unit = "word" if "unit" not in (manifest.get("data") or {}) else "token"
+        return _drop_of_text(begin, ours["perplexity"], theirs["perplexity"], record.get("nll_difference"), unit)
+    data = manifest.get("data") or {}
+    items = (data.get("rows") or {}).get("test")
+    return _drop_of_accuracy(begin, ours.get("accuracy"), theirs.get("accuracy"), items, data.get("unit", "images"))
 
 
-def _drop_of_images(begin: str, ours: float | None, theirs: float | None, items: Any) -> str | None:
+def _drop_of_accuracy(begin: str, ours: float | None, theirs: float | None, items: Any, unit: str) -> str | None:
     if ours is None or theirs is None or type(items) is not int or items < 1:
         return None
     error = max(math.sqrt(max(p * (1 - p), 0) / items) for p in (ours, theirs))
     if theirs - ours <= _ERRORS * error:
         return None
     return (
-        f"{begin} test accuracy {ours:.2%} after {theirs:.2%}, and two standard errors of {items:,} test images are "
+        f"{begin} test accuracy {ours:.2%} after {theirs:.2%}, and two standard errors of {items:,} test {unit} are "
         f"{100 * _ERRORS * error:.2f} points."
     )
 
 
-def _drop_of_text(begin: str, ours: float | None, theirs: float | None, difference: Any) -> str | None:
+def _drop_of_text(begin: str, ours: float | None, theirs: float | None, difference: Any, unit: str) -> str | None:
     ours, theirs = (math.inf if value is None else value for value in (ours, theirs))  # JSON has no infinity
     if not math.isfinite(theirs) or ours <= theirs * (1 + (_MARGIN if difference else _MARGIN_ALONE)):
         return None
@@ -104,7 +106,7 @@ def _drop_of_text(begin: str, ours: float | None, theirs: float | None, differen
     mean, error = difference["mean"], difference["standard_error"]
     if mean <= _ERRORS * error:
         return None
-    return f"{by_how_much}, {mean:.4f} nats per word more, of which two standard errors are {_ERRORS * error:.4f}."
+    return f"{by_how_much}, {mean:.4f} nats per {unit} more, of which two standard errors are {_ERRORS * error:.4f}."
 
 
 def _reasons(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

@@ -151,6 +151,78 @@ def create_image_classifier(
     return model.train()
 
 
+def wrap_timm_network(
+    network: nn.Module, labels: Sequence[str] | None = None, image_size: int | None = None
+) -> TimmWrapperForImageClassification:
+    """Puts a network of timm, trained or not, into the transformers model around it; the network itself is kept.
+
+    Its configuration has the architecture and the preprocessing that the network names, and no arguments of the
+    architecture, which a network does not know. So it is made again from that, and has to compute the same.
+
+    Args:
+        network: What `timm.create_model` returned.
+        labels: Names of its classes; None numbers them.
+        image_size: Side of the images it reads, in pixels; None for what the network names.
+
+    Raises:
+        ValueError: If it does not name an architecture of timm, or that one made anew, with the same weights, has
+            others or other outputs: then it was made with arguments, which create_image_classifier keeps.
+    """
+    own = dict(getattr(network, "pretrained_cfg", None) or {})
+    name, classes = own.get("architecture", ""), getattr(network, "num_classes", 0)
+    check_architecture(name, "model")
+    size = [own["input_size"][0], *(own["input_size"][1:] if image_size is None else [image_size] * 2)]
+    kept = ("fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    kept = (*kept, "pool_size", "first_conv", "classifier")
+    model_args = {}
+    if own.get("fixed_input_size") and size[1:] != list(own["input_size"][1:]):
+        model_args["img_size"] = size[1]
+    settings = {
+        "architecture": name,
+        "num_classes": classes,
+        "problem_type": "single_label_classification",
+        "model_args": model_args,
+        "pretrained_cfg": {"input_size": size, **{key: own[key] for key in kept if key in own}},
+    }
+    if labels is not None:
+        settings["label_names"] = _checked_labels(labels)
+    config = TimmWrapperConfig.from_dict(settings)
+    try:
+        weights = network.state_dict()
+        model = TimmWrapperForImageClassification.from_pretrained(None, config=config, state_dict=weights)
+        made = model.timm_model
+        same = {key: value.shape for key, value in made.state_dict().items()} == {
+            key: value.shape for key, value in weights.items()
+        } and _computes_as(made, network, size)
+    except (RuntimeError, TypeError) as error:
+        raise _made_with_arguments(name) from error
+    if not same:
+        raise _made_with_arguments(name)
+    model.timm_model = network
+    return model.train()
+
+
+def _computes_as(made: nn.Module, network: nn.Module, size: Sequence[int]) -> bool:
+    weight = next(network.parameters())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        pixels = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+        modes = {module: module.training for module in network.modules()}
+        try:
+            made = made.to(weight.device, weight.dtype).eval()
+            return torch.allclose(made(pixels), network.eval()(pixels), rtol=1e-4, atol=1e-4)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _made_with_arguments(name: str) -> ValueError:
+    return ValueError(
+        f"model: {name!r} made anew by timm is another network than the one given, which was made with arguments of "
+        f"its own that it does not know; make it by create_image_classifier({name!r}, labels, mean, std, ...), which "
+        "keeps them in its configuration, so that its generations can be loaded."
+    )
+
+
 def check_model_args(name: str, model_args: Mapping[str, Any], argument: str = "model_args") -> None:
     """Checks that an architecture can be built with its arguments, before any data is read.
 

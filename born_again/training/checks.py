@@ -83,12 +83,26 @@ def validate_arguments(
             "one row of logits for each label."
         )
     for whose, network in (("student's", student), *(("teacher's", teacher) for teacher in teachers)):
-        problem = _problem(network)
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"problem_type: the {whose} config means {problem!r} {where}, by its problem_type or num_labels; "
-                "expected single-label classification or language modelling, whose classes exclude each other."
-            )
+        check_problem(network, whose, where)
+
+
+def check_problem(network: nn.Module, whose: str, where: str) -> None:
+    """Refuses a network whose classes do not exclude each other.
+
+    Args:
+        network: as its config describes it.
+        whose: it is, for the message: "student's".
+        where: likewise.
+
+    Raises:
+        ValueError: its config means regression or several labels.
+    """
+    problem = _problem(network)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"problem_type: the {whose} config means {problem!r} {where}, by its problem_type or num_labels; "
+            "expected single-label classification or language modelling, whose classes exclude each other."
+        )
 
 
 def _problem(network: nn.Module) -> str | None:

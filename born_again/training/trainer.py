@@ -21,12 +21,9 @@ from born_again.teacher import FrozenTeacher, logits_of, vocabulary_size
 from born_again.teacher.cache import with_teacher_cache
 from born_again.teacher.cache.cached_teacher import CachedTeacher, emitting_view_keys, without_view_keys
 from born_again.teacher.inputs import NetworkInputs, unwrapped, with_decoder_inputs, with_labels_for_decoders
+from born_again.teacher.loading import Teacher, load_teachers
 from born_again.teacher.preprocessing import preprocessing_of_training, wrong_config
-from born_again.teacher.tokenizers import (
-    EndsOfTexts,
-    compare_tokenizers,
-    student_tokenizer,
-)
+from born_again.teacher.tokenizers import EndsOfTexts, compare_tokenizers, student_tokenizer
 from born_again.training.arguments import (
     LOSS_NORMALIZATIONS,
     BornAgainTrainingArguments,
@@ -104,8 +101,9 @@ class BornAgainTrainer(
         model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: those of
             transformers.Trainer, in its order. With a teacher `args` are BornAgainTrainingArguments.
-        teacher: None to train on labels; a network; or a list of networks that teach as their mean probability. It is
-            put in eval mode, frozen, moved to the training device, and never saved.
+        teacher: None to train on labels; a network, or the folder or Hub id of one (loaded as `load_network` of
+            `born_again.teacher.loading` does); or a list of these, that teach as their mean probability. It is put in
+            eval mode, frozen, moved to the training device, and never saved.
         teacher_processing_class: the teacher's tokenizer, or None for the one in the folder it was loaded from; it is
             compared with the student's, of processing_class, of the data_collator or of the student's folder. Or its
             image processor, or a list with one for each teacher: where it normalises images otherwise than the
@@ -171,7 +169,7 @@ class BornAgainTrainer(
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        teacher: nn.Module | Sequence[nn.Module] | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
         teacher_processing_class: Any = None,
         objective: Objective | None = None,
         **kwargs: Any,
@@ -207,7 +205,7 @@ class BornAgainTrainer(
         self.add_callback(_TrainBegin(self))
         self._take_objective(objective)
         if teacher is not None:
-            self._take_teacher(teacher)
+            self._take_teacher(load_teachers(teacher))
         else:
             self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
         if self._memory_format is not None:

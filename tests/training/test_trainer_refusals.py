@@ -58,8 +58,8 @@ def test_teacher_of_plain_modules_with_other_classes_is_found_at_the_first_step(
 
 
 def test_teacher_that_is_no_network(tmp_path):
-    with pytest.raises(TypeError, match="teacher: got str, expected an nn.Module"):
-        build(Network(1), ["gen0"], tmp_path)
+    with pytest.raises(TypeError, match="teacher: got int, expected an nn.Module"):
+        build(Network(1), [0], tmp_path)
     with pytest.raises(ValueError, match="teacher: got an empty list"):
         build(Network(1), [], tmp_path)
 

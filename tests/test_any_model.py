@@ -1,0 +1,390 @@
+"""`Lineage`: any network of transformers or timm, in the arguments of Trainer."""
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import CLASSES, WORDS, arguments, language_model, sentences, sequence_classifier, token_classifier
+from huggingface_hub import PyTorchModelHubMixin
+from tiny_lineage import Crash, hashes
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from born_again import BornAgainTrainer, Lineage, LineageRunner, LineageSpec, load_generation
+from born_again.data.text import word_tokenizer
+from born_again.lineage.manifest import LineageError
+
+STEPS = 4
+
+
+def classifier():
+    """A tiny BERT whose weights the seed decides, with dropout."""
+    model = sequence_classifier(torch.initial_seed()).float()
+    model.dropout.p = 0.2
+    return model
+
+
+def rows(kind="sequence"):
+    return datasets.Dataset.from_list(
+        [{name: value.tolist() for name, value in row.items()} for row in sentences(kind)]
+    )
+
+
+def lineage(folder, model_init=classifier, *, data=None, changes=(), **options):
+    data = rows() if data is None else data
+    args = arguments(
+        folder,
+        **{"max_steps": STEPS, "objective": "ban+l", "save_strategy": "steps", "save_steps": 2, **dict(changes)},
+    )
+    given = {"generations": 2, "train_dataset": data, "eval_dataset": data, "save_minutes": None, **options}
+    return Lineage(model_init, args, **given)
+
+
+def test_a_lineage_of_a_text_classifier_is_that_of_its_runner_by_hand(tmp_path):
+    """Same weights as with factories of one's own; cards, predictions, ensembles; metrics as evaluated by hand."""
+    own = lineage(tmp_path / "own", compute_metrics=lambda p: {"share_of_0": (p.predictions.argmax(-1) == 0).mean()})
+    manifest = own.run()
+    data = rows().with_format("torch")
+
+    def build_trainer(student, teacher, generation):
+        args = arguments(generation.checkpoint_dir, seed=generation.seed, max_steps=STEPS, objective="ban+l")
+        return BornAgainTrainer(student, args, teacher=teacher, train_dataset=data, eval_dataset=data)
+
+    spec = LineageSpec("by-hand", "bert", "words", generations=2, objective="ban+l", seed=7)
+    LineageRunner(
+        spec,
+        tmp_path / "hand",
+        build_student=lambda generation: classifier(),
+        build_trainer=build_trainer,
+        load_teacher=BertForSequenceClassification.from_pretrained,
+    ).run()
+    assert hashes(tmp_path / "own") == hashes(tmp_path / "hand")
+
+    spec = manifest.spec
+    assert (spec.task, spec.starting_point, spec.model) == (
+        "text-classification",
+        None,
+        "BertForSequenceClassification",
+    )
+    assert spec.model_args["hidden_size"] == 16 and manifest.content["data"]["rows"] == {"train": 22, "test": 22}
+    batch = data[:]
+    for record in manifest.generations:
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / "own" / f"gen{record['index']}").eval()
+        with torch.no_grad():
+            logits = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+        measured = record["metrics"]["test"]
+        assert measured["nll"] == pytest.approx(F.cross_entropy(logits, batch["labels"]).item(), rel=1e-5)
+        assert measured["accuracy"] == (logits.argmax(-1) == batch["labels"]).double().mean().item()
+        assert measured["share_of_0"] == pytest.approx((logits.argmax(-1) == 0).double().mean().item())
+        assert own.evaluate(record["index"])["test"] == measured
+    assert manifest.content["ensembles"][0]["members"] == [1, 2]
+    ensemble = own.ensemble("1,2")
+    assert own.evaluate(ensemble)["test"] == manifest.content["ensembles"][0]["metrics"]["test"]
+    assert isinstance(load_generation(tmp_path / "own" / "gen1"), BertForSequenceClassification)
+    card = (tmp_path / "own" / "gen1" / "README.md").read_text()
+    assert "trained from scratch" in card and "AutoModelForSequenceClassification" in card
+    assert "pipeline_tag: text-classification" in card and (tmp_path / "own/gen1/predictions.safetensors").is_file()
+    assert "classes: 4 (LABEL\\_0" in card and "0 (teacher)" in own.results()
+
+
+def test_after_a_crash_the_same_call_reaches_the_same_weights(tmp_path):
+    whole = lineage(tmp_path / "whole").run()
+    with pytest.raises(KeyboardInterrupt):
+        lineage(tmp_path / "cut", callbacks=[Crash(1, 3)]).run()
+    resumed = lineage(tmp_path / "cut").run()
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert [own["metrics"] for own in resumed.generations] == [own["metrics"] for own in whole.generations]
+    assert resumed.content["data"] == whole.content["data"] and resumed.spec == whole.spec
+
+
+def vit(**changes):
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        **changes,
+    )
+    return ViTForImageClassification(config)
+
+
+def pixels(size=8, count=12):
+    generator = np.random.default_rng(0)
+    images = generator.random((count, 3, size, size), dtype=np.float32)
+    features = datasets.Features(
+        {
+            "pixel_values": datasets.Array3D((3, size, size), "float32"),
+            "labels": datasets.ClassLabel(names=["cat", "dog", "owl"]),
+        }
+    )
+    labels = [index % 3 for index in range(count)]
+    return datasets.Dataset.from_dict({"pixel_values": images, "labels": labels}, features)
+
+
+def masked():
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+    )
+    return BertForMaskedLM(config)
+
+
+def masking():
+    words = word_tokenizer([f"w{index}" for index in range(WORDS - 2)] + ["<unk>", "<eos>"])
+    words.add_special_tokens({"mask_token": "w1", "pad_token": "w0"})
+    return DataCollatorForLanguageModeling(words, mlm_probability=0.3)
+
+
+@pytest.mark.parametrize(
+    ("task", "make", "kind", "options"),
+    [
+        ("token-classification", lambda: token_classifier(torch.initial_seed()).float(), "token", {}),
+        ("text-generation", lambda: language_model(torch.initial_seed()).float(), "next", {}),
+        ("fill-mask", masked, "next", {"data_collator": masking()}),
+        ("image-classification", vit, None, {}),
+    ],
+)
+def test_tasks(tmp_path, task, make, kind, options):
+    data = pixels() if kind is None else rows(kind)
+    if task == "fill-mask":
+        data = data.remove_columns("labels")
+    own = lineage(tmp_path, make, data=data, generations=1, eval_dataset={"validation": data, "test": data}, **options)
+    manifest = own.run()
+    assert own.task == manifest.spec.task == task
+    metrics = manifest.generations[1]["metrics"]
+    assert metrics["validation"] == metrics["test"] and np.isfinite(metrics["test"]["nll"])
+    is_language = task in ("text-generation", "fill-mask")
+    assert set(metrics["test"]) == (
+        {"nll", "perplexity", "tokens"} if is_language else {"accuracy", "error", "nll", "ece"}
+    )
+    if task == "text-generation":  # position i is of the token after it
+        counted = sum(sum(label != -100 for label in row[1:]) for row in data["labels"])
+        assert metrics["test"]["tokens"] == counted
+    assert own.evaluate(1)["test"] == metrics["test"]  # also where masks are drawn
+    card = (tmp_path / "gen1" / "README.md").read_text()
+    assert f"pipeline_tag: {task}" in card
+    assert isinstance(load_generation(tmp_path / "gen1"), type(make()))
+
+
+def test_a_network_of_timm_is_saved_as_an_image_classifier_of_either_library(tmp_path):
+    def make():
+        return timm.create_model("test_resnet", num_classes=3)
+
+    manifest = lineage(tmp_path, make, data=pixels(32, 6), generations=1, changes={"max_steps": 1}).run()
+    assert (manifest.spec.model, manifest.spec.task) == ("test_resnet", "image-classification")
+    again = timm.create_model(f"local-dir:{tmp_path / 'gen1'}", pretrained=True).eval()
+    loaded = load_generation(tmp_path / "gen1")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(x), loaded(x).logits)
+    assert list(loaded.config.id2label.values()) == ["cat", "dog", "owl"]  # of the dataset
+    assert manifest.content["data"]["label_names"] == ["cat", "dog", "owl"]
+    assert "classes: 3 (cat, dog, owl)" in (tmp_path / "gen1" / "README.md").read_text()
+
+
+def test_of_timm_the_network_itself_is_trained_and_one_made_with_arguments_is_refused():
+    from born_again.models.image_classifier import wrap_timm_network
+
+    network = timm.create_model("test_vit", num_classes=3, proj_drop_rate=0.5)
+    assert wrap_timm_network(network).timm_model is network  # whose dropout is no part of a configuration
+    with pytest.raises(ValueError, match="made with arguments of its own .* create_image_classifier"):
+        wrap_timm_network(timm.create_model("test_vit", num_classes=3, depth=2))
+    with pytest.raises(ValueError, match="made with arguments of its own"):
+        wrap_timm_network(timm.create_model("test_vit", num_classes=3, act_layer="relu"))  # of the same shapes
+
+
+class OwnNetwork(nn.Module, PyTorchModelHubMixin):
+    def __init__(self, width: int = 6):
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, CLASSES))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def own_rows(count=16):
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(5, generator=generator), "labels": torch.tensor(i % CLASSES)} for i in range(count)]
+
+
+def test_a_module_with_the_mixin_of_the_hub(tmp_path):
+    own = lineage(tmp_path, OwnNetwork, data=own_rows(), task="text-classification")
+    manifest = own.run()
+    assert [type(own.load(index)) for index in range(3)] == [OwnNetwork] * 3
+    assert manifest.content["ensembles"][0]["metrics"]["test"]["nll"] > 0
+    assert "OwnNetwork, whose" in (tmp_path / "gen0" / "README.md").read_text()
+    with pytest.raises(LineageError, match="the data is not what"):
+        lineage(tmp_path, OwnNetwork, data=own_rows(15), task="text-classification")
+    with pytest.raises(ValueError, match="OwnNetwork, which transformers has for no task that it knows"):
+        lineage(tmp_path / "b", OwnNetwork, data=own_rows())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder with a network trained for another task: another number of classes."""
+    folder = tmp_path_factory.mktemp("pretrained") / "encoder"
+    model = classifier()
+    model.classifier = nn.Linear(16, 2)
+    model.config.num_labels = 2
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_starting_point_is_found_out_and_the_cards_say_so(tmp_path, pretrained):
+    def make():
+        return AutoModelForSequenceClassification.from_pretrained(
+            pretrained, num_labels=CLASSES, ignore_mismatched_sizes=True
+        )
+
+    own = lineage(tmp_path, make, generations=1)
+    assert own.starting_point == str(pretrained)
+    own.run()
+    for index in (0, 1):
+        card = (tmp_path / f"gen{index}" / "README.md").read_text()
+        assert "fine-tuned from pretrained weights (encoder, as every generation of the lineage)" in " ".join(
+            card.split()
+        )
+        assert "trained from scratch" not in card
+    trained = lambda: AutoModelForSequenceClassification.from_pretrained(tmp_path / "gen0")  # noqa: E731
+    with pytest.raises(ValueError, match="a generation of a lineage, so every student would start where its teacher"):
+        lineage(tmp_path / "b", trained)
+
+    def complete():
+        model = make()
+        with torch.no_grad():
+            model.classifier.weight.fill_(0.0)[:, 0] = torch.arange(CLASSES, dtype=torch.float32)
+        return model
+
+    with pytest.raises(ValueError, match="its classifier too, so every student"):
+        lineage(tmp_path / "c", complete)
+    assert lineage(tmp_path / "c", complete, pretrained=True).starting_point == str(pretrained)
+    with pytest.raises(ValueError, match="no weights of two calls of model_init are the same"):
+        lineage(tmp_path / "d", pretrained=True)
+
+
+def test_students_of_peft_are_saved_merged(tmp_path, pretrained):
+    peft = pytest.importorskip("peft")
+
+    def make():
+        base = AutoModelForSequenceClassification.from_pretrained(
+            pretrained, num_labels=CLASSES, ignore_mismatched_sizes=True
+        )
+        config = peft.LoraConfig(
+            r=2, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False
+        )
+        return peft.get_peft_model(base, config)
+
+    own = lineage(tmp_path, make, generations=1)
+    manifest = own.run()
+    assert manifest.spec.model_args["peft"] == {"default": "LORA"} and own.starting_point == str(pretrained)
+    names = AutoModelForSequenceClassification.from_pretrained(tmp_path / "gen1").state_dict()
+    assert not any("lora" in name for name in names)
+    assert manifest.generations[1]["metrics"]["test"] == own.evaluate(1)["test"]
+
+
+def test_a_teacher_by_its_folder(tmp_path):
+    lineage(tmp_path / "first", generations=0).run()
+    folder = tmp_path / "first" / "gen0"
+    own = lineage(tmp_path / "second", teacher=str(folder), generations=1)
+    assert own.run().generations[0]["weights_sha256"] == hashes(tmp_path / "first")[0]
+    trainer = BornAgainTrainer(classifier(), arguments(tmp_path / "third"), teacher=str(folder))
+    assert isinstance(trainer.teacher.modules[0], BertForSequenceClassification)
+    with pytest.raises(ValueError, match="teacher: .*first' is the folder of a lineage.*gen0"):
+        BornAgainTrainer(classifier(), arguments(tmp_path / "third"), teacher=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="teacher: 'no/where' cannot be loaded"):
+        BornAgainTrainer(classifier(), arguments(tmp_path / "third"), teacher=["no/where"])
+    with pytest.raises(TypeError, match="teacher: got BertForSequenceClassification, expected the folder"):
+        lineage(tmp_path / "fourth", teacher=classifier())
+
+
+def question_answerer():
+    return BertForQuestionAnswering(masked().config)
+
+
+def seq2seq():
+    return T5ForConditionalGeneration(T5Config(vocab_size=WORDS, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4))
+
+
+def several_labels():
+    model = classifier()
+    model.config.problem_type = "multi_label_classification"
+    return model
+
+
+ONE = classifier()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (question_answerer, ValueError, "is for question answering, expected .* served are image, sequence and token"),
+        (seq2seq, ValueError, "for sequence to sequence, expected .*SequenceClassification"),
+        (several_labels, ValueError, "multi_label_classification.* in a lineage"),
+        (lambda: ONE, ValueError, "returned the same object at two calls, expected a new network"),
+        (lambda: nn.Linear(5, CLASSES), ValueError, "a plain nn.Module, expected .*PyTorchModelHubMixin"),
+        (lambda: "bert", TypeError, "model_init: returned str, expected a network"),
+        (ONE, TypeError, "model_init: got BertForSequenceClassification, expected a function"),
+    ],
+)
+def test_networks_that_are_refused_before_anything_is_written(tmp_path, make, error, match):
+    with pytest.raises(error, match=match):
+        lineage(tmp_path / "new", make)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"data": rows().remove_columns("labels")}, "expected 'labels' among them"),
+        ({"data": rows("token")}, "one label for each row of logits"),
+        ({"data": rows().map(lambda row: {"labels": 9})}, "expected class numbers 0 to 3"),
+        ({"data": rows().to_iterable_dataset()}, "a stream, whose rows cannot be looked at.*data_fingerprint"),
+        ({"eval_dataset": {}}, "eval_dataset: got {}, expected a dataset"),
+        ({"eval_dataset": {"train": rows()}}, "got a split 'train'"),
+        ({"changes": {"push_to_hub": True}}, "push_to_hub: got True without"),
+    ],
+)
+def test_data_and_arguments_that_are_refused_before_anything_is_written(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        lineage(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_stream_with_a_fingerprint_of_ones_own(tmp_path):
+    stream = rows().to_iterable_dataset()
+    lineage(tmp_path, data=stream, data_fingerprint="words 1", generations=0).run()
+    with pytest.raises(LineageError, match="the data is not what"):
+        lineage(tmp_path, data=stream, data_fingerprint="words 2", generations=0)
+
+
+def test_another_architecture_or_argument_in_the_folder_is_refused(tmp_path):
+    lineage(tmp_path, generations=0).run()
+    with pytest.raises(LineageError, match="model_args.hidden_dropout_prob"):
+        lineage(
+            tmp_path,
+            lambda: BertForSequenceClassification(
+                BertConfig(**{**classifier().config.to_dict(), "hidden_dropout_prob": 0.3})
+            ),
+        )
+    with pytest.raises(LineageError, match="training.learning_rate"):
+        lineage(tmp_path, changes={"learning_rate": 0.1})
