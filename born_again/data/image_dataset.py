@@ -98,7 +98,7 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def views(self, samples: torch.Tensor) -> torch.Tensor:
-        """Numbers of the views of `samples` (B,) int64 in the current epoch: (B,) int64 on the CPU."""
+        """The numbers of the views of `samples` (B,) int64 in the current epoch: (B,) int64 on the CPU."""
         if not self.augment:
             return torch.full(samples.shape, identity_view(self.padding), dtype=torch.int64)
         return draw_views(self.seed, self.epoch, samples, self.flip, self.padding)

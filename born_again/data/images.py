@@ -146,6 +146,9 @@ def load_images(
         validation_fraction: of the kept training rows, that are held out as a validation split: stratified by class
             and independent of the seed; None holds none out. Mean and std are of the rows that are left.
 
+    Returns:
+        The splits as uint8 tensors, names of the classes, mean and std of the training images, and a fingerprint.
+
     Raises:
         ValueError: if the name, a column, a split, a label, an image or a limit is not as expected, a class of the
             test split has no training row, or all training images are the same; the message says which.

@@ -140,6 +140,12 @@ def _fits(tokens: int, streams: int, window: int) -> bool:
 def collate_windows(batch: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Pass a ready batch through; stack a list of items of one length.
 
+    Args:
+        batch: what `TokenStreams.__getitems__` returned, or windows (time,) of one length.
+
+    Returns:
+        A dict of tensors: input_ids and labels (rows, time) int64, and with view keys those.
+
     Raises:
         ValueError: if `batch` is neither. In Trainer this is `remove_unused_columns`.
     """

@@ -111,6 +111,9 @@ def load_text(
             keeps all.
         max_eval_samples: likewise for the validation and the test split, each.
 
+    Returns:
+        The splits as token ids, the tokenizer, and a fingerprint.
+
     Raises:
         ValueError: if the name, a file, a split, a column, a word or a limit is not as expected; the message says
             which.

@@ -88,6 +88,15 @@ class LineageEnsemble(nn.Module):
             vocabularies.
         ValueError: no members, an unknown average, or a folder that holds no generation.
         FileNotFoundError: a member's folder lacks its config.json.
+
+    Example:
+        >>> ensemble = LineageEnsemble.from_lineage("outputs/wide-resnet-digits", members="last 2")
+        >>> [member.generation for member in ensemble.members]
+        [1, 2]
+        >>> probabilities = ensemble(pixel_values=torch.zeros(4, 3, 16, 16)).logits.softmax(dim=1)  # (4, 10)
+        >>> each = [network(torch.zeros(4, 3, 16, 16)).logits.softmax(dim=1) for network in ensemble.networks]
+        >>> torch.allclose(probabilities, sum(each) / 2)
+        True
     """
 
     def __init__(

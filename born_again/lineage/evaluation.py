@@ -47,6 +47,11 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
         FileNotFoundError: a folder that is missing or lacks a file.
         OSError: the Hub has no such repository, or cannot be reached.
         ValueError: it holds no generation.
+
+    Example:
+        >>> model = load_generation("outputs/wide-resnet-digits/gen2")
+        >>> model(torch.zeros(4, 3, 16, 16)).logits.shape
+        torch.Size([4, 10])
     """
     check_one_lineage("path_or_repo", path_or_repo, "gen0")
     return _loader(path_or_repo, revision)(path_or_repo, revision=revision)

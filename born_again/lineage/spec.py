@@ -81,6 +81,14 @@ class LineageSpec:
         ValueError: generations below 0, an empty text, a name with other characters, student_model_args without
             student_model, values that are not JSON-able, an unknown control, or one with a teacher, with what students
             alone have, with an objective other than "label", or of "equal-compute" with students.
+
+    Example:
+        >>> spec = LineageSpec("mine", model="wide_resnet16_1_cifar", dataset="digits", generations=2, seed=10)
+        >>> [(spec.seed_of(generation), spec.objective_of(generation)) for generation in range(3)]
+        [(10, 'label'), (11, 'ban'), (12, 'ban')]
+        >>> more = dataclasses.replace(spec, generations=5)  # goes on with the same lineage
+        >>> more.sha256() == spec.sha256()
+        True
     """
 
     name: str

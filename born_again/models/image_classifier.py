@@ -92,6 +92,14 @@ def create_image_classifier(
         ValueError: If the architecture is unknown, a label, mean, std or another argument is not as described, or
             model_args holds what is decided here (the number of classes, the weights) or an img_size that is not
             image_size.
+
+    Example:
+        >>> labels, mean, std = ["cat", "dog"], [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
+        >>> model = create_image_classifier("wide_resnet16_1_cifar", labels, mean, std, image_size=32)
+        >>> model(torch.zeros(4, 3, 32, 32)).logits.shape
+        torch.Size([4, 2])
+        >>> model.config.id2label
+        {0: 'cat', 1: 'dog'}
     """
     check_architecture(name)
     for argument, value, known in (

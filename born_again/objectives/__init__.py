@@ -38,6 +38,13 @@ def hard_label_loss(student_logits: Tensor, labels: Tensor, reduction: str = "me
     Raises:
         ValueError: shapes that do not fit, no items, no classes, labels out of range, NaN logits.
         TypeError: logits that are no floats, labels that are.
+
+    Example:
+        >>> student_logits = torch.randn(3, 10)
+        >>> labels = torch.tensor([7, 1, -100])  # the last item does not count
+        >>> expected = torch.nn.functional.cross_entropy(student_logits, labels)
+        >>> torch.allclose(hard_label_loss(student_logits, labels), expected)
+        True
     """
     _check_logits("student_logits", student_logits)
     labels = _checked_labels(labels, student_logits)
@@ -65,6 +72,13 @@ def dark_knowledge_loss(
     Raises:
         ValueError: shapes that do not fit, no items, no classes, NaN logits, temperature not above 0.
         TypeError: logits that are no floats.
+
+    Example:
+        >>> student_logits, teacher_logits = torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+        >>> dark_knowledge_loss(student_logits, teacher_logits).backward()
+        >>> q, p = student_logits.softmax(dim=1), teacher_logits.softmax(dim=1)
+        >>> torch.allclose(student_logits.grad, (q - p) / 3, atol=1e-6)
+        True
     """
     _check_pair(student_logits, teacher_logits)
     _check_temperature(temperature)
@@ -92,6 +106,15 @@ def confidence_weighted_loss(
     Raises:
         ValueError: shapes that do not fit, no items, no classes, labels out of range, NaN logits.
         TypeError: logits that are no floats, labels that are.
+
+    Example:
+        >>> student_logits, teacher_logits = torch.randn(3, 10), torch.randn(3, 10)
+        >>> labels = torch.tensor([7, 1, 4])
+        >>> losses = torch.nn.functional.cross_entropy(student_logits, labels, reduction="none")
+        >>> weights = teacher_logits.softmax(dim=1).amax(dim=1)
+        >>> expected = (weights * losses).sum() / weights.sum()
+        >>> torch.allclose(confidence_weighted_loss(student_logits, teacher_logits, labels), expected)
+        True
     """
     _check_pair(student_logits, teacher_logits)
     labels = _checked_labels(labels, student_logits)
@@ -124,6 +147,16 @@ def permuted_dark_knowledge_loss(
     Raises:
         ValueError: shapes that do not fit, no items, no classes, NaN logits, an unknown permutation.
         TypeError: logits that are no floats.
+
+    Example:
+        >>> student_logits, teacher_logits = torch.randn(3, 10), torch.randn(3, 10)
+        >>> generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+        >>> drawn = [permuted_dark_knowledge_loss(student_logits, teacher_logits, generator=g) for g in generators]
+        >>> torch.equal(*drawn)  # the same permutations from the same seed
+        True
+        >>> pairs = student_logits[:, :2], teacher_logits[:, :2]  # of two classes there is nothing to permute
+        >>> torch.allclose(permuted_dark_knowledge_loss(*pairs), dark_knowledge_loss(*pairs))
+        True
     """
     _check_pair(student_logits, teacher_logits)
     if permutation not in PERMUTATIONS:
@@ -186,7 +219,17 @@ def objective_items_and_metrics(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """`objective_items` and `distillation_metrics` of the same items, in one fused pass.
 
-    Takes what `objective_items` takes, with a teacher and labels.
+    Args:
+        objective: one of `OBJECTIVES`.
+        student_logits: (items, classes), any float dtype.
+        teacher_logits: (items, classes), any float dtype.
+        labels: (items,), int64.
+        temperature: and the others, as of `objective_items`.
+        label_weight: likewise.
+        permutation: likewise.
+        label_smoothing: likewise.
+        label_share: likewise.
+        generator: likewise.
 
     Returns:
         Losses and weights, as from `objective_items`, and the metrics, as from `distillation_metrics`.
@@ -206,7 +249,15 @@ def item_loss(
     label_smoothing: float = 0.0,
     label_share: float = 0.0,
 ) -> ItemLoss:
-    """The per-item loss of an objective; takes what `objective_items` takes.
+    """The per-item loss of an objective.
+
+    Args:
+        objective: "label", or one of `OBJECTIVES`.
+        temperature: and the others, as of `objective_items`.
+        label_weight: likewise.
+        permutation: likewise.
+        label_smoothing: likewise.
+        label_share: likewise.
 
     Raises:
         ValueError: an unknown objective.
@@ -235,6 +286,11 @@ def item_loss(
 def item_weights(objective: str, teacher_logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """The weight of each item in the mean: 1, the teacher's largest probability for "cwtm", 0 where ignored.
 
+    Args:
+        objective: "label", or one of `OBJECTIVES`.
+        teacher_logits: (items, classes), any float dtype; read by "cwtm" alone.
+        labels: (items,), int64, `IGNORED` for items that do not count; None where every item counts.
+
     Returns:
         (items,) float32 or wider, or None where every item weighs 1.
     """
@@ -251,8 +307,8 @@ def distillation_metrics(student_logits: Tensor, teacher_logits: Tensor, labels:
     knowledge (q_i - p_i), i != *, on the others; the norms of the two parts are returned.
 
     Args:
-        student_logits: (items, classes).
-        teacher_logits: (items, classes).
+        student_logits: (items, classes), any float dtype.
+        teacher_logits: (items, classes), any float dtype.
         labels: (items,), any integer dtype, `IGNORED` for items that do not count.
 
     Returns:
@@ -286,7 +342,11 @@ def distillation_metrics(student_logits: Tensor, teacher_logits: Tensor, labels:
 
 
 def widened(logits: Tensor) -> Tensor:
-    """Logits of any float dtype in float32, or wider where they are."""
+    """The logits, of any float dtype, in float32, or wider where they are.
+
+    Args:
+        logits: (..., classes), any float dtype.
+    """
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -302,7 +362,11 @@ def _reduce(losses: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 
 def at_least_tiny(total_weight: Tensor) -> Tensor:
-    """The divisor of a weighted mean: where nothing counts, 0 / tiny is 0 instead of NaN."""
+    """The divisor of a weighted mean: where nothing counts, 0 / tiny is 0 instead of NaN.
+
+    Args:
+        total_weight: scalar, any float dtype.
+    """
     return total_weight.clamp_min(torch.finfo(total_weight.dtype).tiny)
 
 

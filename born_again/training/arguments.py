@@ -148,6 +148,15 @@ class BornAgainTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: a value out of range, or one that the chosen objective would not read.
+
+    Example:
+        >>> args = BornAgainTrainingArguments("outputs/student", objective="ban+l", label_weight=0.5, use_cpu=True)
+        >>> args.weight_affecting()  # what a record of the experiment has beside objective and seed
+        {'label_weight': 0.5}
+        >>> BornAgainTrainingArguments("outputs/student", objective="cwtm", temperature=4.0, use_cpu=True)
+        Traceback (most recent call last):
+            ...
+        ValueError: temperature: got 4.0, but objective 'cwtm' does not read it; ...
     """
 
     objective: str = field(default="ban", metadata={"help": f"What a student is taught by: {', '.join(OBJECTIVES)}."})

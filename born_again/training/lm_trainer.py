@@ -157,7 +157,11 @@ class BornAgainLMTrainer(BornAgainTrainer):
             self._carried, self._reads_streams = before
 
     def begin_epoch(self) -> None:
-        """Resets the carried state; in an epoch that was interrupted, restores it from the checkpoint."""
+        """Resets the carried state; in an epoch that was interrupted, restores it from the checkpoint.
+
+        Raises:
+            ValueError: a checkpoint without the state of this process.
+        """
         checkpoint, self._resumed_from = self._resumed_from, None
         self._carried = CarriedState()
         if checkpoint is None or not self._anything_carries():

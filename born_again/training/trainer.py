@@ -93,9 +93,8 @@ class BornAgainTrainer(
     no decoder_input_ids. A student that does more with its labels is refused.
 
     Logged beside the loss: ce_loss, kd_loss (KL from teacher to student), teacher_agreement, teacher_entropy,
-    importance_weight_norm and dark_knowledge_norm; see `born_again.objectives.distillation_metrics`. They are means
-    over the items of every eighth step and of the step that is logged, since they cost time. They are summed on
-    the device, read when the loss is, and change no weight. With a `teacher_cache` also teacher_cache_hit_rate.
+    importance_weight_norm and dark_knowledge_norm (`born_again.objectives.distillation_metrics`), means over the items
+    of every eighth step and of the step that is logged; with a `teacher_cache` also teacher_cache_hit_rate.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
@@ -112,13 +111,7 @@ class BornAgainTrainer(
         objective: a function in place of the arguments' objective, unused without a teacher. It is called with
             student_logits and teacher_logits (items, classes), float32 or wider, and labels (items,) int64, of the
             items that count, and returns losses (items,), differentiable, and weights (items,) of 0 or more, through
-            which no gradient flows. The loss of a step is sum(weight x loss) / sum(weight), as of the built-in ones:
-
-                def focal_distillation(student_logits, teacher_logits, labels):
-                    log_q, p = student_logits.log_softmax(-1), teacher_logits.softmax(-1)
-                    losses = -(p * log_q).sum(-1)
-                    weights = 1 - log_q.exp().gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-                    return losses, weights
+            which no gradient flows. The loss of a step is sum(weight x loss) / sum(weight), as of the built-in ones.
         **kwargs: what a newer transformers.Trainer takes beside these.
 
     Attributes:
@@ -134,6 +127,13 @@ class BornAgainTrainer(
         ValueError: a teacher that cannot teach this student, or arguments that cannot be combined with a teacher.
             From train() and evaluate(): labels that are no class numbers.
         FloatingPointError: from train(), when a loss is not finite (see `stop_on_nonfinite`).
+
+    Example:
+        >>> rows = [{"input": torch.randn(8), "labels": row % 3} for row in range(16)]
+        >>> args = BornAgainTrainingArguments("mine", max_steps=2, disable_tqdm=True, report_to="none", use_cpu=True)
+        >>> BornAgainTrainer(nn.Linear(8, 3), args, train_dataset=rows, teacher=nn.Linear(8, 3)).train().global_step
+        {...}
+        2
     """
 
     # Narrower than Trainer's annotations. Without a teacher the arguments may be plain TrainingArguments.
