@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
@@ -120,6 +121,15 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         with self._student_as_it_was():
             super()._save(output_dir, state_dict)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        device = self.args.device
+        if device.type != "cpu" or device.index is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # "cpu:0", as a CPU is called on several processes, is no place that torch.load knows; older Trainers name it.
+        with changed(self.args, _setup_devices=torch.device("cpu")):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._student_as_it_was():
