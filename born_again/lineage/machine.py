@@ -11,7 +11,7 @@ import pickle
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import nn
 
+from born_again.lineage.global_batch import GlobalBatch
 from born_again.lineage.manifest import LineageError
 from born_again.models.lstm_precision import computes_lstm
 from born_again.teacher.precision import cpu_capabilities
@@ -53,6 +54,8 @@ COMPARED = (
     "dynamo_mode",
     "default_dtype",
 )
+# Of these, what may change where the global batch stays the same, see born_again.lineage.global_batch.
+SHARES = frozenset({"gradient_accumulation_steps", "processes"})
 # Training arguments that a lineage refuses, with the reason and the remedy.
 _REFUSED = {
     "save_only_model": (
@@ -220,6 +223,7 @@ def computation_of(trainer: Trainer) -> dict[str, Any]:
     Returns:
         JSON values:
             mixed_precision: "no", "bf16", "fp16" or "fp8". gradient_accumulation_steps. processes: their number.
+            micro_batch_size: rows of one forward of one process.
             distributed_type: accelerate's, such as "NO" or "MULTI_GPU". device: its type.
             dynamo_backend, dynamo_mode: of torch.compile; "no" and None where it does not compile.
             default_dtype: torch's for new tensors.
@@ -235,6 +239,7 @@ def computation_of(trainer: Trainer) -> dict[str, Any]:
         "mixed_precision": accelerator.mixed_precision,
         "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
+        "micro_batch_size": GlobalBatch.of(trainer).micro_batch_size,
         "distributed_type": accelerator.distributed_type.value,
         "device": device,
         "dynamo_backend": plugin.backend.value.lower(),
@@ -247,18 +252,22 @@ def computation_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def check_computation(here: Mapping[str, Any], index: int, record: Mapping[str, Any]) -> None:
+def check_computation(
+    here: Mapping[str, Any], index: int, record: Mapping[str, Any], ignored: Collection[str] = ()
+) -> None:
     """Checks that a generation is resumed with the same precision, accumulation and compilation.
 
     Args:
         here: as `computation_of` gives it.
         index: of the generation.
         record: of it; one of an earlier version has no "computation", and is not compared.
+        ignored: names that may differ.
 
     Raises:
         LineageError: they differ; names each, with both values.
     """
-    differing = _differences(here, record.get("computation", {}), COMPARED)
+    names = tuple(name for name in COMPARED if name not in ignored)
+    differing = _differences(here, record.get("computation", {}), names)
     if differing:
         raise LineageError(
             f"generation {index} would be computed differently than it was begun ({'; '.join(differing)}); give the "
@@ -266,17 +275,21 @@ def check_computation(here: Mapping[str, Any], index: int, record: Mapping[str, 
         )
 
 
-def computation_warning(here: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
+def computation_warning(
+    here: Mapping[str, Any], records: Sequence[Mapping[str, Any]], ignored: Collection[str] = ()
+) -> str | None:
     """How the computation differs from that of the lineage so far, as text; None where it does not.
 
     Args:
         here: as `computation_of` gives it.
         records: of the generation, if it has begun, and of those before it.
+        ignored: names that may differ.
     """
     there = next((record["computation"] for record in reversed(records) if "computation" in record), {})
     # Not compared between devices, whose defaults differ.
     same_device = ("float32_precision",) if there.get("device") == here["device"] else ()
-    differing = _differences(here, there, (*COMPARED, *same_device))
+    names = tuple(name for name in (*COMPARED, *same_device) if name not in ignored)
+    differing = _differences(here, there, names)
     return "; ".join(differing) or None
 
 

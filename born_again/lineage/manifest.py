@@ -159,6 +159,13 @@ class _Computation(_Fields):
     mixed_precision: _Text
 
 
+class _ResumedOn(_Fields):
+    step: _Count
+    processes: _Count
+    gradient_accumulation_steps: _Count
+    micro_batch_size: _Count
+
+
 class _Finished(_Fields):
     index: Any = Field(description="its place in the list")
     status: Literal["training", "finished"] = Field(description="'training' or 'finished'")
@@ -180,6 +187,9 @@ class _Finished(_Fields):
     checkpoints: _Texts = Field([], description="a list of texts")
     source: dict[str, Any] = Field({}, description="an object")
     computation: _Computation = Field(_MISSING, description="an object with mixed_precision, a text")
+    resumed_on: Annotated[list[_ResumedOn], Field(fail_fast=True)] = Field(
+        [], description="a list of objects with step, processes, gradient_accumulation_steps and micro_batch_size"
+    )
     peak_memory_mib: _Count | None = Field(None, description=f"{_COUNT}, or null")
 
 

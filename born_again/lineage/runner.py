@@ -24,6 +24,7 @@ from born_again.lineage.callbacks import (
     StopSignals,
     checkpoint_names,
 )
+from born_again.lineage.checkpoints import checkpoint_step
 from born_again.lineage.disk import disk_message, disk_problem
 from born_again.lineage.ensemble import ENSEMBLES, evaluate_ensemble, missing_ensembles
 from born_again.lineage.evaluation import by_split, finite_or_none
@@ -42,8 +43,10 @@ from born_again.lineage.folders import (
     restart_from,
     set_aside_later_checkpoints,
 )
+from born_again.lineage.global_batch import SHARE_FIELDS, GlobalBatch, check_same_experiment, may_differ, resumed_on
 from born_again.lineage.lock import LOCK_NAME, FolderLock
 from born_again.lineage.machine import (
+    SHARES,
     check_arguments,
     check_computation,
     check_sharding,
@@ -65,7 +68,7 @@ from born_again.lineage.predictions import (
     read_predictions,
     write_predictions,
 )
-from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences, shared_out
+from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
@@ -339,8 +342,11 @@ class LineageRunner:
             manifest = Manifest.read(folder)
             differences = self.spec.differences(manifest.spec, self._ignored_fields(manifest))
             if differences:
-                has_others = any(text.startswith("training.world_size: ") for text in differences)
-                same = f" ({shared_out(manifest.spec)})" if has_others else ""
+                same = (
+                    self._same_batch(manifest)
+                    if any(text.split(": ")[0] in SHARE_FIELDS for text in differences)
+                    else ""
+                )
                 raise LineageError(
                     f"output_dir: {folder} holds a lineage of another experiment ({'; '.join(differences)}); give the "
                     f"same arguments{same} to continue it, or another output_dir."
@@ -366,9 +372,16 @@ class LineageRunner:
         self._processes.wait_for_everyone()  # the others still check that the folder is free
         return manifest
 
+    def _same_batch(self, manifest: Manifest) -> str:
+        """The flags by which the lineage shares its batch out, and those on as many processes as there are here."""
+        there = GlobalBatch.of_spec(manifest.spec.training)
+        same = there.same_on(GlobalBatch.of_spec(self.spec.training).processes)
+        return f" ({there.flags()}" + ("" if same in (None, there) else f", or {same.flags()}") + ")"
+
     def _ignored_fields(self, manifest: Manifest) -> set[str]:
-        """Fields of the spec that may differ: paths of the same data, or of a teacher with the same weights."""
-        ignored: set[str] = set()
+        """Fields of the spec that may differ: how the same global batch is shared out, paths of the same data, or of a
+        teacher with the same weights."""
+        ignored = may_differ(self.spec.training, manifest.spec.training)
         known = manifest.content["data"].get("sha256")
         if known is not None and known == self.data.get("sha256"):
             ignored |= DATA_SOURCE
@@ -421,6 +434,7 @@ class LineageRunner:
         trainer.add_callback(keeper)
         trainer.add_callback(StopAndSave(self._stop_signals, self._resume_hint(), writer))
         checkpoint = self._last_checkpoint(generation)
+        self._record_processes(generation, trainer, checkpoint)
         self._processes.wait_for_everyone()
         on_first_process(
             lambda: set_aside_later_checkpoints(generation.checkpoint_dir, checkpoint, record.get("checkpoints", []))
@@ -495,9 +509,10 @@ class LineageRunner:
         check_arguments(trainer.args)
         check_sharding(trainer)
         here, begun = computation_of(trainer), self.manifest.record(index)
+        ignored = SHARES if self._is_shared_out_anew(index, trainer) else ()
         if begun is not None:
-            check_computation(here, index, begun)
-        differing = computation_warning(here, self.manifest.generations[: index + 1])
+            check_computation(here, index, begun, ignored)
+        differing = computation_warning(here, self.manifest.generations[: index + 1], ignored)
         if differing is not None:
             self._log(
                 logging.WARNING,
@@ -506,6 +521,52 @@ class LineageRunner:
                 self.spec.name,
                 differing,
             )
+
+    def _is_shared_out_anew(self, index: int, trainer: BornAgainTrainer) -> bool:
+        """Whether processes share the same global batch out in another way than before; warns of it.
+
+        Raises:
+            LineageError: it would be another experiment.
+        """
+        begun, here = self.manifest.record(index), GlobalBatch.of(trainer)
+        asked = self._batch_asked(here)
+        there = asked if begun is None else GlobalBatch.of_record(begun, asked)
+        if there == here:
+            return False
+        is_scaled = begun is not None and begun["parent"] is None and begun.get("loss_normalization") != "step"
+        check_same_experiment(trainer, index, there, self.manifest.spec.training, is_scaled)
+        self._log(
+            logging.WARNING,
+            "Generation %d of %s goes on with %s instead of %s: the same %d rows a step, so the same experiment. Its "
+            "weights are not the same to the bit, since sums are rounded in another order and each process draws its "
+            "own random numbers (dropout, 'fresh' permutations).",
+            index,
+            self.spec.name,
+            here,
+            there,
+            here.size,
+        )
+        return True
+
+    def _batch_asked(self, here: GlobalBatch) -> GlobalBatch:
+        """What the lineage's spec says; `here` where ours says the same: a program may leave it out of its spec."""
+        asked = GlobalBatch.of_spec(self.manifest.spec.training)
+        return here if asked == GlobalBatch.of_spec(self.spec.training) else asked
+
+    def _record_processes(self, generation: Generation, trainer: BornAgainTrainer, checkpoint: Path | None) -> None:
+        """Records from which step on a generation shares its batch out in another way than it was begun."""
+        record, here = self.manifest.generations[generation.index], GlobalBatch.of(trainer)
+        changes: dict[str, Any] = {}
+        if checkpoint is None:
+            entries: list[dict[str, int]] = []
+            if GlobalBatch.of_record({**record, "resumed_on": []}, here) != here:
+                changes["computation"] = computation_of(trainer)
+        else:
+            entries = resumed_on(record, here, self._batch_asked(here), checkpoint_step(checkpoint) or 0)
+        if entries != record.get("resumed_on", []):
+            changes["resumed_on"] = entries
+        if changes:
+            self._update_record(generation.index, **changes)
 
     def _begin(self, generation: Generation, facts: Mapping[str, Any]) -> None:
         if self.manifest.record(generation.index) is None:

@@ -245,14 +245,6 @@ class LineageSpec:
         ]
 
 
-def shared_out(spec: LineageSpec) -> str:
-    """How the batch of a step is shared out, as flags of `accelerate launch` and of a script."""
-    training = spec.training
-    names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    flags = [f"--{name} {training.get(name, default)}" for name, default in names.items()]
-    return f"--num_processes {training.get('world_size', 1)} with {' '.join(flags)}"
-
-
 def spec_sha256(values: Mapping[str, Any]) -> str:
     """The hash of a spec from its JSON values, as `LineageSpec.to_dict` gives them."""
     kept = {name: value for name, value in values.items() if name not in _MAY_CHANGE}

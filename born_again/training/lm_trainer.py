@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from born_again.training.trainer import BornAgainTrainer
 logger = logging.getLogger(__name__)
 
 PERPLEXITY_BATCHES = 60
+_CARRIED = re.compile(r"carried_state_[0-9]+_of_([0-9]+)\.safetensors")
 
 
 @dataclass
@@ -61,6 +63,28 @@ class CarriedState:
             return tuple(tensors[f"{name}.{index}"].to(device, copy=True) for index in range(len(parts))) or None
 
         return cls(state("student"), [state(f"teacher{index}") for index in range(teachers)], int(tensors["windows"]))
+
+    @classmethod
+    def share(cls, parts: Sequence[CarriedState], streams: int, rank: int, processes: int) -> CarriedState:
+        """The state of one of so many processes, each with its streams, from those of another number of them.
+
+        Raises:
+            ValueError: a tensor without a row for each stream.
+        """
+
+        def own(states: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+            if any(state is None for state in states):
+                return None
+            whole = [torch.cat(same) for same in zip(*cast(Any, states), strict=True)]
+            if wrong := [tuple(part.shape) for part in whole if len(part) != streams]:
+                raise ValueError(
+                    f"resume_from_checkpoint: a carried state of shape {wrong[0]} has no row for each of {streams} "
+                    "streams, so it cannot be shared out anew; go on with as many processes as before."
+                )
+            return tuple(part.chunk(processes)[rank].clone() for part in whole)
+
+        teachers = [own(states) for states in zip(*(part.teachers for part in parts), strict=True)]
+        return cls(own([part.student for part in parts]), teachers, parts[0].windows)
 
 
 class BornAgainLMTrainer(BornAgainTrainer):
@@ -166,16 +190,28 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._carried = CarriedState()
         if checkpoint is None or not self._anything_carries():
             return
-        path = Path(checkpoint) / self._carried_name()
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} has no {path.name}, expected one for each process; go on with "
-                "as many processes as before, from a checkpoint that this trainer wrote."
-            )
-        carried = CarriedState.load(path, 0 if self.teacher is None else len(self.teacher.modules), self.args.device)
+        carried = self._carried_in(Path(checkpoint))
         # At the end of an epoch there is nothing to go on with.
         if carried.windows < self.train_dataset.windows:
             self._carried = carried
+
+    def _carried_in(self, checkpoint: Path) -> CarriedState:
+        """This process's part of the state in a checkpoint, which another number of processes may have written."""
+        paths = [checkpoint / self._carried_name()]
+        if not paths[0].is_file():
+            of_others = {int(found[1]) for path in checkpoint.iterdir() if (found := _CARRIED.fullmatch(path.name))}
+            if len(of_others) != 1:
+                raise ValueError(
+                    f"resume_from_checkpoint: {checkpoint} has no {paths[0].name}, expected the state of every "
+                    "process; go on from a checkpoint that this trainer wrote."
+                )
+            count = of_others.pop()
+            paths = [checkpoint / _carried_name(rank, count) for rank in range(count)]
+        teachers = 0 if self.teacher is None else len(self.teacher.modules)
+        parts = [CarriedState.load(path, teachers, self.args.device) for path in paths]
+        if paths[0].name == self._carried_name():
+            return parts[0]
+        return CarriedState.share(parts, self.train_dataset.streams, self.args.process_index, self.args.world_size)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -187,7 +223,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
         self._resumed_from = checkpoint
 
     def _carried_name(self) -> str:
-        return f"carried_state_{self.args.process_index}_of_{self.args.world_size}.safetensors"
+        return _carried_name(self.args.process_index, self.args.world_size)
 
     def _anything_carries(self) -> bool:
         return self._student_carries or (self.teacher is not None and any(self.teacher.carries_state))
@@ -341,6 +377,10 @@ class _EpochStart(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.begin_epoch()
+
+
+def _carried_name(rank: int, processes: int) -> str:
+    return f"carried_state_{rank}_of_{processes}.safetensors"
 
 
 def perplexity(nll: float) -> float:

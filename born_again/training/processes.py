@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,8 +120,21 @@ class ProcessesMixin:
             )
         if self.args.process_index:
             # Else all would have the same dropout masks.
-            text = f"{self.args.seed} process {self.args.process_index}".encode()
-            set_seed(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+            self._seed_process("")
+
+    def _seed_process(self, moment: str) -> None:
+        text = f"{self.args.seed} process {self.args.process_index}{moment}".encode()
+        set_seed(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; from a checkpoint of another number of processes new random numbers, as it has none for each."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._owns_loss:
+            return
+        written = len([*Path(checkpoint).glob("rng_state_*.pth")]) or 1
+        if written != self.args.world_size:
+            # Trainer would go on with those of the first step.
+            self._seed_process(f" of {self.args.world_size} after step {self.state.global_step}")
 
 
 def _rows_of_last_batch(loader: Any) -> tuple[int | None, int | None]:

@@ -44,3 +44,24 @@ def test_synchronised_batchnorm_keeps_names_and_what_timm_computes_in_the_layer(
     ProcessesMixin._synchronize_batchnorm(SimpleNamespace(_is_one_of_many=True, args=gpus), student)
     assert isinstance(student[0][1], SyncBatchNormAct) and isinstance(student[1], nn.SyncBatchNorm)
     assert list(student.state_dict()) == names and student[0][1].weight is weight
+
+
+def test_random_numbers_after_a_checkpoint_of_another_number_of_processes_are_new(tmp_path):
+    """Trainer finds no state, and would go on with the dropout masks of the first steps."""
+    args = arguments(tmp_path, loss_normalization="step", save_strategy="steps", save_steps=2)
+    trainer = BornAgainTrainer(Network(1, dropout=0.5), args, train_dataset=vectors())
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+
+    def loaded():
+        torch.manual_seed(args.seed)
+        trainer._load_rng_state(str(checkpoint))
+        return torch.rand(3)
+
+    torch.manual_seed(args.seed)
+    first, own = torch.rand(3), loaded()
+    assert torch.equal(own, loaded()) and not torch.equal(own, first)
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes((checkpoint / "rng_state_0.pth").read_bytes())
+    new = loaded()
+    assert torch.equal(new, loaded()) and not torch.equal(new, first) and not torch.equal(new, own)
