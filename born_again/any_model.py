@@ -139,6 +139,26 @@ class Lineage:
             model_init, or one that is trained already; data that cannot be told apart; labels that do not fit.
         LineageError: the folder holds something else, another experiment, or other data.
         HubError: the Hub cannot be reached.
+
+    Example:
+        >>> import timm
+        >>> images = [{"pixel_values": torch.randn(3, 8, 8), "labels": row % 2} for row in range(16)]
+        >>> args = BornAgainTrainingArguments("mine", max_steps=1, disable_tqdm=True, report_to="none", use_cpu=True)
+        >>> lineage = Lineage(
+        ...     lambda: timm.create_model("test_wide_resnet_cifar", num_classes=2),
+        ...     args,
+        ...     generations=1,
+        ...     train_dataset=images,
+        ...     eval_dataset=images,
+        ... )
+        >>> manifest = lineage.run()
+        {...}
+        >>> [(record["objective"], record["seed"]) for record in manifest.generations]
+        [('label', 42), ('ban', 43)]
+        >>> manifest.generations[1]["metrics"]["test"].keys() >= {"accuracy", "nll", "ece"}
+        True
+        >>> lineage.load(1)(pixel_values=torch.randn(4, 3, 8, 8)).logits.shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -275,11 +295,16 @@ class Lineage:
         return _load(folder, self._class, self._attention)
 
     def ensemble(self, members: str | Sequence[int] = "last 3", average: str = "probabilities") -> LineageEnsemble:
-        """Finished generations as one network, see `LineageEnsemble.from_lineage`."""
+        """The ensemble of some finished generations, see `LineageEnsemble.from_lineage`.
+
+        Args:
+            members: "last 3" students, "all", or their indices.
+            average: "probabilities" or "logits".
+        """
         return LineageEnsemble.from_lineage(self.args.output_dir, members, average, load=self.load)
 
     def evaluate(self, network: nn.Module | int) -> dict[str, Mapping[str, float]]:
-        """Metrics by split of a network, an ensemble, or a generation by its index."""
+        """The metrics by split of a network, an ensemble, or a generation by its index."""
         return dict(self.evaluation(self.load(network) if isinstance(network, int) else network))
 
     # ---- What is found out when a lineage is made ----

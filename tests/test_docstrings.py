@@ -166,8 +166,8 @@ def test_examples_in_docstrings_run(module, folder, monkeypatch):
 
 
 def test_what_users_begin_with_has_an_example():
-    names = ["BornAgainTrainer", "BornAgainTrainingArguments", "LineageSpec", "load_generation", "LineageEnsemble"]
-    values = [getattr(born_again, name) for name in [*names, "create_image_classifier"]]
+    names = "BornAgainTrainer BornAgainTrainingArguments Lineage LineageEnsemble LineageSpec create_image_classifier"
+    values = [getattr(born_again, name) for name in [*names.split(), "load_generation"]]
     losses = "hard_label_loss dark_knowledge_loss confidence_weighted_loss permuted_dark_knowledge_loss".split()
     for value in [*values, *(getattr(objectives, name) for name in losses)]:
         assert ">>> " in documented(value), value.__name__
