@@ -7,10 +7,12 @@ import functools
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import arguments
 from lineage_folders import lineage, network
 
@@ -174,6 +176,13 @@ def test_what_users_begin_with_has_an_example():
 
 
 # ---- Pages ----
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == citation["version"] == born_again.__version__
+    assert project["license"] == citation["license"]
 
 
 def test_the_code_of_the_questions_and_answers_trains(tmp_path):
