@@ -154,6 +154,11 @@ def load_images(
             test split has no training row, or all training images are the same; the message says which.
         ConnectionError: if the Hub is needed and cannot be reached.
         ImportError: for "digits" without scikit-learn.
+
+    Example:
+        >>> data = load_images("digits", image_size=16, test_samples=1197)
+        >>> data.train.pixels.shape, data.train.pixels.dtype, len(data.test.labels), data.label_names[:3]
+        (torch.Size([600, 16, 16, 3]), torch.uint8, 1197, ('0', '1', '2'))
     """
     if image_size < _MIN_IMAGE_SIZE:
         raise ValueError(f"image_size is {image_size}; expected at least {_MIN_IMAGE_SIZE} pixels, such as 32")

@@ -33,6 +33,12 @@ class TokenStreams(Dataset):
         token_count: number of labels that are not ignored: the number of tokens.
         emit_view_keys: whether batches have the column "view_keys", by which a teacher cache finds outputs. Set it
             before a DataLoader with workers is made.
+
+    Example:
+        >>> text = TokenStreams(torch.tensor([5, 6, 7, 8, 1, 2, 3, 4]), streams=2, window=3, before=0)
+        >>> first = text.__getitems__([0, 1])
+        >>> first["input_ids"].tolist(), first["labels"].tolist()
+        ([[0, 5, 6], [8, 1, 2]], [[5, 6, 7], [1, 2, 3]])
     """
 
     def __init__(self, tokens: torch.Tensor, streams: int, window: int, *, before: int):

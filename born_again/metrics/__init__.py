@@ -17,6 +17,14 @@ def classification_metrics() -> Callable[..., dict[str, float]]:
     Returns:
         `compute_metrics(eval_prediction, compute_result=True)`, which returns {} until `compute_result` is true, then
         all values, and starts anew. It has the method `reset()`, for after an evaluation that broke off.
+
+    Example:
+        >>> import numpy
+        >>> from transformers import EvalPrediction
+        >>> logits, labels = numpy.array([[2.0, 0.0], [2.0, 0.0]]), numpy.array([0, 1])
+        >>> metrics = classification_metrics()(EvalPrediction(logits, labels))
+        >>> metrics["accuracy"], metrics["error"], sorted(metrics)
+        (0.5, 0.5, ['accuracy', 'ece', 'error', 'nll'])
     """
     # Imported here: evaluate takes seconds to import, and nothing else of this package needs it.
     from born_again.metrics.accuracy import Accuracy

@@ -111,17 +111,35 @@ class BornAgainLMTrainer(BornAgainTrainer):
     which is a word where the tokenizer's tokens are words) and eval_tokens. No logits are stored: predict() gives the
     negative log-likelihood of every token, (windows, time), instead, and a compute_metrics is handed that.
 
-    Its arguments are those of `BornAgainTrainer`. Of 20 contiguous streams, 35 steps at a time:
-
-        args = BornAgainTrainingArguments("student", remove_unused_columns=False)
-        train = TokenStreams(tokens, streams=20, window=35, before=tokenizer.eos_token_id)
-        trainer = BornAgainLMTrainer(
-            student, args, train_dataset=train, data_collator=collate_windows, teacher=teacher
-        )
+    Its arguments are those of `BornAgainTrainer`.
 
     Raises:
         ValueError: as BornAgainTrainer does; a teacher with another vocabulary; when the training or evaluation
             begins, an arrangement of batches and processes in which a state would be carried to another stream.
+
+    Example:
+        >>> from born_again import BornAgainTrainingArguments, LstmLMConfig, LstmLMForCausalLM
+        >>> from born_again.data.streams import TokenStreams, collate_windows
+        >>> student, teacher = (LstmLMForCausalLM(LstmLMConfig(vocab_size=9, hidden_size=4)) for _ in range(2))
+        >>> text = TokenStreams(torch.arange(200) % 9, streams=4, window=10, before=0)  # 10 tokens at a time
+        >>> args = BornAgainTrainingArguments(
+        ...     "mine",
+        ...     per_device_train_batch_size=4,
+        ...     per_device_eval_batch_size=4,
+        ...     max_steps=2,
+        ...     remove_unused_columns=False,
+        ...     disable_tqdm=True,
+        ...     report_to="none",
+        ...     use_cpu=True,
+        ... )
+        >>> trainer = BornAgainLMTrainer(student, args, collate_windows, text, text, teacher=teacher)
+        >>> trainer.train().global_step
+        {...}
+        2
+        >>> metrics = trainer.evaluate()
+        {...}
+        >>> math.isclose(metrics["eval_perplexity"], math.exp(metrics["eval_nll"]))
+        True
     """
 
     _labels_where = "in BornAgainLMTrainer"
