@@ -53,6 +53,7 @@ class TaskEvaluation:
         preprocess_logits: likewise.
         by_batch: whether compute_metrics is called batch by batch (batch_eval_metrics).
         seed: of what is drawn while data are read.
+        workers: that read them.
     """
 
     task: str
@@ -67,6 +68,7 @@ class TaskEvaluation:
     preprocess_logits: Callable[[Tensor, Tensor], Any] | None = None
     by_batch: bool = False
     seed: int = 0
+    workers: int = 0
 
     def __call__(self, network: nn.Module) -> dict[str, SplitMetrics]:
         """Metrics by split, with the predictions of every item.
@@ -83,7 +85,7 @@ class TaskEvaluation:
         metrics, kept = classification_metrics(), []
         theirs = _TrainersMetrics(self.compute_metrics, self.preprocess_logits, self.by_batch)
         with seeded(self.seed):
-            batches = iter(loader(dataset, self.collate, self.batch_size, self._columns(network)))
+            batches = iter(loader(dataset, self.collate, self.batch_size, self.columns(network), self.workers))
             upcoming = next(batches, None)
             while upcoming is not None:
                 batch, upcoming = upcoming, next(batches, None)
@@ -139,13 +141,16 @@ class TaskEvaluation:
         seen.check()
         return logits, labels
 
-    def _columns(self, network: nn.Module) -> list[str] | None:
+    def columns(self, network: nn.Module) -> list[str] | None:
+        """What of the datasets the collator is given; None for all."""
         if not self.removes_columns:
             return None
         return [*NetworkInputs(network, "student").columns, *_LABEL_NAMES, self.label_name]
 
 
-def loader(dataset: Any, collate: Callable[..., Any], batch_size: int, columns: list[str] | None) -> DataLoader:
+def loader(
+    dataset: Any, collate: Callable[..., Any], batch_size: int, columns: list[str] | None, workers: int = 0
+) -> DataLoader:
     """Batches of a dataset in its order.
 
     Args:
@@ -153,13 +158,14 @@ def loader(dataset: Any, collate: Callable[..., Any], batch_size: int, columns: 
         collate: of the batches.
         batch_size: rows at once.
         columns: that the collator is given; None gives it all.
+        workers: processes that read.
     """
     if columns is not None:
         if hasattr(dataset, "remove_columns") and getattr(dataset, "column_names", None):
             dataset = dataset.remove_columns([name for name in dataset.column_names if name not in columns])
         else:
             collate = RemoveColumnsCollator(collate, columns)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
 
 
 def _token_sums(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:

@@ -24,7 +24,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from born_again.any_model.networks import (
+    architecture_of,
+    check_served,
+    is_generation,
+    is_saved_by_itself,
+    load_saved,
+    save_network,
+    weight_hashes,
+)
 from born_again.data.fingerprint import dataset_sha256, seeded
+from born_again.data.image_dataset import EpochCallback
 from born_again.hub.launch import (
     SAVE_MINUTES,
     LineageFlags,
@@ -34,20 +44,20 @@ from born_again.hub.launch import (
     load_external_teacher,
     resume_lineage,
     spec_fields,
+    take_control,
+    with_control,
 )
 from born_again.hub.model_card import any_model_card, ensemble_card
 from born_again.lineage.ensemble import ENSEMBLES, LineageEnsemble
-from born_again.lineage.manifest import MANIFEST_NAME, Manifest
+from born_again.lineage.manifest import Manifest
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec, plain_name
 from born_again.lineage.status import results_table
 from born_again.lineage.task_evaluation import TaskEvaluation, loader
-from born_again.models.image_classifier import load_image_classifier, save_image_classifier, wrap_timm_network
-from born_again.models.saved import read_settings
+from born_again.models.image_classifier import wrap_timm_network
 from born_again.report.figures import draw_curve
-from born_again.teacher import carries_state
 from born_again.teacher.inputs import unwrapped
-from born_again.teacher.loading import SERVED, TASKS, load_network, task_of
+from born_again.teacher.loading import load_network, task_of
 from born_again.teacher.preprocessing import check_prepared_as
 from born_again.training.arguments import BornAgainTrainingArguments
 from born_again.training.checks import check_problem
@@ -59,11 +69,6 @@ from born_again.training.trainer import BornAgainTrainer
 logger = logging.getLogger(__name__)
 
 _UNITS = {"image-classification": "images", "text-classification": "texts"}  # of others tokens
-# Of a config what is no property of the architecture, or is recorded elsewhere.
-_NOT_ARCHITECTURE = (
-    "transformers_version architectures _name_or_path id2label label2id label_names auto_map _commit_hash "
-    "pretrained_cfg architecture num_classes model_args problem_type".split()
-)
 _MOST_LABELS = 100  # of which names are recorded
 _HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@")
 
@@ -97,9 +102,11 @@ class Lineage:
             (huggingface_hub.PyTorchModelHubMixin).
         args: of every generation; `seed` is that of generation 0, generation k has seed + k.
         generations: students after the teacher.
-        train_dataset: as Trainer takes it.
-        eval_dataset: likewise; one is recorded as the split "test", a dict by its names. Where a dict has no "test",
-            its first is recorded as it, and the cards name it.
+        train_dataset: as Trainer takes it. One with set_seed(seed) and set_epoch(epoch) is told both, so that what it
+            draws for a row can hang on them and not on how often it was asked
+            (`born_again.data.labelled.TransformedImages`).
+        eval_dataset: as Trainer takes it; one is recorded as the split "test", a dict by its names. Where a dict has
+            no "test", its first is recorded as it, and the cards name it.
         processing_class: tokenizer or image processor, saved with each generation.
         data_collator: as Trainer's.
         compute_metrics: as Trainer's; in training too, where an eval_strategy says so.
@@ -122,6 +129,7 @@ class Lineage:
         ensembles: of how many of the newest students.
         from_generation, stop_when_worse, stop_signals, keep_checkpoints, save_minutes: as `LineageRunner` takes them;
             a checkpoint every five minutes and after the last step, beside args.save_strategy.
+        control: "equal-compute" or "seeds" trains what the lineage of the same arguments is compared with instead.
         hub_namespace: user or organisation to publish to, with args.push_to_hub.
         hub_name_pattern: of the repositories' names.
         hub_license: for the cards.
@@ -191,6 +199,7 @@ class Lineage:
         stop_signals: Sequence[str] = (),
         keep_checkpoints: bool = False,
         save_minutes: float | None = SAVE_MINUTES,
+        control: str | None = None,
         hub_namespace: str | None = None,
         hub_name_pattern: str = "{name}-gen{index}",
         hub_license: str | None = None,
@@ -231,6 +240,7 @@ class Lineage:
             hub_license=hub_license,
             hub_defer=hub_defer,
             from_generation=from_generation,
+            control=control,
         )
         # What the arguments say holds, and is compared with what the lineage was begun with.
         flags.given = frozenset({"bf16", "fp16", "fused_optimizer"} | ({"name"} if name else set()))
@@ -242,13 +252,16 @@ class Lineage:
             self.evaluation = self._evaluation(probe, splits)
             rows = self._check_batches(probe, splits)
         data = self._describe_data(probe, splits, test_split, rows, data_fingerprint)
-        flags.name = name or plain_name(f"{_short(self.starting_point or self._model)}-{_short(data['source'])}")
+        source = dataset or data["source"]
+        own_name = plain_name(f"{_short(self.starting_point or self._model)}-{_short(source)}")
+        flags.name = name or with_control(own_name, control)
         resume_lineage(flags, self.args)
+        take_control(flags, self.args)
         fields = spec_fields(flags, self.args)
         spec = LineageSpec(
             model=self._model,
             model_args=self._architecture,
-            dataset=dataset or data["source"],
+            dataset=source,
             task=self.task,
             starting_point=self.starting_point,
             **{**fields, "objective": fields["objective"] if objective is None else custom_name(objective)},
@@ -260,7 +273,7 @@ class Lineage:
             build_trainer=self._build_trainer,
             load_teacher=self.load,
             evaluate=self.evaluation,
-            save_student=_save,
+            save_student=save_network,
             write_card=any_model_card,
             draw_curve=draw_curve,
             write_ensemble_card=ensemble_card,
@@ -292,7 +305,7 @@ class Lineage:
     def load(self, generation: int | str | Path) -> nn.Module:
         """A finished generation by its index or folder, in eval mode."""
         folder = self.runner.folder(generation) if isinstance(generation, int) else Path(generation)
-        return _load(folder, self._class, self._attention)
+        return load_saved(folder, self._class, self._attention)
 
     def ensemble(self, members: str | Sequence[int] = "last 3", average: str = "probabilities") -> LineageEnsemble:
         """The ensemble of some finished generations, see `LineageEnsemble.from_lineage`.
@@ -313,7 +326,7 @@ class Lineage:
         """Calls model_init at two seeds; returns the second network, in eval mode, after every check of it."""
         generation = Generation(0, self.args.seed, "label", None, Path(self.args.output_dir))
         first = self._made(generation)
-        weights, seen = _weight_hashes(first), weakref.ref(first)
+        weights, seen = weight_hashes(first), weakref.ref(first)
         del first  # one network at a time, unless model_init keeps it
         torch.manual_seed(self.args.seed + 1)
         network = self._made(Generation(1, self.args.seed + 1, "label", 0, Path(self.args.output_dir)))
@@ -327,23 +340,23 @@ class Lineage:
             self.task = task or ("image-classification" if hasattr(inner, "timm_model") else task_of(inner))
         else:
             self.task = task or task_of(inner)
-        _check_served(network, inner, self.task)
+        check_served(network, inner, self.task)
         check_problem(inner, "model's", "in a lineage")
         self._class = type(inner)
         config = getattr(inner, "config", None)
         self._attention = getattr(config, "_attn_implementation", None)
         self._model = getattr(config, "architecture", None) or type(inner).__name__
-        self._architecture = _architecture(inner)
+        self._architecture = architecture_of(inner)
         if inner is not network:
             self._architecture["peft"] = {name: str(own.peft_type.value) for name, own in network.peft_config.items()}
-        self.starting_point = self._starting_point(inner, weights, _weight_hashes(network), pretrained)
+        self.starting_point = self._starting_point(inner, weights, weight_hashes(network), pretrained)
         return network.eval()
 
     def _made(self, generation: Generation) -> nn.Module:
         network = self.model_init(generation) if self._takes_generation else self.model_init()
         if not isinstance(network, nn.Module):
             raise TypeError(f"model_init: returned {type(network).__name__}, expected a network (an nn.Module).")
-        return network if _is_saved_by_itself(network) else self._wrapped(network)
+        return network if is_saved_by_itself(network) else self._wrapped(network)
 
     def _wrapped(self, network: nn.Module) -> nn.Module:
         """A network of timm inside transformers' model of it."""
@@ -371,8 +384,8 @@ class Lineage:
         config = getattr(inner, "config", None)
         source = getattr(inner, "name_or_path", None) or getattr(config, "_name_or_path", None)
         is_classifier = self.task not in ("text-generation", "fill-mask")
-        if len(same) == len(first) and pretrained is None and (is_classifier or _is_generation(source)):
-            what = f"{source!r}, a generation of a lineage" if _is_generation(source) else "its classifier too"
+        if len(same) == len(first) and pretrained is None and (is_classifier or is_generation(source)):
+            what = f"{source!r}, a generation of a lineage" if is_generation(source) else "its classifier too"
             raise ValueError(
                 f"model_init: every weight is the same at each call, {what}, so every student would start where its "
                 "teacher may have ended; expected a new classifier on pretrained weights, or untrained weights that "
@@ -399,6 +412,7 @@ class Lineage:
             self._preprocess_logits,
             self.args.batch_eval_metrics,
             self.args.seed,
+            0 if self.task == "fill-mask" else self.args.dataloader_num_workers,  # whose masks would hang on it
         )
 
     @torch.no_grad()
@@ -408,7 +422,7 @@ class Lineage:
         evaluation.device = next(network.parameters()).device
         rows = {}
         for split, dataset in {"train": self.train_dataset, **splits}.items():
-            columns = evaluation._columns(network)
+            columns = evaluation.columns(network)
             batch = next(iter(loader(dataset, self.data_collator, 2, columns)), None)
             if batch is None:
                 raise ValueError(f"{split}: the dataset has no rows, expected at least one.")
@@ -469,6 +483,8 @@ class Lineage:
     def _build_trainer(
         self, student: nn.Module, teacher: nn.Module | None, generation: Generation
     ) -> BornAgainTrainer:
+        if hasattr(self.train_dataset, "set_seed"):
+            self.train_dataset.set_seed(generation.seed)
         return self._trainer_class(
             student,
             generation_arguments(self.args, generation),
@@ -477,7 +493,10 @@ class Lineage:
             eval_dataset=self.eval_dataset,
             processing_class=self.processing_class,
             compute_metrics=self.compute_metrics,
-            callbacks=[own if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks],
+            callbacks=[
+                EpochCallback,
+                *(own if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks),
+            ],
             preprocess_logits_for_metrics=self._preprocess_logits,
             teacher=teacher,
             teacher_processing_class=self._teacher_processing_class if generation.index == 1 else None,
@@ -492,98 +511,6 @@ class Lineage:
             )
         check_prepared_as(teacher, dict(self.evaluation.splits), self.processing_class)
         return teacher
-
-
-# ---- Saving and loading ----
-
-
-def _is_saved_by_itself(network: nn.Module) -> bool:
-    inner = unwrapped(network)
-    return hasattr(inner, "save_pretrained") and hasattr(type(inner), "from_pretrained")
-
-
-def _save(network: nn.Module, folder: Path) -> None:
-    if hasattr(network, "get_base_model"):  # of PEFT: merged, so that it loads without it
-        network = copy.deepcopy(network).merge_and_unload()
-    if isinstance(network, TimmWrapperForImageClassification):
-        save_image_classifier(network, folder)
-    elif hasattr(network, "config") and hasattr(network, "main_input_name"):
-        cast(Any, network).save_pretrained(folder, max_shard_size="1000GB")  # the runner hashes one file
-    else:
-        cast(Any, network).save_pretrained(folder)
-
-
-def _load(folder: Path, kind: type[nn.Module], attention: str | None) -> nn.Module:
-    """The network in the folder of a generation, as the class that model_init makes or that its config.json names."""
-    if read_settings(folder).get("model_type") == "timm_wrapper":
-        return load_image_classifier(folder)
-    options = {} if attention is None else {"attn_implementation": attention}
-    if hasattr(kind, "main_input_name"):
-        return load_network(folder, like=cast(Any, kind), **options)
-    return cast(Any, kind).from_pretrained(folder).eval()
-
-
-def _check_served(network: nn.Module, inner: nn.Module, task: str | None) -> None:
-    if task is None or task not in TASKS:
-        raise ValueError(
-            f"task: got {task!r} for {type(inner).__name__}, which transformers has for no task that it knows, "
-            f"expected one of {', '.join(map(repr, TASKS))}; served are {SERVED}."
-        )
-    if task in ("text-generation", "fill-mask") and getattr(
-        getattr(inner, "config", None), "is_encoder_decoder", False
-    ):
-        raise ValueError(
-            f"model: {type(inner).__name__} is an encoder-decoder, for sequence to sequence, expected a network with "
-            f"one row of logits for each label; served are {SERVED}. BornAgainTrainer teaches encoder-decoders."
-        )
-    if carries_state(inner):
-        raise ValueError(
-            f"model: {type(inner).__name__} carries a state from window to window, which rows of a dataset do not "
-            "have; expected a network that reads each row on its own. examples/run_ptb.py trains lineages of these."
-        )
-    if inner is not network and not hasattr(network, "merge_and_unload"):
-        raise ValueError(
-            f"model: {type(network).__name__} cannot be merged into its base model (it has no merge_and_unload), "
-            "expected adapters that can, such as LoRA, so that a generation loads without PEFT."
-        )
-
-
-# ---- What two calls of model_init tell ----
-
-
-def _weight_hashes(network: nn.Module) -> dict[str, bytes]:
-    """A hash of each weight that is not the same number throughout, as many are at the start whatever the seed."""
-    found = {}
-    for name, value in network.state_dict().items():
-        flat = value.detach().flatten()
-        if flat.numel() < 2 or not flat.is_floating_point() or bool((flat == flat[0]).all()):
-            continue
-        part = flat[:: max(1, flat.numel() // 4096)][:4096].to("cpu", torch.float32)
-        found[name] = hashlib.sha256(part.numpy().tobytes()).digest()
-    return found
-
-
-def _is_generation(source: Any) -> bool:
-    return isinstance(source, str) and bool(source) and (Path(source).parent / MANIFEST_NAME).is_file()
-
-
-def _architecture(network: nn.Module) -> dict[str, Any]:
-    """What of a network's config decides its architecture, JSON-able."""
-    config = getattr(network, "config", None)
-    if isinstance(network, TimmWrapperForImageClassification):
-        return {"library": "timm", **(config.model_args or {})}
-    if config is None or not hasattr(config, "to_diff_dict"):
-        return {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
-    values = {name: value for name, value in config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}
-    return {name: value for name, value in values.items() if _is_json(value)}
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(own) for key, own in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 # ---- Arguments and data ----
