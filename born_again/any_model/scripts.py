@@ -95,6 +95,9 @@ def classification_recipe(args: Namespace, model: str, data: str, is_pretrained:
         values["per_device_train_batch_size"] = share_of_batch(values["per_device_train_batch_size"])
     if "max_steps" in args.given and args.max_steps > 0:
         values.pop("num_train_epochs")
+    if args.smoke:
+        values = {name: value for name, value in values.items() if name != "num_train_epochs"}
+        values |= {"max_steps": 10, "max_train_samples": 64, "max_eval_samples": 64}
     name = plain_name(f"{Path(model).name}-{Path(data).name}")
     values["name"] = with_control(name, args.control)
     values["output_dir"] = default_output_dir(with_control(args.name or name, args.control), args.budget)
