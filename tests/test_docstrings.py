@@ -44,7 +44,9 @@ PUBLIC = {
     "born_again.lineage.runner": ["Generation", "LineageRunner"],
 }
 # Summaries that begin so name what is returned.
-_NAMES_RESULT = re.compile(r"(The|A|An|Whether|Why|How many|False for|Make|Makes|Builds|Loads|exp of|Mean|SHA-256)\b")
+_NAMES_RESULT = re.compile(
+    r"(The|A|An|Whether|Why|How many|False for|Make|Makes|Builds|Loads|exp of|Mean|SHA-256|Size|Side)\b"
+)
 
 
 def public():
@@ -61,7 +63,8 @@ def public():
         yield path, value, None
         if inspect.isclass(value):
             for name, method in vars(value).items():
-                method = getattr(method, "__func__", method)  # of class methods
+                for inner in ("__func__", "fget", "func"):  # of class methods, properties and cached ones
+                    method = getattr(method, inner, method)
                 if inspect.isfunction(method) and not name.startswith("_"):
                     yield f"{path}.{name}", method, value
 
