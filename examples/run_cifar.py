@@ -30,7 +30,7 @@ from born_again import (
 from born_again.data.augment import usual_padding
 from born_again.data.decode import EMBEDDED, warn
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
-from born_again.data.images import ImageData, allows_flip, flip_warning, load_images
+from born_again.data.images import ImageData, ImageSplit, allows_flip, flip_warning, load_images
 from born_again.data.placement import fits_on_gpu
 from born_again.hub.launch import (
     LineageFlags,
@@ -51,6 +51,7 @@ from born_again.hub.launch import (
 )
 from born_again.hub.model_card import ensemble_card, image_classifier_card
 from born_again.lineage.arguments import parse_arguments, parse_mapping
+from born_again.lineage.curve import evaluate_for_curve, evaluates_for_curve, plan_curve
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, set_threads
 from born_again.lineage.reevaluation import evaluation_images
@@ -114,6 +115,14 @@ class LineageArguments(LineageFlags):
         metadata={
             "help": "Share of the training images that is held out as a validation split, and reported as one; the "
             "same images for every seed."
+        },
+    )
+    curve_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate so many images of the validation split, without one of the test split, a few times a "
+            "training, for curves; nothing is selected by them. 0 for none; when not given as many as cost about 1 % "
+            "of its time."
         },
     )
     images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images in GPU memory, if they fit."})
@@ -264,13 +273,41 @@ def describe_input(lineage: LineageArguments, training: BornAgainTrainingArgumen
     )
 
 
+def curve_split(
+    data: ImageData, lineage: LineageArguments, training: BornAgainTrainingArguments
+) -> tuple[ImageSplit, str]:
+    """The images that are evaluated during a training, and what the first lines of a run say of them."""
+    name, whole = ("test", data.test) if data.validation is None else ("validation", data.validation)
+    if lineage.curve_samples is not None and lineage.curve_samples < 0:
+        raise ValueError(
+            f"curve_samples: got {lineage.curve_samples}, expected 0 (no evaluations for a curve) or more images."
+        )
+    if not evaluates_for_curve(lineage.given, training):
+        return whole, ""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    items = training.num_train_epochs * len(data.train) if training.max_steps < 0 else training.max_steps * batch
+    rows, evaluations = plan_curve(int(items), len(whole), lineage.curve_samples)
+    if not rows:
+        return whole, ""
+    evaluate_for_curve(training, evaluations)
+    part = whole if rows == len(whole) else whole.evenly_spaced(rows)
+    return part, (
+        f"Curves: the same {rows:,} images of the {name} split are evaluated {evaluations} times a training, which "
+        "selects nothing (--curve_samples 0 turns this off)"
+    )
+
+
 def build_runner(
-    spec: LineageSpec, data: ImageData, training: BornAgainTrainingArguments, lineage: LineageArguments
+    spec: LineageSpec,
+    data: ImageData,
+    training: BornAgainTrainingArguments,
+    lineage: LineageArguments,
+    during_training: ImageSplit | None = None,
 ) -> LineageRunner:
     """The runner, with functions that build, save, evaluate and describe a generation."""
     splits = {"test": data.test} if data.validation is None else {"validation": data.validation, "test": data.test}
     # With a validation split the test split is read once, at the end.
-    during_training = evaluation_images(next(iter(splits.values())), data.mean, data.std)
+    during = evaluation_images(during_training or next(iter(splits.values())), data.mean, data.std)
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         # A network trained elsewhere may have another mean and std, as its config says.
@@ -314,7 +351,7 @@ def build_runner(
                 seed=generation.seed,
                 padding=usual_padding(data.image_size),
             ),
-            eval_dataset=during_training,
+            eval_dataset=during,
             compute_metrics=classification_metrics(),
             callbacks=[EpochCallback()],
         )
@@ -385,14 +422,17 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     )
     if training.process_index == 0:
         print(describe_input(lineage, training))
+    part, curves = curve_split(data, lineage, training)
+    if curves and training.process_index == 0:
+        print(curves)
     if lineage.flip and (doubt := flip_warning(data.label_names)):
         warn(f"--flip: images are mirrored at random, and {doubt}; --no_flip turns this off")
     if lineage.images_on_gpu and fits_on_gpu(data, training.device, training.dataloader_num_workers):
-        data = data.to(training.device)
+        data, part = data.to(training.device), part.to(training.device)
         training.dataloader_pin_memory = False  # only for tensors in main memory
     students = "" if spec.student_model is None else f", students {describe_architecture(spec, 1)},"
     return train(
-        build_runner(spec, data, training, lineage),
+        build_runner(spec, data, training, lineage, part),
         training,
         f"{spec.name}: {describe_architecture(spec, 0)}{students} on {lineage.dataset} "
         f"({' + '.join(f'{count:,}' for count in data.fingerprint['rows'].values())} images, "

@@ -63,6 +63,11 @@ class ImageSplit:
         """The split on another device, where batches are then made."""
         return ImageSplit(self.pixels.to(device), self.labels.to(device))
 
+    def evenly_spaced(self, rows: int) -> ImageSplit:
+        """So many of its rows, the same at every call."""
+        chosen = torch.arange(rows, device=self.labels.device) * len(self) // rows
+        return ImageSplit(self.pixels[chosen], self.labels[chosen])
+
     @property
     def nbytes(self) -> int:
         """Size of the tensors, in bytes."""

@@ -241,6 +241,18 @@ def remove_leftovers(manifest: Manifest) -> list[Path]:
     return [path for path in _leftovers(manifest) if _remove(path)]
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a lineage can begin in a folder: there is none, or nothing in it but what a killed run can have left."""
+    return not folder.exists() or (folder.is_dir() and all(map(_is_ignorable, folder.iterdir())))
+
+
+def _is_ignorable(path: Path) -> bool:
+    """Whether a run that ended before it wrote its first manifest can have left this path in a new folder."""
+    if path.name == CHECKPOINTS_NAME and path.is_dir() and not path.is_symlink():
+        return all(inner.is_dir() and not inner.is_symlink() for inner in path.rglob("*"))  # empty
+    return path.name == LOCK_NAME or is_leftover(path)
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a path in a lineage's folder is an unfinished file or folder of a killed run.
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from born_again.lineage.global_batch import GlobalBatch
 from born_again.lineage.manifest import LineageError
+from born_again.lineage.tracking import check_trackers
 from born_again.models.lstm_precision import computes_lstm
 from born_again.teacher.precision import cpu_capabilities
 from born_again.training.environment import (
@@ -305,9 +306,9 @@ def check_arguments(args: TrainingArguments) -> None:
     """Validates training arguments: a generation must be resumable, and computed as its arguments say.
 
     Raises:
-        ValueError: save_only_model, workers that outlive an epoch, a batch size found by trial, batches that resuming
-            does not skip, Trainer's own checkpoint on SIGTERM, an engine that shards weights, or fp16 where accelerate
-            does not compute it; names the argument.
+        ValueError: a tracker that is not installed, save_only_model, workers that outlive an epoch, a batch size found
+            by trial, batches that resuming does not skip, Trainer's own checkpoint on SIGTERM, an engine that shards
+            weights, or fp16 where accelerate does not compute it; names the argument.
     """
     for name, reason in _REFUSED.items():
         if getattr(args, name, False):  # an older transformers lacks some
@@ -319,6 +320,7 @@ def check_arguments(args: TrainingArguments) -> None:
             "would differ; leave it out, workers are started once an epoch."
         )
     check_launch(args)
+    check_trackers(args)
     engine = sharding_engine(args)
     if engine not in (None, "FSDP"):
         raise ValueError(

@@ -35,7 +35,7 @@ from born_again.lineage.folders import (
     check_restart,
     check_weights,
     clean_up,
-    is_leftover,
+    is_free,
     last_checkpoint,
     put_in_place,
     remove_leftovers,
@@ -44,7 +44,7 @@ from born_again.lineage.folders import (
     set_aside_later_checkpoints,
 )
 from born_again.lineage.global_batch import SHARE_FIELDS, GlobalBatch, check_same_experiment, may_differ, resumed_on
-from born_again.lineage.lock import LOCK_NAME, FolderLock
+from born_again.lineage.lock import FolderLock
 from born_again.lineage.machine import (
     SHARES,
     check_arguments,
@@ -68,7 +68,9 @@ from born_again.lineage.predictions import (
     read_predictions,
     write_predictions,
 )
+from born_again.lineage.progress import LineageProgress
 from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
+from born_again.lineage.tracking import name_runs
 from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
@@ -220,6 +222,7 @@ class LineageRunner:
                 "use_cpu=True on a machine without GPUs."
             )
         self._stop_signals = StopSignals(stop_signals)
+        self._progress = LineageProgress(spec.name, spec.generations)
         self._nodes = NodeFolders(self.output_dir)
         self.manifest = self._open()
         if from_generation is not None:
@@ -247,7 +250,7 @@ class LineageRunner:
             if self._processes.is_main_process:
                 clean_up(self.manifest)
             return self.manifest
-        with self._lock(), self._stop_signals:
+        with self._lock(), self._stop_signals, self._progress:
             self.manifest = self._open()  # another run may have changed it meanwhile
             self._processes.wait_for_everyone()
             on_first_process(lambda: remove_leftovers(self.manifest))
@@ -292,6 +295,7 @@ class LineageRunner:
             if signum is not None:
                 raise Interrupted(signum, f"before generation {index}: {self._resume_hint()}")
             self._train(index)
+            self._progress.finished(index)
         if self.evaluate is not None:
             for members in missing_ensembles(self.manifest, self.ensembles):
                 with loading_whole():
@@ -363,7 +367,7 @@ class LineageRunner:
                     manifest.content.pop("stopped_when_worse", None)
             manifest.content["spec"]["generations"] = last
             return manifest
-        if folder.exists() and not (folder.is_dir() and all(map(_is_ignorable, folder.iterdir()))):
+        if not is_free(folder):
             raise LineageError(
                 f"output_dir: {folder} holds something that is no lineage (it has no {MANIFEST_NAME}), expected a new "
                 "or empty folder; nothing in it was touched."
@@ -448,6 +452,8 @@ class LineageRunner:
             generation.seed,
             f", resumed from {checkpoint.name}" if checkpoint else "",
         )
+        name_runs(trainer, self.spec.name, index, self.output_dir, checkpoint)
+        self._progress.follow(trainer, index)
         with writer:
             try:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -687,10 +693,3 @@ class LineageRunner:
 
     def _save_manifest(self) -> None:
         on_first_process(self.manifest.save)
-
-
-def _is_ignorable(path: Path) -> bool:
-    """Whether a run that ended before it wrote its first manifest can have left this path in a new folder."""
-    if path.name == CHECKPOINTS_NAME and path.is_dir() and not path.is_symlink():
-        return all(inner.is_dir() and not inner.is_symlink() for inner in path.rglob("*"))  # empty
-    return path.name == LOCK_NAME or is_leftover(path)
