@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_f
 
 from born_again.hub.files import GENERATION_FILES
 from born_again.lineage.folders import WEIGHTS_NAME
-from born_again.lineage.manifest import LineageError, file_sha256
+from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest, file_sha256
 from born_again.models.saved import INDEX_NAME, read_settings
 
 # What huggingface_hub talks HTTP with: httpx until 1.x, httpx2 from 2.0, with the same names in both.
@@ -273,6 +274,17 @@ class Hub:
             return self._info(repo, self.branch).sha if len(found) == 2 else None
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
+
+    def manifest(self, repo: str, commit: str) -> dict[str, Any]:
+        """The content of the lineage.json of a published generation, checked.
+
+        Raises:
+            LineageError: it is invalid.
+            OSError: the Hub refuses, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:  # a copy, since the cache consists of links
+            self._api.hf_hub_download(repo, MANIFEST_NAME, revision=commit, local_dir=folder)
+            return Manifest.read(Path(folder)).content
 
     def download(self, repo: str, commit: str, folder: Path) -> Path:
         """Downloads a published generation into a new folder, without what publishing added.

@@ -67,6 +67,42 @@ def restore_lineage(name: str, settings: HubSettings, output_dir: str | Path, to
     return len(commits)
 
 
+def download_lineage(source: str, output_dir: str | Path, token: str | None = None) -> int:
+    """Downloads a published lineage that is known by a name alone, as `restore_lineage` does.
+
+    Args:
+        source: the repository of any of its generations, or NAMESPACE/NAME of one with the default names.
+        output_dir: new or empty folder.
+        token: of the Hub; None takes that of the login, or HF_TOKEN.
+
+    Returns:
+        The number of generations.
+
+    Raises:
+        FileNotFoundError: there is no such lineage.
+        LineageError: see `restore_lineage`.
+        HubError: the Hub cannot be reached.
+    """
+    namespace = source.partition("/")[0]
+    hub = Hub(namespace, token=token)
+    first = f"{source.removesuffix('-ensemble')}-gen0"
+    try:
+        for repo in (source, first):
+            if (commit := hub.published_commit(repo)) is not None:
+                content = hub.manifest(repo, commit)
+                pattern = (content.get("hub") or {}).get("pattern", HubSettings.pattern)
+                if count := restore_lineage(content["name"], HubSettings(namespace, pattern), output_dir, token):
+                    return count
+    except FAILURES as error:
+        if isinstance(error, HubError | LineageError):
+            raise
+        raise HubError(f"lineage: {source!r} cannot be read from the Hub: {hub.explain(error)}") from error
+    raise FileNotFoundError(
+        f"lineage: got {source!r}, which is no folder here, and neither it nor {first!r} is a generation on the Hub, "
+        "expected a lineage; check the spelling, and log in where it is private."
+    )
+
+
 def _is_empty(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir()))
 

@@ -15,7 +15,7 @@ from born_again.hub.client import Hub, HubError
 from born_again.hub.files import HubSettings
 from born_again.hub.launch import create_publisher, resume_lineage
 from born_again.hub.publishing import publish_lineage
-from born_again.hub.restoring import restore_lineage
+from born_again.hub.restoring import download_lineage, restore_lineage
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.spec import spec_sha256
@@ -319,3 +319,23 @@ def test_what_was_published_cannot_be_saved_or_is_not_there(logged_in_hub, publi
     for name in ("born-again/none", "born-again/tiny-gen0"):
         with pytest.raises(OSError, match=name):
             LineageEnsemble.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-gen0", "tiny-gen2", "tiny-ensemble"])
+def test_a_lineage_is_found_by_any_of_its_names(logged_in_hub, published, tmp_path, name):
+    assert download_lineage(f"born-again/{name}", tmp_path / "back") == 3
+    restored = [own["weights_sha256"] for own in Manifest.read(tmp_path / "back").generations]
+    assert restored == [own["weights_sha256"] for own in Manifest.read(published).generations]
+
+
+def test_a_lineage_is_found_by_its_own_pattern_of_names(logged_in_hub, made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "published")
+    assert publish_lineage(folder, "born-again", name_pattern="mine-{index}") == {}
+    assert download_lineage("born-again/mine-1", tmp_path / "back") == 3
+
+
+def test_a_name_without_a_lineage_is_refused(logged_in_hub, tmp_path):
+    logged_in_hub.store.put("model", "born-again/other", {"config.json": b"{}"})
+    with pytest.raises(FileNotFoundError, match="lineage: got 'born-again/other'.*nor 'born-again/other-gen0'"):
+        download_lineage("born-again/other", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
