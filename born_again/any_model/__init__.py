@@ -160,7 +160,8 @@ class Lineage:
         ...     eval_dataset=images,
         ... )
         >>> manifest = lineage.run()
-        {...}
+        generation 0 of 1, step 1 of 1 (epoch 0.5): ...
+        generation 1 of 1, step 1 of 1 (epoch 0.5): ...
         >>> [(record["objective"], record["seed"]) for record in manifest.generations]
         [('label', 42), ('ban', 43)]
         >>> manifest.generations[1]["metrics"]["test"].keys() >= {"accuracy", "nll", "ece"}

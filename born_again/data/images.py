@@ -64,7 +64,7 @@ class ImageSplit:
         return ImageSplit(self.pixels.to(device), self.labels.to(device))
 
     def evenly_spaced(self, rows: int) -> ImageSplit:
-        """So many of its rows, the same at every call."""
+        """The split of so many of its rows, the same ones at every call."""
         chosen = torch.arange(rows, device=self.labels.device) * len(self) // rows
         return ImageSplit(self.pixels[chosen], self.labels[chosen])
 
