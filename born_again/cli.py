@@ -8,7 +8,7 @@
     born-again plan --model densenet90_60_cifar --batch 128 --processes 8
 
 Exit status: 0; 1 if evaluate finds a difference to the record, or publish leaves something unpublished; 2 for invalid
-arguments or files.
+arguments or files, 130 after an interrupt. `eval "$(born-again completion bash)"` completes commands and options.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ _METRICS = {
 }
 
 
+_EXIT_STATUS = {
+    "evaluate": "0 if the result agrees with the record, or there is none to compare with; 1 if it differs",
+    "publish": "0 if everything that is finished is published; 1 if something is not",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command.
 
@@ -41,16 +47,29 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
 
     Raises:
-        SystemExit: after --help.
+        SystemExit: after --help and --version.
+        Exception: with --debug, whatever is printed as one line without it.
     """
     # Imports are in the functions, so that every command loads only what it needs.
     from born_again.lineage.manifest import LineageError
 
+    debug = "--debug" in (sys.argv if argv is None else argv)
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 130
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, LineageError) or _is_hub_error(error)):
+            raise
+        if debug:
             raise
         print(f"born-again: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
@@ -82,7 +101,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_publish(commands)
     _add_compare(commands)
     _add_plan(commands)
+    _add_completion(commands)
+    parser.add_argument("--version", action=_Version)
+    parser.epilog = "born-again COMMAND --help lists the options and exit status of a command."
+    for name, command in commands.choices.items():
+        command.add_argument("--debug", action="store_true", help="Show where an error was raised.")
+        command.epilog = f"Exit status: {_EXIT_STATUS.get(name, '0')}; 2 after an error, which is one line on stderr."
     return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="Print the version.")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"born-again {version('born-again')}")
+        parser.exit()
 
 
 def _add_status(commands: Any) -> None:
@@ -128,6 +164,7 @@ def _add_card(commands: Any) -> None:
     description = "Renders the cards of a lineage's generations and ensemble again, from lineage.json."
     parser = commands.add_parser("card", help=description, description=description, allow_abbrev=False)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage.")
+    parser.add_argument("--json", action="store_true", help="Print the paths as one JSON object.")
     parser.set_defaults(run=_card)
 
 
@@ -140,6 +177,7 @@ def _add_publish(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="Make new repositories private.")
     parser.add_argument("--branch", help="Commit to this branch.")
     parser.add_argument("--license", help="License in the cards, such as apache-2.0.")
+    parser.add_argument("--json", action="store_true", help="Print what is not published, and why, as JSON.")
     parser.set_defaults(run=_publish)
 
 
@@ -207,6 +245,13 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--generations", type=int, default=3, metavar="N", help="Students, for hours; 3.")
     parser.add_argument("--json", action="store_true", help="Print the plan as one JSON object, in bytes.")
     parser.set_defaults(run=_plan)
+
+
+def _add_completion(commands: Any) -> None:
+    description = "Prints a script that completes commands, options and paths of born-again in a shell."
+    parser = commands.add_parser("completion", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help='As in eval "$(born-again completion bash)".')
+    parser.set_defaults(run=_completion)
 
 
 # ---- status ----
@@ -397,8 +442,8 @@ def _value(value: float | None) -> str:
 def _card(arguments: argparse.Namespace) -> int:
     from born_again.hub.files import render_cards
 
-    for path in render_cards(arguments.output_dir):
-        print(path)
+    paths = [str(path) for path in render_cards(arguments.output_dir)]
+    print(json.dumps({"cards": paths}, indent=2) if arguments.json else "\n".join(paths))
     return 0
 
 
@@ -407,6 +452,9 @@ def _publish(arguments: argparse.Namespace) -> int:
 
     names = ("namespace", "name_pattern", "private", "branch", "license")
     left = publish_lineage(arguments.output_dir, **{name: getattr(arguments, name) for name in names})
+    if arguments.json:
+        print(json.dumps({"unpublished": left}, indent=2))
+        return 1 if left else 0
     for what, why in left.items():
         print(_printable(f"not published: {what}: {why}"))
     if not left:
@@ -495,6 +543,26 @@ def _plan_text(content: Mapping[str, Any]) -> str:
         )
     lines.append("Not counted: libraries and CUDA context, data, workspaces, what the allocator leaves unused.")
     return "\n".join(lines)
+
+
+# ---- completion ----
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError("completion: shtab is not installed; pip install 'born-again[completion]'.") from None
+
+    parser = _parser()
+    commands = next(action for action in parser._actions if isinstance(action.choices, dict))
+    paths: dict[Any, Any] = dict.fromkeys(("OUTPUT_DIR", "DIR", "PATH_OR_HUB_ID"), shtab.DIRECTORY)
+    for command in commands.choices.values():
+        for action in command._actions:
+            if (kind := {**paths, "FILE": shtab.FILE}.get(action.metavar)) is not None:
+                action.complete = kind
+    print(shtab.complete(parser, arguments.shell))
+    return 0
 
 
 # ---- all ----

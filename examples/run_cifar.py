@@ -121,8 +121,8 @@ class LineageArguments(LineageFlags):
         default=None,
         metadata={
             "help": "Evaluate so many images of the validation split, without one of the test split, a few times a "
-            "training, for curves; nothing is selected by them. 0 for none; when not given as many as cost about 1 % "
-            "of its time."
+            "training, for curves; nothing is selected by them. 0 for none; when not given as many as cost about a "
+            "hundredth of its time."
         },
     )
     images_on_gpu: bool = field(default=True, metadata={"help": "Keep the images in GPU memory, if they fit."})

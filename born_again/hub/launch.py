@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -20,6 +22,7 @@ from born_again.hub.client import HTTP_LIBRARY, HubError
 from born_again.hub.files import HubSettings
 from born_again.hub.publishing import BackgroundPublisher
 from born_again.hub.restoring import restore_lineage
+from born_again.lineage.arguments import TRACEBACK
 from born_again.lineage.ensemble import ENSEMBLES, largest_ensemble
 from born_again.lineage.folders import TEACHER_CACHE_NAME
 from born_again.lineage.machine import (
@@ -591,11 +594,26 @@ def _smoothed_where(spec: LineageSpec, training: BornAgainTrainingArguments) -> 
 
 
 def launch(start: Callable[[], Any]) -> None:
-    """Runs a script, and prints expected errors as one line, once for all processes that raise it."""
+    """Runs a script, and prints expected errors as one line, once for all processes that raise it.
+
+    With --traceback on the command line they are raised. An error that is not expected keeps its traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger(HTTP_LIBRARY.__name__).setLevel(logging.WARNING)  # a line for each request to the Hub
     try:
         status = start()
-    except (ValueError, LineageError, HubError, FloatingPointError, OSError, LostProcess) as error:
+    except KeyboardInterrupt:  # before or after the training, which ends with a checkpoint
+        if TRACEBACK in sys.argv:
+            raise
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, LineageError, HubError, FloatingPointError, OSError, ImportError, LostProcess) as error:
+        if TRACEBACK in sys.argv:
+            raise
         exit_with(error)
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "Give a smaller --per_device_train_batch_size, with as much more --gradient_accumulation_steps: the loss "
+            "is the same."
+        )
+        raise
     sys.exit(status)

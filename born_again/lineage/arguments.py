@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from born_again.lineage.help import arrange_help
+
+TRACEBACK = "--traceback"  # --debug is transformers'
 # Between NAME=VALUE pairs, not within the brackets of a list.
 _COMMA = re.compile(r",(?![^\[]*\])")
 
@@ -41,12 +46,17 @@ def parse_arguments(
 
     Raises:
         ValueError: an unknown flag on the command line or in the config file, or a config file that cannot be read.
-        SystemExit: a value of the wrong type, with argparse's message.
+        SystemExit: a value of the wrong type, with argparse's message; after --help, which shows the values that a run
+            with the other flags would take.
     """
-    parser = HfArgumentParser(list(dataclass_types), description=description)
-    parser.add_argument("--config", type=Path, default=None, help="YAML or JSON file of flags; the command line wins.")
-    command_line = None if command_line is None else list(command_line)
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    parser = HfArgumentParser(list(dataclass_types), add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="Show this help, for the other flags given.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON of flags; the command line wins.")
+    parser.add_argument(TRACEBACK, action="store_true", help="Show where an error was raised.")
+    command_line = list(sys.argv[1:] if command_line is None else command_line)
+    known = {action.dest for action in parser._actions} - {"help", "config", "traceback"}
+    if asks_for_help := bool({"-h", "--help"} & set(command_line)):
+        command_line = [word for word in command_line if word not in ("-h", "--help")]
     parsed, _ = parser.parse_known_args(command_line)
     config = {} if parsed.config is None else read_config(parsed.config, known)
     parser.set_defaults(**config)
@@ -56,6 +66,12 @@ def parse_arguments(
             f"command line: {unknown[0]!r} is no flag{_suggestion(unknown[0].lstrip('-').split('=')[0], known, '--')}"
         )
     parsed.given = frozenset(config) | _given_flags(parser, command_line)
+    if asks_for_help:
+        with contextlib.suppress(ValueError):  # of flags that it needs
+            parser.set_defaults(**{**recipe(parsed), **config})
+        arrange_help(parser, dataclass_types, description)
+        parser.print_help()
+        parser.exit()
     parser.set_defaults(**{**recipe(parsed), **config})
     filled = parser.parse_args_into_dataclasses(command_line, look_for_args_file=False)[: len(dataclass_types)]
     for instance in filled:
