@@ -1,5 +1,6 @@
 """The command born-again: what can be done with lineages after their training; also python -m born_again.cli.
 
+    born-again train cifar --dataset digits --generations 3
     born-again status OUTPUT_DIR
     born-again evaluate OUTPUT_DIR/gen2
     born-again card OUTPUT_DIR
@@ -32,6 +33,7 @@ _METRICS = {
 
 
 _EXIT_STATUS = {
+    "train": "0 when the lineage is finished, else that of the script, see its --help",
     "evaluate": "0 if the result agrees with the record, or there is none to compare with; 1 if it differs",
     "publish": "0 if everything that is finished is published; 1 if something is not",
 }
@@ -91,10 +93,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "born-again",
-        description="Manages lineages of born-again networks.",
+        description="Trains and manages lineages of born-again networks.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
     _add_status(commands)
     _add_evaluate(commands)
     _add_card(commands)
@@ -119,6 +122,29 @@ class _Version(argparse.Action):
 
         print(f"born-again {version('born-again')}")
         parser.exit()
+
+
+def _examples() -> Path:
+    """Where the training scripts and recipes are: in the installed package, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "examples"
+    return installed if installed.is_dir() else package.parent / "examples"
+
+
+def _add_train(commands: Any) -> None:
+    folder = _examples()
+    description = "Runs a training script, which needs no checkout of the repository."
+    parser = commands.add_parser(
+        "train",
+        help=description,
+        description=f"{description} The scripts, and recipes for --config, are in {folder}. On several devices: "
+        "accelerate launch -m born_again.cli train SCRIPT ...",
+        allow_abbrev=False,
+    )
+    scripts = sorted(path.stem.removeprefix("run_") for path in folder.glob("run_*.py"))
+    parser.add_argument("script", choices=scripts, help="born-again train SCRIPT --help lists its flags.")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="Flags of the script.")
+    parser.set_defaults(run=_train)
 
 
 def _add_status(commands: Any) -> None:
@@ -252,6 +278,18 @@ def _add_completion(commands: Any) -> None:
     parser = commands.add_parser("completion", help=description, description=description, allow_abbrev=False)
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help='As in eval "$(born-again completion bash)".')
     parser.set_defaults(run=_completion)
+
+
+# ---- train ----
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import runpy
+
+    script = str(_examples() / f"run_{arguments.script}.py")
+    sys.argv = [script, *arguments.flags]
+    runpy.run_path(script, run_name="__main__")  # ends with its own exit status
+    return 0
 
 
 # ---- status ----
