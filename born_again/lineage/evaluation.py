@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PretrainedConfig
 
 from born_again.lineage.manifest import check_one_lineage
-from born_again.lineage.predictions import SplitMetrics
+from born_again.lineage.predictions import MAX_TOKENS, SplitMetrics
 from born_again.metrics import classification_metrics, language_model_metrics
 from born_again.models.image_classifier import load_image_classifier
 from born_again.models.language_models import load_language_model
@@ -126,10 +126,7 @@ def evaluate_classifier(
         inputs = renormalized({name: value.to(device) for name, value in batch.items()}, change)
         logits = model(**inputs).logits
         metrics(EvalPrediction(predictions=logits, label_ids=labels.to(device)), compute_result=False)
-        log_probabilities = logits.to("cpu", torch.float64).log_softmax(dim=1)  # (batch, classes)
-        confidence, predicted = log_probabilities.max(dim=1)  # (batch,)
-        nll = -log_probabilities.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)
-        kept.append({"label": labels.cpu(), "predicted": predicted, "nll": nll, "confidence": confidence.exp()})
+        kept.append(_prediction(logits, labels))
     return SplitMetrics(metrics.compute(), _concatenated(kept))
 
 
@@ -150,7 +147,7 @@ def evaluate_language_model(
 
     Returns:
         nll (nats per token), perplexity (its exponential; per word where the tokens are words), tokens (their number);
-        a dict with the sums of every row of a window as predictions.
+        a dict with the sums of every row of a window as predictions, and the tokens at the begin of the first stream.
     """
     from born_again.metrics.perplexity import token_nlls  # imports evaluate, which takes seconds
 
@@ -158,6 +155,8 @@ def evaluate_language_model(
     carries, state = carries_state(model), {}
     metrics = language_model_metrics()
     kept: list[dict[str, Tensor]] = []
+    described: list[dict[str, Tensor]] = []
+    left = MAX_TOKENS
     for window in range(streams.windows):
         batch = streams.__getitems__(range(window * streams.streams, (window + 1) * streams.streams))
         output = model(batch["input_ids"].to(device), **state)
@@ -166,7 +165,20 @@ def evaluate_language_model(
         metrics(cast(Any, EvalPrediction)(nlls, batch["labels"]), compute_result=False)
         tokens = counted.sum(dim=1)  # (streams,)
         kept.append({"nll_sum": nlls.sum(dim=1)[tokens > 0], "tokens": tokens[tokens > 0]})
-    return SplitMetrics(metrics.compute(), _concatenated(kept))
+        if left:
+            places = counted[0].nonzero().squeeze(1)[:left]  # (tokens,)
+            described.append(_prediction(output.logits[0, places], batch["labels"][0, places.cpu()]))
+            left -= len(places)
+    return SplitMetrics(metrics.compute(), {**_concatenated(kept), **_concatenated(described)})
+
+
+def _prediction(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The columns of `born_again.lineage.predictions` from logits (items, classes) and labels (items,)."""
+    labels = labels.cpu()
+    log_probabilities = logits.to("cpu", torch.float64).log_softmax(dim=1)  # (items, classes)
+    confidence, predicted = log_probabilities.max(dim=1)  # (items,)
+    nll = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return {"label": labels, "predicted": predicted, "nll": nll, "confidence": confidence.exp()}
 
 
 def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:

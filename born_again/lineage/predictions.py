@@ -18,6 +18,8 @@ from born_again.lineage.manifest import LineageError
 PREDICTIONS_NAME = "predictions.safetensors"
 # 16 MB of images; of a larger split nothing is kept.
 MAX_ITEMS = 1_000_000
+# Of a text, from its begin: 260 kB.
+MAX_TOKENS = 16_384
 _IMAGES = {"label": np.int32, "predicted": np.int32, "nll": np.float32, "confidence": np.float32}
 _TEXT = {"nll_sum": np.float64, "tokens": np.int32}
 
@@ -30,13 +32,20 @@ class SplitMetrics(dict[str, float]):
     Attributes:
         predictions: of images, (items,) each: label and predicted (class numbers), nll (of the label, in nats),
             confidence (probability of the predicted class). Of text, (blocks,) each, in the order of the text: nll_sum
-            (in nats) and tokens of a block of consecutive tokens. None for more than `MAX_ITEMS`.
+            (in nats) and tokens of a block of consecutive tokens; and the columns of images, (tokens,) each, of no
+            more than `MAX_TOKENS` tokens from its begin (earlier versions did not keep them). None for more than
+            `MAX_ITEMS`.
     """
 
     def __init__(self, metrics: Mapping[str, float], predictions: Predictions) -> None:
         super().__init__(metrics)
-        kept = {name: predictions[name].astype(kind) for name, kind in _layout_of(predictions).items()}
-        self.predictions = kept if len(next(iter(kept.values()))) <= MAX_ITEMS else None
+        parts = [
+            {name: predictions[name].astype(kind) for name, kind in layout.items()} for layout in _parts(predictions)
+        ]
+        count = len(next(iter(parts[0].values())))
+        self.predictions = {name: values for part in parts for name, values in part.items()}
+        if count > MAX_ITEMS:
+            self.predictions = None
 
 
 def predictions_by_split(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Predictions]:
@@ -98,15 +107,24 @@ def read_predictions(path: Path, weights_sha256: str | Sequence[str]) -> dict[st
         split, _, column = name.rpartition(".")
         found.setdefault(split, {})[column] = values
     for split, own in found.items():
-        layout: dict[str, Any] = _layout_of(own)
-        shapes = {values.shape for values in own.values()}
-        if {name: values.dtype for name, values in own.items()} != layout or len(shapes) > 1 or len(shapes.pop()) != 1:
+        if not _is_complete(own):
             raise _unreadable(path, f"the split {split!r} has other columns, types or shapes")
     return found
 
 
-def _layout_of(predictions: Predictions) -> dict[str, Any]:
-    return _TEXT if "tokens" in predictions else _IMAGES
+def _parts(predictions: Predictions) -> list[dict[str, Any]]:
+    """The layouts of columns of equal length: of images one, of text that of its blocks and that of its tokens."""
+    if "tokens" not in predictions:
+        return [_IMAGES]
+    return [_TEXT, *([_IMAGES] if predictions.keys() & _IMAGES.keys() else [])]
+
+
+def _is_complete(own: Predictions) -> bool:
+    parts = _parts(own)
+    if {name: values.dtype for name, values in own.items()} != {n: kind for part in parts for n, kind in part.items()}:
+        return False
+    shapes = [{own[name].shape for name in part} for part in parts]
+    return all(len(found) == 1 and len(found.pop()) == 1 for found in shapes)
 
 
 def _joined(weights_sha256: str | Sequence[str]) -> str:

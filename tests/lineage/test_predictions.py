@@ -9,6 +9,7 @@ import pytest
 from example_scripts import load_example
 
 from born_again.hub.files import generation_files
+from born_again.lineage.history import read_history, write_history
 from born_again.lineage.manifest import LineageError, Manifest
 from born_again.lineage.predictions import SplitMetrics, read_predictions, write_predictions
 
@@ -51,6 +52,10 @@ def test_the_perplexity_of_a_text_follows_from_the_sums_of_its_blocks(tmp_path):
         metrics = record["metrics"][split]
         assert own["tokens"].sum() == metrics["tokens"] == 301 and len(own["tokens"]) == 2
         assert math.exp(own["nll_sum"].sum() / 301) == pytest.approx(metrics["perplexity"], rel=1e-9)
+        # One stream, all of whose tokens are kept.
+        assert own["nll"].sum() == pytest.approx(own["nll_sum"].sum(), rel=1e-5) and len(own["label"]) == 301
+        right = own["label"] == own["predicted"]
+        np.testing.assert_allclose(own["nll"][right], -np.log(own["confidence"][right]), atol=1e-6)
     assert predictions.keys() == {"validation", "test"}
 
 
@@ -74,6 +79,33 @@ def test_a_damaged_file_is_named(tmp_path):
     write_predictions(path, {"test": sums(tokens=np.array([3]))}, "a")
     with pytest.raises(LineageError, match="the split 'test' has other columns, types or shapes"):
         read_predictions(path, "a")
+
+
+def test_tokens_of_an_earlier_version_are_missing_and_a_part_of_them_is_no_prediction(tmp_path):
+    path = tmp_path / "predictions.safetensors"
+    tokens = {"label": [1], "predicted": [1], "nll": [0.5], "confidence": [0.6]}
+    whole = SplitMetrics({}, sums(**{name: np.array(values) for name, values in tokens.items()})).predictions
+    write_predictions(path, {"test": whole}, "a")
+    assert read_predictions(path, "a")["test"]["predicted"].tolist() == [1]
+    write_predictions(path, {"test": {name: whole[name] for name in whole if name != "nll"}}, "a")
+    with pytest.raises(LineageError, match="the split 'test' has other columns"):
+        read_predictions(path, "a")
+
+
+def test_a_history_is_short_has_no_times_and_belongs_to_its_weights(tmp_path):
+    path = tmp_path / "history.json"
+    logged = [{"step": step, "epoch": 1.0, "loss": float(step), "learning_rate": math.inf} for step in range(2500)]
+    logged += [
+        {"step": 2500, "eval_loss": 1.0, "eval_runtime": 2.0},
+        {"step": 2500, "train_loss": 1.0, "total_flos": 1},
+    ]
+    write_history(path, logged, "a")
+    kept = read_history(path, "a")
+    assert len(kept) == 834 + 1 and [entry["step"] for entry in kept[:2]] == [0, 3]
+    assert kept[0] == {"step": 0, "epoch": 1.0, "loss": 0.0, "learning_rate": None}
+    assert kept[-1] == {"step": 2500, "eval_loss": 1.0} and read_history(path, "b") == []
+    path.write_text('{"weights_sha256": "a", "log_history": [3]}')
+    assert read_history(path, "a") == []
 
 
 def test_of_a_split_too_large_nothing_is_kept(tmp_path, monkeypatch):
