@@ -4,6 +4,7 @@
     born-again status OUTPUT_DIR
     born-again evaluate OUTPUT_DIR/gen2
     born-again card OUTPUT_DIR
+    born-again report OUTPUT_DIR
     born-again compare OUTPUT_DIR OTHER_DIR
     born-again publish OUTPUT_DIR --namespace NAME
     born-again plan --model densenet90_60_cifar --batch 128 --processes 8
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_evaluate(commands)
     _add_card(commands)
+    _add_report(commands)
     _add_publish(commands)
     _add_compare(commands)
     _add_plan(commands)
@@ -194,6 +196,13 @@ def _add_card(commands: Any) -> None:
     parser.set_defaults(run=_card)
 
 
+def _add_report(commands: Any) -> None:
+    description = "Writes report.html and report.png of a lineage: results, curves, calibration, what changed."
+    parser = commands.add_parser("report", help=description, description=description, allow_abbrev=False)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage, or of several seeds.")
+    parser.set_defaults(run=_report)
+
+
 def _add_publish(commands: Any) -> None:
     description = "Publishes finished generations, ensemble and collection that are not on the Hub."
     parser = commands.add_parser("publish", help=description, description=description, allow_abbrev=False)
@@ -203,6 +212,11 @@ def _add_publish(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="Make new repositories private.")
     parser.add_argument("--branch", help="Commit to this branch.")
     parser.add_argument("--license", help="License in the cards, such as apache-2.0.")
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        help="Whether report.png is published too, and shown in the cards; report.html never is.",
+    )
     parser.add_argument("--json", action="store_true", help="Print what is not published, and why, as JSON.")
     parser.set_defaults(run=_publish)
 
@@ -474,7 +488,7 @@ def _value(value: float | None) -> str:
     return "not finite" if value is None else str(value) if isinstance(value, int) else f"{value:.6f}"
 
 
-# ---- card, publish ----
+# ---- card, report, publish ----
 
 
 def _card(arguments: argparse.Namespace) -> int:
@@ -485,10 +499,20 @@ def _card(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from born_again.lineage.status import lineages_in
+    from born_again.report.page import write_report
+
+    for folder in lineages_in(arguments.output_dir):
+        for path in write_report(folder):
+            print(path)
+    return 0
+
+
 def _publish(arguments: argparse.Namespace) -> int:
     from born_again.hub.publishing import publish_lineage
 
-    names = ("namespace", "name_pattern", "private", "branch", "license")
+    names = ("namespace", "name_pattern", "private", "branch", "license", "report")
     left = publish_lineage(arguments.output_dir, **{name: getattr(arguments, name) for name in names})
     if arguments.json:
         print(json.dumps({"unpublished": left}, indent=2))

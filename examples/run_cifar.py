@@ -67,6 +67,7 @@ from born_again.models.image_classifier import (
 )
 from born_again.models.shared_ends import check_shared_ends, share_ends
 from born_again.report.figures import draw_curve
+from born_again.report.page import write_report
 from born_again.teacher.preprocessing import check_image_shape, read_otherwise
 from born_again.training.environment import share_of_batch, take_from_launcher
 
@@ -373,6 +374,9 @@ def build_runner(
             )
         return teacher
 
+    def report(folder: Path) -> None:
+        write_report(folder, lambda items: data.test.pixels[items].cpu().numpy())
+
     return LineageRunner(
         spec,
         training.output_dir,
@@ -383,6 +387,7 @@ def build_runner(
         save_student=save_image_classifier,
         write_card=image_classifier_card,
         draw_curve=draw_curve,
+        write_report=report if lineage.report else None,
         write_ensemble_card=ensemble_card,
         data=data.fingerprint,
         keep_checkpoints=lineage.keep_checkpoints,

@@ -56,6 +56,7 @@ from born_again.models.language_models import (
     load_language_model,
 )
 from born_again.report.figures import draw_curve
+from born_again.report.page import write_report
 from born_again.teacher import carries_state, positions, vocabulary_size
 from born_again.teacher.tokenizers import check_same_tokenizer, has_tokenizer
 from born_again.training.environment import number_of_processes, share_of_batch, take_from_launcher
@@ -258,6 +259,7 @@ def build_runner(
         evaluate=evaluate,
         write_card=language_model_card,
         draw_curve=draw_curve,
+        write_report=write_report if lineage.report else None,
         write_ensemble_card=ensemble_card,
         data={**data.fingerprint, "coverage": data.coverage},
         keep_checkpoints=lineage.keep_checkpoints,

@@ -13,7 +13,13 @@ from typing import Any
 
 from born_again._files import write_atomically
 from born_again.hub.model_card import any_model_card, ensemble_card, image_classifier_card, language_model_card
-from born_again.lineage.folders import CURVE_NAME, WEIGHTS_NAME, check_weights
+from born_again.lineage.folders import (
+    CURVE_NAME,
+    REPORT_NAME,
+    REPORT_PICTURE_NAME,
+    WEIGHTS_NAME,
+    check_weights,
+)
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.manifest import LineageError, Manifest, is_repo_id
 from born_again.models.remote_code import remote_code
@@ -48,10 +54,12 @@ class HubSettings:
         private: whether new repositories are private.
         branch: to commit to, created if missing; None is main.
         license: for the cards, such as "apache-2.0"; None leaves it out.
+        report: whether report.png, the picture of the lineage's report, goes into the repositories and their cards. It
+            shows no item of the data. report.html, which does, is never published.
 
     Raises:
         ValueError: an invalid namespace, branch or license; a pattern that gives an invalid name, or the same name for
-            two generations; a private that is neither True nor False.
+            two generations; a private or report that is neither True nor False.
     """
 
     namespace: str
@@ -59,6 +67,7 @@ class HubSettings:
     private: bool = False
     branch: str | None = None
     license: str | None = None
+    report: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.namespace, str) or not is_repo_id(f"{self.namespace}/name"):
@@ -72,8 +81,9 @@ class HubSettings:
                 f"hub_name_pattern: got {self.pattern!r}, expected a plain name with {{index}} and optionally "
                 "{name}, such as '{name}-gen{index}'."
             )
-        if not isinstance(self.private, bool):
-            raise ValueError(f"private: got {self.private!r}, expected True or False.")
+        for field in ("private", "report"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected True or False.")
         for field, example in (("branch", "main"), ("license", "apache-2.0")):
             value = getattr(self, field)
             if value is not None and not (
@@ -168,7 +178,7 @@ def _reason(state: Mapping[str, Any] | None) -> str:
     return (state or {}).get("message") or "not tried yet"
 
 
-def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str:
+def generation_card(content: Mapping[str, Any], folder: Path, index: int, *, on_hub: bool = False) -> str:
     """The card of a generation, rendered from the manifest's content.
 
     Args:
@@ -176,6 +186,8 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
         folder: of the generation; config.json tells the task (the metrics do where it is missing, as where records
             are kept without weights), and training.png is shown if it exists.
         index: of the generation.
+        on_hub: whether it is published: it shows of the lineage's report what is published beside it. In its folder
+            it shows what exists.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -192,7 +204,25 @@ def generation_card(content: Mapping[str, Any], folder: Path, index: int) -> str
     write = image_classifier_card if is_image else language_model_card
     if content["spec"].get("task") is not None:
         write = any_model_card
-    return write(content, index, curve=CURVE_NAME if (folder / CURVE_NAME).is_file() else None)
+    links = _published_links(content, folder.parent) if on_hub else _local_links(folder.parent)
+    return write(content, index, curve=CURVE_NAME if (folder / CURVE_NAME).is_file() else None, **links)
+
+
+def _local_links(output_dir: Path) -> dict[str, str]:
+    """What cards in the folders of a lineage show of its report."""
+    names = {"report": REPORT_NAME, "picture": REPORT_PICTURE_NAME}
+    return {what: f"../{name}" for what, name in names.items() if (output_dir / name).is_file()}
+
+
+def _published_links(content: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
+    return {"picture": REPORT_PICTURE_NAME} if report_files(content, output_dir) else {}
+
+
+def report_files(content: Mapping[str, Any], output_dir: Path) -> dict[str, bytes | Path]:
+    """The picture of the report, by name, where it is there and was asked to be published."""
+    path = output_dir / REPORT_PICTURE_NAME
+    is_wanted = (content.get("hub") or {}).get("report") is True and path.is_file() and not path.is_symlink()
+    return {path.name: path} if is_wanted else {}
 
 
 def render_cards(output_dir: str | Path) -> list[Path]:
@@ -218,7 +248,8 @@ def render_cards(output_dir: str | Path) -> list[Path]:
                 written.append(own / "README.md")
         measured = [record for record in manifest.content.get("ensembles", []) if record["metrics"]]
         if measured and (folder / "ensemble").is_dir():
-            write_atomically(folder / "ensemble" / "README.md", ensemble_card(manifest.content, measured[-1]))
+            card = ensemble_card(manifest.content, measured[-1], **_local_links(folder))
+            write_atomically(folder / "ensemble" / "README.md", card)
             written.append(folder / "ensemble" / "README.md")
         return written
 
@@ -252,14 +283,15 @@ def generation_files(manifest: Manifest, index: int) -> dict[str, bytes | Path]:
     settings, code = remote_code(read_settings(folder))
     files |= {name: text.encode() for name, text in code.items()}
     files["config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
-    files["README.md"] = generation_card(content, folder, index).encode()
+    files |= report_files(content, folder.parent)
+    files["README.md"] = generation_card(content, folder, index, on_hub=True).encode()
     files["lineage.json"] = (
         json.dumps(_truncated_manifest(content, index), indent=2, allow_nan=False) + "\n"
     ).encode()
     return files
 
 
-def ensemble_files(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, bytes]:
+def ensemble_files(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, bytes | Path]:
     """The files that an ensemble is published as: ensemble.json naming its members' repositories, and its card.
 
     Args:
@@ -281,9 +313,11 @@ def ensemble_files(manifest: Manifest, record: Mapping[str, Any]) -> dict[str, b
             }
         )
     named = {"format": "born_again.ensemble", "version": 1, "average": record["average"], "members": members}
+    output_dir = manifest.path.parent
     return {
         "ensemble.json": (json.dumps(named, indent=2) + "\n").encode(),
-        "README.md": ensemble_card(content, record).encode(),
+        "README.md": ensemble_card(content, record, **_published_links(content, output_dir)).encode(),
+        **report_files(content, output_dir),
     }
 
 

@@ -87,6 +87,9 @@ class LineageFlags:
             "with exit status 0, and the same command without this flag goes on."
         },
     )
+    report: bool = field(
+        default=True, metadata={"help": "Write report.html and report.png after each generation and at the end."}
+    )
     keep_checkpoints: bool = field(default=False, metadata={"help": "Keep the checkpoints of finished generations."})
     save_minutes: float | None = field(
         default=None,
@@ -110,6 +113,10 @@ class LineageFlags:
         default="{name}-gen{index}", metadata={"help": "Pattern of the repository names, with --push_to_hub."}
     )
     hub_license: str | None = field(default=None, metadata={"help": "License in the cards, such as apache-2.0."})
+    hub_report: bool = field(
+        default=False,
+        metadata={"help": "Publish report.png too, and show it in the cards; report.html is never published."},
+    )
     hub_defer: bool = field(
         default=False, metadata={"help": "Train even if the Hub cannot be reached, and publish later."}
     )
@@ -353,6 +360,7 @@ def hub_settings(flags: LineageFlags, training: BornAgainTrainingArguments) -> H
         private=bool(training.hub_private_repo),
         branch=training.hub_revision,
         license=flags.hub_license,
+        report=flags.hub_report,
     )
 
 

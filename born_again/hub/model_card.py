@@ -13,13 +13,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from markupsafe import Markup
 
 from born_again.lineage.manifest import is_repo_id
+from born_again.lineage.plain_text import is_hub_id, last_part, local_name, one_line, without_folders
 from born_again.lineage.spec import EXTERNAL, TEACHER_OBJECTIVE
 from born_again.lineage.status import results_table
 from born_again.lineage.worse import is_clearly_worse, worse_than_teacher
@@ -31,14 +31,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-# Longer text is truncated.
-LONGEST = 300
-_JOINERS = "\u200c\u200d"  # in emoji and some scripts; other invisible characters can reverse text
 _MARKUP = re.compile(r"([\\`*_{}\[\]|$~])")
 _BLOCK_START = re.compile(r"^([#+=-]+(?=\s|$)|\d+(?=[.)](\s|$)))")
-_LOCAL = re.compile(r"(file:)?([/~]|\.{1,2}([/\\]|$)|[A-Za-z]:[/\\]|\\\\)")
-# The folders of a path in the middle of a text; "https://" is none.
-_FOLDERS = re.compile(r"(?<![\w/\\])(?:(?:file://|~|\.{1,2}|\b[A-Za-z]:)?[/\\](?![/\\]))(?:[^\s,;=\"'<>|/\\]+[/\\])+")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,13 +51,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def one_line(value: Any, longest: int = LONGEST) -> str:
-    """A text without line breaks, control characters and local folders, truncated to `longest` characters."""
-    text = "".join(char if char.isprintable() or char in _JOINERS else " " for char in str(value))
-    text = _FOLDERS.sub("", " ".join(text.split()))
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
-
-
 def plain(value: Any) -> Markup:
     """Escapes a text for a line of Markdown or a table cell, so that it has no effect as Markdown or HTML.
 
@@ -79,34 +66,8 @@ def plain(value: Any) -> Markup:
 
 def setting(value: Any) -> Markup:
     """The value of an argument, escaped; paths are shortened to their last part."""
-    value = _without_folders(value)
+    value = without_folders(value)
     return plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {last_part(str(key)): _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(item) for item in value]
-    return last_part(value) if isinstance(value, str) and _LOCAL.match(value) else value
-
-
-def local_name(source: str) -> str:
-    """A model name or Hub id unchanged, a folder shortened to its last part."""
-    return source if is_hub_id(source) else last_part(source)
-
-
-def last_part(source: str) -> str:
-    """The last part of a path; a plain name unchanged."""
-    if not re.search(r"[/\\]|^[~.]", source):
-        return source
-    last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1]
-    return last if last.strip("~.: ") else "a local folder"
-
-
-def is_hub_id(source: Any) -> bool:
-    """Whether this is a Hub id, and no local folder, which libraries would prefer."""
-    return is_repo_id(source) and not Path(source).is_dir()
 
 
 def front_matter(header: Mapping[str, Any]) -> str:
@@ -186,7 +147,14 @@ def _kind_of_any(manifest: Mapping[str, Any]) -> _Kind | None:
     return _Kind(task, unit, ("transformers",), _NOTHING, "any-model", TASKS.get(task, "AutoModel"))
 
 
-def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
+def image_classifier_card(
+    manifest: Mapping[str, Any],
+    generation: int,
+    *,
+    curve: str | None = None,
+    report: str | None = None,
+    picture: str | None = None,
+) -> str:
     """The card of one generation of image classifiers.
 
     Args:
@@ -194,37 +162,64 @@ def image_classifier_card(manifest: Mapping[str, Any], generation: int, *, curve
             decides whether examples load from the Hub or from FOLDER.
         generation: its index; later ones are not mentioned, except the repository of the newest.
         curve: file name of a picture of the training beside the card.
+        report: path of the lineage's report from the card's folder, such as "../report.html".
+        picture: likewise of its picture, such as "../report.png".
 
     Returns:
         Markdown with YAML front matter.
 
     Raises:
-        ValueError: a curve that is no plain file name.
+        ValueError: a curve, report or picture that is no plain file name, but for a ../ before the last two.
     """
-    return _generation_card(manifest, generation, _IMAGES, curve)
+    return _generation_card(manifest, generation, _IMAGES, curve, report, picture)
 
 
-def language_model_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
+def language_model_card(
+    manifest: Mapping[str, Any],
+    generation: int,
+    *,
+    curve: str | None = None,
+    report: str | None = None,
+    picture: str | None = None,
+) -> str:
     """The card of one generation of language models; takes, returns and raises what `image_classifier_card` does."""
-    return _generation_card(manifest, generation, _TEXT, curve)
+    return _generation_card(manifest, generation, _TEXT, curve, report, picture)
 
 
-def any_model_card(manifest: Mapping[str, Any], generation: int, *, curve: str | None = None) -> str:
+def any_model_card(
+    manifest: Mapping[str, Any],
+    generation: int,
+    *,
+    curve: str | None = None,
+    report: str | None = None,
+    picture: str | None = None,
+) -> str:
     """The card of one generation of a lineage whose spec names the task; as `image_classifier_card`."""
-    return _generation_card(manifest, generation, _kind_of_any(manifest) or _IMAGES, curve)
+    return _generation_card(manifest, generation, _kind_of_any(manifest) or _IMAGES, curve, report, picture)
 
 
-def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+def ensemble_card(
+    manifest: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    report: str | None = None,
+    picture: str | None = None,
+) -> str:
     """The card of an ensemble of generations, of image classifiers or of language models.
 
     Args:
         manifest: the content of lineage.json, with the members' records.
         record: {"members": their indices, "average": "probabilities" or "logits", "metrics": by split, {} where it
             was not measured}.
+        report, picture: see `image_classifier_card`.
 
     Returns:
         Markdown with YAML front matter.
+
+    Raises:
+        ValueError: see `image_classifier_card`.
     """
+    _check_links(report=report, picture=picture)
     members = [manifest["generations"][index] for index in record["members"]]
     is_text = any("perplexity" in values for member in members for values in member["metrics"].values())
     kind = _kind_of_any(manifest) or (_TEXT if is_text else _IMAGES)
@@ -253,14 +248,30 @@ def ensemble_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> str
         "repo": repo,
         "repos": repos,
         "are_on_hub": are_on_hub,
+        "report": report,
+        "picture": picture,
     }
     seen = {**manifest, "generations": manifest["generations"][: max(record["members"]) + 1], "ensembles": [record]}
     return _card("ensemble", seen, kind, header, facts)
 
 
-def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, curve: str | None) -> str:
-    if curve is not None and not re.fullmatch(r"\w[\w.-]*", curve, re.ASCII):
-        raise ValueError(f"curve: got {curve!r}, expected the name of a file beside the card, such as 'training.png'.")
+def _check_links(**links: str | None) -> None:
+    for name, link in links.items():
+        above = "" if name == "curve" else r"(\.\./)?"
+        if link is not None and not re.fullmatch(above + r"\w[\w.-]*", link, re.ASCII):
+            where = "such as 'training.png'" if name == "curve" else "or ../ and such a name"
+            raise ValueError(f"{name}: got {link!r}, expected the name of a file beside the card, {where}.")
+
+
+def _generation_card(
+    manifest: Mapping[str, Any],
+    generation: int,
+    kind: _Kind,
+    curve: str | None,
+    report: str | None,
+    picture: str | None,
+) -> str:
+    _check_links(curve=curve, report=report, picture=picture)
     record, repo = manifest["generations"][generation], _repo_of(manifest, generation)
     newest = (manifest.get("hub") or {}).get("newest")
     header = {
@@ -284,6 +295,8 @@ def _generation_card(manifest: Mapping[str, Any], generation: int, kind: _Kind, 
         "parent_repo": parent and _repo_of(manifest, parent["index"]),
         "parent_commit": parent and _commit_of(parent),
         "curve": curve,
+        "report": report,
+        "picture": picture,
     }
     return _card(kind.template, seen, kind, header, facts)
 

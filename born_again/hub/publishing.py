@@ -20,6 +20,7 @@ from born_again.hub.files import (
     generation_files,
     is_complete,
     is_published,
+    report_files,
     unpublished,
 )
 from born_again.hub.restoring import restore_lineage
@@ -164,9 +165,10 @@ class HubPublisher:
 
     def _update_card(self, index: int, state: Mapping[str, Any]) -> None:
         folder = self.manifest.path.parent / f"gen{index}"
-        card = generation_card(self.manifest.content, folder, index).encode()
+        card = generation_card(self.manifest.content, folder, index, on_hub=True).encode()
         if _sha256(card) != state.get("card_sha256"):
-            self._hub.upload(state["repo"], {"README.md": card}, "The card points to the newest generation")
+            files = {"README.md": card, **report_files(self.manifest.content, folder.parent)}
+            self._hub.upload(state["repo"], files, "The card points to the newest generation")
             self._generation(index)(card_sha256=_sha256(card))
 
     # ---- The manifest ----
@@ -308,6 +310,7 @@ def publish_lineage(
     private: bool | None = None,
     branch: str | None = None,
     license: str | None = None,
+    report: bool | None = None,
     token: str | None = None,
 ) -> dict[str, str]:
     """Publishes the finished and unpublished parts of a lineage: generations, ensemble, collection.
@@ -321,6 +324,7 @@ def publish_lineage(
         private: whether new repositories are private.
         branch: to commit to.
         license: for the cards.
+        report: whether the picture of the lineage's report, report.png, goes into the repositories and their cards.
         token: of the Hub; None takes that of the login, or HF_TOKEN.
 
     Returns:
@@ -343,6 +347,7 @@ def publish_lineage(
             "private": private,
             "branch": branch,
             "license": license,
+            "report": report,
         }
         values = {**held, **{name: value for name, value in given.items() if value is not None}}
         if "namespace" not in values:

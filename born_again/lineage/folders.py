@@ -34,12 +34,15 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 CURVE_NAME = "training.png"
+REPORT_NAME, REPORT_PICTURE_NAME = "report.html", "report.png"
+REPORT_IMAGES_NAME = "report_images.safetensors"
 CHECKPOINTS_NAME = "checkpoints"
 TEACHER_CACHE_NAME = "teacher_cache"
 # The names of unfinished folders of the runner, and of temporary files of write_atomically (tempfile adds 8 letters).
 _PARTIAL = re.compile(r"\.gen[0-9]+\.(partial|old)")
 _TEMPORARY = re.compile(
-    r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md|predictions(-[0-9]+)+\.safetensors)\.[a-z0-9_]{8}"
+    r"\.(lineage(\.replaced-[0-9]+)?\.json|ensemble\.json|README\.md|predictions(-[0-9]+)+\.safetensors"
+    r"|report\.html|report\.png|report_images\.safetensors)\.[a-z0-9_]{8}"
 )
 
 
@@ -256,7 +259,8 @@ def _is_ignorable(path: Path) -> bool:
 def is_leftover(path: Path) -> bool:
     """Whether a path in a lineage's folder is an unfinished file or folder of a killed run.
 
-    That is a folder .gen2.partial, or a temporary file of lineage.json or of the ensemble; never a link.
+    That is a folder .gen2.partial, or a temporary file of lineage.json, of the ensemble or of the report; never a
+    link.
     """
     if path.is_symlink():
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from born_again.lineage.folders import (
     set_aside_later_checkpoints,
 )
 from born_again.lineage.global_batch import SHARE_FIELDS, GlobalBatch, check_same_experiment, may_differ, resumed_on
+from born_again.lineage.history import HISTORY_NAME, write_history
 from born_again.lineage.lock import FolderLock
 from born_again.lineage.machine import (
     SHARES,
@@ -65,13 +67,13 @@ from born_again.lineage.nodes import GatherRandomStates, NodeFolders
 from born_again.lineage.predictions import (
     PREDICTIONS_NAME,
     predictions_by_split,
-    read_predictions,
     write_predictions,
 )
 from born_again.lineage.progress import LineageProgress
+from born_again.lineage.report_hook import ReportHook
 from born_again.lineage.spec import CUSTOM, DATA_SOURCE, EXTERNAL, LineageSpec, data_differences
 from born_again.lineage.tracking import name_runs
-from born_again.lineage.worse import is_clearly_worse, nll_difference, worse_than_teacher
+from born_again.lineage.worse import is_clearly_worse, nll_difference_from, worse_than_teacher
 from born_again.teacher import FrozenTeacher
 from born_again.teacher.preprocessing import check_prepared_as
 from born_again.training.background_save import Writer
@@ -132,10 +134,14 @@ class LineageRunner:
         save_student: writes config.json and model.safetensors of a trained network into a folder; None calls its
             save_pretrained.
         write_card: from (manifest content, generation index, curve=name of the training curve's picture or None) to
-            the text of the generation's README.md; None writes neither card nor picture.
+            the text of the generation's README.md; None writes neither card nor picture. With `write_report` it is
+            also given report= and picture=, the paths of report.html and report.png from the card's folder.
         draw_curve: from (log history of a trainer, path of a PNG) to whether it drew the training curve; None draws
             none.
-        write_ensemble_card: from (manifest content, record of the ensemble) to the text of its README.md.
+        write_ensemble_card: from (manifest content, record of the ensemble) to the text of its README.md; with
+            `write_report` also given report= and picture=.
+        write_report: called with output_dir after each generation and at the end, such as
+            `born_again.report.page.write_report`; its errors are logged. None writes none.
         data: fingerprint of the data, compared when the lineage is resumed, except "coverage".
         keep_checkpoints: keeps the checkpoints of finished generations.
         save_minutes: saves a checkpoint when so many minutes have passed since the last one, and after the last step,
@@ -177,7 +183,8 @@ class LineageRunner:
         save_student: Callable[[nn.Module, Path], None] | None = None,
         write_card: Callable[..., str] | None = None,
         draw_curve: Callable[[list[dict[str, float]], Path], bool] | None = None,
-        write_ensemble_card: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+        write_ensemble_card: Callable[..., str] | None = None,
+        write_report: Callable[[Path], Any] | None = None,
         data: Mapping[str, Any] | None = None,
         keep_checkpoints: bool = False,
         save_minutes: float | None = None,
@@ -198,7 +205,8 @@ class LineageRunner:
         self.save_student = save_student or (lambda model, folder: model.save_pretrained(folder))
         self.write_card = write_card
         self.draw_curve = draw_curve
-        self.write_ensemble_card = write_ensemble_card
+        self._report = ReportHook(write_report, self.output_dir)
+        self.write_ensemble_card = write_ensemble_card and functools.partial(write_ensemble_card, **self._report.links)
         self.keep_checkpoints = keep_checkpoints
         self._savers = () if save_minutes is None else (SaveByTime(save_minutes),)
         self.data = dict(data or {})
@@ -259,6 +267,8 @@ class LineageRunner:
                 if (publisher := self.publisher) is not None:
                     on_first_process(lambda: publisher.start(self.manifest))
                 self._run()
+                if self._report.is_due:
+                    self._report()
                 if self.publisher is not None and self._processes.is_main_process:
                     self.unpublished = self.publisher.finish(stop=lambda: self._stop_signals.signum)
             except Interrupted as interrupted:
@@ -303,6 +313,7 @@ class LineageRunner:
                         self.manifest, members, self.evaluate, self.write_ensemble_card, self.load_member
                     )
                 self._save_manifest()
+                self._report.is_due = True
         with self.manifest.lock:
             restarted = self.manifest.content.pop("restart", None)
         if restarted is not None:
@@ -623,6 +634,7 @@ class LineageRunner:
             metrics = self.evaluate(trained)
         if trainer.checkpoint_writer is not None:
             trainer.checkpoint_writer.wait()  # while it wrote the last checkpoint the weights were evaluated
+        parent = None if generation.parent is None else self.manifest.generations[generation.parent]
         facts = {
             "status": "finished",
             "seconds": seconds,
@@ -630,7 +642,7 @@ class LineageRunner:
             "metrics": {split: finite_or_none(values) for split, values in metrics.items()},
             "teacher_fit": trainer.teacher_train_metrics and finite_or_none(trainer.teacher_train_metrics),
             "parameters": count_parameters(model),
-            "nll_difference": None if generation.parent is None else self._nll_difference(generation.parent, metrics),
+            "nll_difference": None if parent is None else nll_difference_from(parent, self.output_dir, metrics),
             "steps": trainer.state.global_step,
             "checkpoints": checkpoint_names(generation.checkpoint_dir) if self.keep_checkpoints else [],
             "peak_memory_mib": peak_memory_mib() if has_own_peak else None,
@@ -643,14 +655,14 @@ class LineageRunner:
         self._processes.wait_for_everyone()  # every process has loaded the weights from this path
 
         def finish() -> None:
+            history = trainer.state.log_history
             if self.write_card is not None:
-                drawn = self.draw_curve is not None and self.draw_curve(
-                    trainer.state.log_history, partial / CURVE_NAME
-                )
+                drawn = self.draw_curve is not None and self.draw_curve(history, partial / CURVE_NAME)
                 content = self.manifest.content_with(generation.index, **facts)
-                card = self.write_card(content, generation.index, curve=CURVE_NAME if drawn else None)
-                (partial / "README.md").write_text(card, "utf-8")
+                links = {"curve": CURVE_NAME if drawn else None, **self._report.links}
+                (partial / "README.md").write_text(self.write_card(content, generation.index, **links), "utf-8")
             write_predictions(partial / PREDICTIONS_NAME, predictions_by_split(metrics), facts["weights_sha256"])
+            write_history(partial / HISTORY_NAME, history, facts["weights_sha256"])
             put_in_place(partial, self.folder(generation.index), facts["weights_sha256"])
 
         on_first_process(finish)
@@ -666,6 +678,7 @@ class LineageRunner:
         self._save_manifest()
         if is_worse:
             self._log(logging.WARNING, "%s", " ".join(worse_than_teacher(self.manifest.content, generation.index)))
+        self._report()
         if self.publisher is not None and self._processes.is_main_process:
             self.publisher.wake()
 
@@ -674,14 +687,6 @@ class LineageRunner:
 
         on_first_process(clean)
         self._nodes.on_other_nodes(clean)
-
-    def _nll_difference(self, parent: int, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
-        """Of text, over the teacher on the test split; None where the predictions of one are not kept."""
-        teacher = read_predictions(
-            self.folder(parent) / PREDICTIONS_NAME, self.manifest.generations[parent]["weights_sha256"]
-        )
-        student = predictions_by_split(metrics)
-        return nll_difference(student["test"], teacher["test"]) if "test" in student and "test" in teacher else None
 
     def _agreed(self, value: bool) -> bool:
         """The value of the first process: others may have rounded otherwise."""

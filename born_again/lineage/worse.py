@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from born_again.lineage.predictions import Predictions
+from born_again.lineage.predictions import PREDICTIONS_NAME, Predictions, predictions_by_split, read_predictions
 
 _ERRORS = 2
 # Relative to the teacher's perplexity.
@@ -47,6 +48,25 @@ def nll_difference(student: Predictions, teacher: Predictions) -> dict[str, floa
     squares = np.square(differences - mean * tokens).sum() * blocks / (blocks - 1)
     found = {"mean": float(mean), "standard_error": float(math.sqrt(squares) / tokens.sum())}
     return found if all(map(math.isfinite, found.values())) else None
+
+
+def nll_difference_from(
+    teacher: Mapping[str, Any], output_dir: Path, metrics: Mapping[str, Mapping[str, float]]
+) -> dict[str, float] | None:
+    """`nll_difference` over a teacher on the test split; None where the predictions of one are not kept.
+
+    Args:
+        teacher: its record.
+        output_dir: of the lineage.
+        metrics: of the student by split, `SplitMetrics` where there are predictions.
+
+    Raises:
+        LineageError: the predictions of the teacher cannot be read.
+    """
+    path = output_dir / f"gen{teacher['index']}" / PREDICTIONS_NAME
+    theirs = read_predictions(path, teacher["weights_sha256"]).get("test")
+    ours = predictions_by_split(metrics).get("test")
+    return None if ours is None or theirs is None else nll_difference(ours, theirs)
 
 
 def is_clearly_worse(manifest: Mapping[str, Any], index: int) -> bool:

@@ -5,9 +5,10 @@ matplotlib is imported when something is drawn, and not before.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,28 +22,28 @@ Points = list[tuple[int, float]]
 
 # Distinguishable with red-green colour blindness (after Okabe and Ito), each with a contrast of at least 3 to white
 # and to the dark background of GitHub; the ink has 4 to both. The background of the picture is transparent.
-_COLORS = ("#0a7ec2", "#d55e00", "#009e73", "#c26a9d", "#a37800")
-_INK = "#767c83"
+COLORS = ("#0a7ec2", "#d55e00", "#009e73", "#c26a9d", "#a37800")
+INK = "#767c83"
 STYLE = {
     "figure.figsize": (8, 4),  # inches
     "figure.constrained_layout.use": True,
     "savefig.dpi": 150,
     "savefig.transparent": True,
     "font.size": 11,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,  # names of splits may contain $
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
     "axes.linewidth": 1,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.formatter.useoffset": False,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.25,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "lines.linewidth": 2,
     "lines.markersize": 6,
     "legend.frameon": False,
@@ -57,6 +58,16 @@ _FORMATS: dict[str, dict[str, None]] = {
 }
 _LARGEST = 1e30  # larger values would hide all others
 _LOG_FROM = 50  # ratio of largest to smallest loss
+
+
+@contextlib.contextmanager
+def house_style(**settings: Any) -> Iterator[None]:
+    """`STYLE` with some other settings, from matplotlib's defaults; the user's style is restored afterwards."""
+    from matplotlib import style
+
+    with style.context({**STYLE, **settings}, after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing glyphs
+        yield
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -100,7 +111,7 @@ def _series(history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
                     continue
                 value = math.log(value) if 0 < value < math.inf else math.nan
             found.setdefault(name, {})[step] = float(value) if abs(value) <= _LARGEST else math.nan
-    names = sorted(found, key=lambda name: (name != "training", name))[: len(_COLORS)]
+    names = sorted(found, key=lambda name: (name != "training", name))[: len(COLORS)]
     return {name: sorted(found[name].items()) for name in names}
 
 
@@ -120,18 +131,15 @@ def _is_finite(point: tuple[int, float]) -> bool:
 
 
 def _png(series: Mapping[str, Points]) -> bytes:
-    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     content = BytesIO()
-    # Starts from matplotlib's defaults; the user's style is restored afterwards.
-    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing glyphs
+    with house_style():
         figure = Figure()
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for (name, points), color in zip(series.items(), _COLORS, strict=False):
+        for (name, points), color in zip(series.items(), COLORS, strict=False):
             _line(axes, name, points, color)
         _scales(axes, [value for points in series.values() for _, value in points if math.isfinite(value)])
         figure.legend(loc="outside upper left", ncols=3 if len(series) < 4 else 2)
@@ -225,14 +233,12 @@ def _comparison_figure(
     is_difference: bool,
     form: str,
 ) -> bytes:
-    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     content = BytesIO()
     height = 1.2 + 0.35 * len(shown)  # inches
-    with style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing glyphs
+    with house_style():
         figure = Figure(figsize=(8, height))
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -241,14 +247,14 @@ def _comparison_figure(
         for place, (_, own) in enumerate(shown):
             for kind, width in (("items", 1), ("t", 3)):
                 if own.get(kind):
-                    axes.plot([factor * end for end in own[kind]], [place] * 2, color=_COLORS[0], linewidth=width)
+                    axes.plot([factor * end for end in own[kind]], [place] * 2, color=COLORS[0], linewidth=width)
             values = [factor * value for value in own["values"] if value is not None]
-            axes.plot(values, [place] * len(values), "o", color=_INK, markersize=3)
-            axes.plot([factor * own["mean"]], [place], "o", color=_COLORS[0], markersize=8)
+            axes.plot(values, [place] * len(values), "o", color=INK, markersize=3)
+            axes.plot([factor * own["mean"]], [place], "o", color=COLORS[0], markersize=8)
         if is_difference:
-            axes.axvline(0, color=_INK, linewidth=1)
+            axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(shown)), [f"{row['experiment']}: {row['network']}" for row, _ in shown])
-        axes.tick_params(axis="y", labelcolor=_INK)
+        axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)  # the first row on top
         axes.set_xlabel(title)
         options: dict[str, Any] = {"pil_kwargs": {"optimize": True}} if form == "png" else {}

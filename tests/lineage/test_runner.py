@@ -195,6 +195,30 @@ def test_evaluate_measures_the_files_and_the_card_is_written(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), on_disk.parameters(), strict=True))
 
 
+def test_the_report_is_written_after_each_generation_and_its_errors_end_no_training(tmp_path, caplog):
+    folder, seen = tmp_path / "out", []
+
+    def write_report(output_dir):
+        records = Manifest.read(output_dir).generations
+        seen.append([record["status"] for record in records] + [len(list(output_dir.glob("gen*/history.json")))])
+        raise RuntimeError("no ink")
+
+    def write_card(manifest, index, curve, report, picture):
+        return f"{curve} {report} {picture}"
+
+    options = {"write_card": write_card, "write_report": write_report, "changes": {"logging_steps": 2}}
+    with caplog.at_level(logging.WARNING, "born_again"):
+        runner(folder, spec=spec(generations=1), **options).run()
+    assert seen == [["finished", 1], ["finished", "finished", 2]]
+    assert "is not written (RuntimeError: no ink); the training goes on" in caplog.text
+    assert (folder / "gen1/README.md").read_text() == "None ../report.html ../report.png"
+    before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    runner(
+        folder, spec=spec(generations=1), **options
+    ).run()  # finished: nothing is written, the folder may be read-only
+    assert len(seen) == 2 and before == {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
 def test_another_experiment_is_refused_and_nothing_is_touched(finished):
     before = (finished / "lineage.json").read_bytes()
     with pytest.raises(LineageError, match="objective: 'ban' here, 'ban\\+l' there; seed: 4 here, 3 there"):

@@ -23,7 +23,7 @@ HISTORY = [
     {"train_runtime": 3.0, "train_loss": 1.7, "total_flos": 0.0, "epoch": 2.0, "step": 20},
 ]
 BACKGROUNDS = {"light": "#ffffff", "dark": "#0d1117"}  # of GitHub
-BLUE, ORANGE = figures._COLORS[:2]
+BLUE, ORANGE = figures.COLORS[:2]
 
 
 def drawn(history, path) -> Image.Image:
@@ -56,7 +56,7 @@ def test_both_losses_are_drawn_from_where_they_begin_to_where_they_end(tmp_path)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_lines_and_text_stand_out_from_light_and_dark_pages(background, tmp_path):
     assert drawn(HISTORY, tmp_path / "training.png").getpixel((2, 2))[3] == 0  # the page shows through
-    for color, enough in [(figures._INK, 4), *((color, 3) for color in figures._COLORS)]:
+    for color, enough in [(figures.INK, 4), *((color, 3) for color in figures.COLORS)]:
         lights = sorted((luminance(color), luminance(BACKGROUNDS[background])))
         assert (lights[1] + 0.05) / (lights[0] + 0.05) >= enough, color
 
@@ -144,7 +144,7 @@ def test_any_name_of_a_split_is_drawn_as_it_is(tmp_path):
     names = ["$x^", "\\frac{", "_hidden", "a\nb\ud800\N{CJK UNIFIED IDEOGRAPH-65E5}"]
     history = [{f"eval_{name}_loss": float(place), "step": 1} for place, name in enumerate(names)]
     image = drawn(history, tmp_path / "names.png")
-    assert all(columns(image, color) for color in figures._COLORS[:4])
+    assert all(columns(image, color) for color in figures.COLORS[:4])
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from hub_store import Blob
 from hub_views import card, files, repos, states, titles
 
 from born_again.hub.client import HubError
-from born_again.hub.files import HubSettings
+from born_again.hub.files import HubSettings, generation_files, render_cards
 from born_again.hub.publishing import HubPublisher, publish_lineage
 from born_again.lineage.manifest import Manifest
 from born_again.report.figures import draw_curve
@@ -208,6 +208,22 @@ def test_the_training_curve_goes_up(logged_in_hub, folder):
     assert held["training.png"].data == (folder / "gen0/training.png").read_bytes()
     assert "](training.png)" in held["README.md"].data.decode()
     assert titles(logged_in_hub, "born-again/tiny-gen0")[1:] == ["Generation 0 of tiny", "initial commit"]
+
+
+def test_the_reports_picture_goes_up_where_it_is_asked_for_and_its_page_never(logged_in_hub, folder):
+    for name in ("report.html", "report.png", "report_images.safetensors", "gen0/history.json"):
+        (folder / name).write_bytes(b"drawn")
+    assert publish_lineage(folder, "born-again") == {}
+    assert set(files(logged_in_hub, "born-again/tiny-gen0")) == IMAGE_FILES
+    assert "report" not in files(logged_in_hub, "born-again/tiny-gen0")["README.md"].data.decode()
+    render_cards(folder)
+    card = (folder / "gen0/README.md").read_text()
+    assert "[The report](../report.html)" in card and "](../report.png)" in card
+    manifest = Manifest.read(folder)
+    manifest.content["hub"]["report"] = True
+    found = generation_files(manifest, 0)
+    assert found["report.png"].read_bytes() == b"drawn" and b"](report.png)" in found["README.md"]
+    assert not {"report.html", "report_images.safetensors", "history.json"} & found.keys()
 
 
 # ---- Verification, immutability, order ----
