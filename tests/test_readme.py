@@ -41,6 +41,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_vit_on_a_folder_of_images(tmp_path):
     generator = np.random.default_rng(0)
     for split in ("train", "test"):

@@ -138,6 +138,7 @@ class Lineage:
     Attributes:
         runner: the `LineageRunner`.
         args: a copy, with the output_dir of the lineage.
+        output_dir: the lineage's folder.
         task: as the Hub names it.
         starting_point: name of the pretrained weights, None from scratch.
 
@@ -224,6 +225,7 @@ class Lineage:
         self.args = copy.copy(args)
         if output_dir is not None:
             self.args.output_dir = str(output_dir)
+        self.output_dir = Path(str(self.args.output_dir))
         self.model_init, self._takes_generation = model_init, _takes_an_argument(model_init)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
@@ -269,7 +271,7 @@ class Lineage:
         )
         self.runner = LineageRunner(
             spec,
-            self.args.output_dir,
+            self.output_dir,
             build_student=lambda generation: self._build(generation),
             build_trainer=self._build_trainer,
             load_teacher=self.load,
@@ -315,7 +317,7 @@ class Lineage:
             members: "last 3" students, "all", or their indices.
             average: "probabilities" or "logits".
         """
-        return LineageEnsemble.from_lineage(self.args.output_dir, members, average, load=self.load)
+        return LineageEnsemble.from_lineage(self.output_dir, members, average, load=self.load)
 
     def evaluate(self, network: nn.Module | int) -> dict[str, Mapping[str, float]]:
         """The metrics by split of a network, an ensemble, or a generation by its index."""
@@ -325,12 +327,12 @@ class Lineage:
 
     def _probe(self, task: str | None, pretrained: bool | None, teacher: Any) -> nn.Module:
         """Calls model_init at two seeds; returns the second network, in eval mode, after every check of it."""
-        generation = Generation(0, self.args.seed, "label", None, Path(self.args.output_dir))
+        generation = Generation(0, self.args.seed, "label", None, self.output_dir)
         first = self._made(generation)
         weights, seen = weight_hashes(first), weakref.ref(first)
         del first  # one network at a time, unless model_init keeps it
         torch.manual_seed(self.args.seed + 1)
-        network = self._made(Generation(1, self.args.seed + 1, "label", 0, Path(self.args.output_dir)))
+        network = self._made(Generation(1, self.args.seed + 1, "label", 0, self.output_dir))
         if network is seen():
             raise ValueError(
                 "model_init: returned the same object at two calls, expected a new network at each, since a student "
@@ -349,7 +351,9 @@ class Lineage:
         self._model = getattr(config, "architecture", None) or type(inner).__name__
         self._architecture = architecture_of(inner)
         if inner is not network:
-            self._architecture["peft"] = {name: str(own.peft_type.value) for name, own in network.peft_config.items()}
+            self._architecture["peft"] = {
+                name: str(own.peft_type.value) for name, own in cast(Any, network).peft_config.items()
+            }
         self.starting_point = self._starting_point(inner, weights, weight_hashes(network), pretrained)
         return network.eval()
 
@@ -493,10 +497,10 @@ class Lineage:
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
             processing_class=self.processing_class,
-            compute_metrics=self.compute_metrics,
+            compute_metrics=cast(Any, self.compute_metrics),
             callbacks=[
-                EpochCallback,
-                *(own if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks),
+                EpochCallback(),
+                *(own() if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks),
             ],
             preprocess_logits_for_metrics=self._preprocess_logits,
             teacher=teacher,

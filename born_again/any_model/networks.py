@@ -37,7 +37,7 @@ def is_saved_by_itself(network: nn.Module) -> bool:
 def save_network(network: nn.Module, folder: Path) -> None:
     """Writes a trained network so that it loads by plain means; of PEFT its adapters are merged."""
     if hasattr(network, "get_base_model"):  # of PEFT: merged, so that it loads without it
-        network = copy.deepcopy(network).merge_and_unload()
+        network = cast(Any, copy.deepcopy(network)).merge_and_unload()
     if isinstance(network, TimmWrapperForImageClassification):
         save_image_classifier(network, folder)
     elif hasattr(network, "config") and hasattr(network, "main_input_name"):
@@ -115,7 +115,7 @@ def architecture_of(network: nn.Module) -> dict[str, Any]:
     """What of a network's config decides its architecture, JSON-able."""
     config = getattr(network, "config", None)
     if isinstance(network, TimmWrapperForImageClassification):
-        return {"library": "timm", **(config.model_args or {})}
+        return {"library": "timm", **(cast(Any, config).model_args or {})}
     if config is None or not hasattr(config, "to_diff_dict"):
         return {"class": f"{type(network).__module__}.{type(network).__qualname__}"}
     values = {name: value for name, value in config.to_diff_dict().items() if name not in _NOT_ARCHITECTURE}

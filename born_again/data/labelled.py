@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -108,17 +109,22 @@ def _open(
         }
         try:
             found = datasets.load_dataset(builder or "csv", data_files=patterns)
-        except (FileNotFoundError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        except (FileNotFoundError, OSError, DatasetGenerationError) as error:
             raise ValueError(
                 f"files: {', '.join(files.values())} cannot be read ({error}); check the paths."
             ) from error
-        return files["train"], dict(found)
+        return files["train"], _by_name(found)
     if name is None:
         raise ValueError("dataset_name: got none, expected a Hub id or a folder, or files; give --dataset_name.")
     opened = open_dataset(name, revision) if config is None else datasets.load_dataset(name, config, revision=revision)
-    if "train" not in opened:
-        raise ValueError(f"--dataset {name!r} has the splits {', '.join(opened)}; expected one called 'train'.")
-    return name, dict(opened)
+    by_split = _by_name(opened)
+    if "train" not in by_split:
+        raise ValueError(f"--dataset {name!r} has the splits {', '.join(by_split)}; expected one called 'train'.")
+    return name, by_split
+
+
+def _by_name(opened: Any) -> dict[str, datasets.Dataset]:
+    return {str(split): rows for split, rows in opened.items()}
 
 
 def _has_labels(rows: datasets.Dataset, column: str) -> bool:

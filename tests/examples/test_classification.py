@@ -109,6 +109,7 @@ def test_a_network_of_timm_on_a_folder_of_images(photos, tmp_path, capsys):
         start("run_image_classification", *words, "--mixup", "0.2")
 
 
+@pytest.mark.slow
 def test_a_pretrained_vit_on_two_folders_of_images(photos, tmp_path, capsys):
     config = ViTConfig(
         hidden_size=8,
