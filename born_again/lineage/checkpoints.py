@@ -24,12 +24,17 @@ _CARRIED = re.compile(r"carried_state_[0-9]{1,6}_of_([0-9]{1,6})\.safetensors")
 _STATE = "trainer_state.json"
 _WEIGHTS = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
-# The files that Trainer, our trainers and tokenizers write into a checkpoint that is not sharded over processes.
+# The files that Trainer, our trainers and tokenizers write into a checkpoint.
 _CHECKPOINT_FILES = re.compile(
     r"(adapter_)?model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]{1,6})?\.pth"
-    r"|carried_state_[0-9]{1,6}_of_[0-9]{1,6}\.safetensors|training_args\.bin|spiece\.model|.*\.(json|jinja|txt|md|py)"
+    r"|carried_state_[0-9]{1,6}_of_[0-9]{1,6}\.safetensors|training_args\.bin|spiece\.model|latest|.*\.(json|jinja|txt|md|py)"
 )
 _INDEX = f"{_WEIGHTS}.index.json"
+# DeepSpeed's: files of each process in a folder of their own, which another names.
+_ENGINE = "latest"
+_ENGINE_FOLDER = re.compile(r"global_step[0-9]{1,18}")
+_ENGINE_FILE = re.compile(r"\w+_(model|optim)_states\.pt")
+_ENGINE_SHARD = re.compile(r"(\w*zero_pp_rank_)([0-9]{1,6})(_mp_rank_00_(model|optim)_states\.pt)")
 # What reading a damaged file can raise.
 _UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, zlib.error)
 
@@ -70,9 +75,18 @@ def is_incomplete(checkpoint: Path) -> bool:
 def has_only_checkpoint_files(checkpoint: Path) -> bool:
     """Whether a folder holds only files with the names of checkpoint files."""
     return all(
-        path.is_file() and not path.is_symlink() and _CHECKPOINT_FILES.fullmatch(path.name)
+        _is_folder_of_engine(path) or (_is_file(path) and _CHECKPOINT_FILES.fullmatch(path.name))
         for path in checkpoint.iterdir()
     )
+
+
+def _is_folder_of_engine(path: Path) -> bool:
+    is_folder = path.is_dir() and not path.is_symlink() and _ENGINE_FOLDER.fullmatch(path.name) is not None
+    return is_folder and all(_is_file(inner) and _ENGINE_FILE.fullmatch(inner.name) for inner in path.iterdir())
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def checkpoint_error(checkpoint: Path, step: int) -> str | None:
@@ -102,7 +116,12 @@ def checkpoint_error(checkpoint: Path, step: int) -> str | None:
         if checkpoint.is_symlink() or not checkpoint.is_dir():
             return "it is no folder"
         # Trainer writes no links, and a link may lead anywhere.
-        files = {path.name: path for path in sorted(checkpoint.iterdir()) if path.is_file() and not path.is_symlink()}
+        files = {path.name: path for path in sorted(checkpoint.iterdir()) if _is_file(path)}
+        if _ENGINE in files:
+            inner = checkpoint / files[_ENGINE].read_text("utf-8").strip()
+            if not _is_folder_of_engine(inner):
+                return f"{_ENGINE}: names {inner.name!r}, which is no folder of states"
+            files |= {path.name: path for path in sorted(inner.iterdir())}
         for name, path in files.items():
             problem = _file_error(path)
             if problem is not None:
@@ -128,12 +147,18 @@ def _required_files(files: dict[str, Path]) -> Iterator[str]:
         yield from sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else (_WEIGHTS,)
     else:
         yield _ADAPTER if _ADAPTER in files and _WEIGHTS not in files else _WEIGHTS
-    yield from ("optimizer.pt", "scheduler.pt", _STATE)
+    yield from ("scheduler.pt", _STATE) if _ENGINE in files else ("optimizer.pt", "scheduler.pt", _STATE)
     carried = {int(found[1]) for name in files if (found := _CARRIED.fullmatch(name))}
     # A single process writes rng_state.pth, so a number means two processes or more.
     ranks = {max(int(found[1]) + 1, 2) for name in files if (found := _RNG.fullmatch(name))}
     processes = max(carried | ranks, default=1)
     yield from ("rng_state.pth",) if processes <= 1 else (f"rng_state_{rank}.pth" for rank in range(processes))
+    if _ENGINE in files:
+        # Of the optimizer, and of the model in ZeRO-3, each process has its own.
+        shards = {found[4]: found for name in files if (found := _ENGINE_SHARD.fullmatch(name))}
+        yield from (f"{found[1]}{rank}{found[3]}" for found in shards.values() for rank in range(processes))
+        yield from () if "model" in shards else ("mp_rank_00_model_states.pt",)
+        yield from () if "optim" in shards else ("zero_pp_rank_0_mp_rank_00_optim_states.pt",)
     for count in sorted(carried):
         yield from (f"carried_state_{rank}_of_{count}.safetensors" for rank in range(count))
 

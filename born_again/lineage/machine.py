@@ -51,6 +51,7 @@ COMPARED = (
     "mixed_precision",
     "gradient_accumulation_steps",
     "processes",
+    "zero_stage",
     "dynamo_backend",
     "dynamo_mode",
     "default_dtype",
@@ -225,7 +226,8 @@ def computation_of(trainer: Trainer) -> dict[str, Any]:
         JSON values:
             mixed_precision: "no", "bf16", "fp16" or "fp8". gradient_accumulation_steps. processes: their number.
             micro_batch_size: rows of one forward of one process.
-            distributed_type: accelerate's, such as "NO" or "MULTI_GPU". device: its type.
+            distributed_type: accelerate's, such as "NO" or "MULTI_GPU". zero_stage: DeepSpeed's, or None. device: its
+                type.
             dynamo_backend, dynamo_mode: of torch.compile; "no" and None where it does not compile.
             default_dtype: torch's for new tensors.
             float32_precision: see `born_again.training.environment.float32_precision`.
@@ -242,6 +244,7 @@ def computation_of(trainer: Trainer) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "micro_batch_size": GlobalBatch.of(trainer).micro_batch_size,
         "distributed_type": accelerator.distributed_type.value,
+        "zero_stage": accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
         "device": device,
         "dynamo_backend": plugin.backend.value.lower(),
         "dynamo_mode": plugin.mode if compiles else None,
@@ -267,6 +270,8 @@ def check_computation(
     Raises:
         LineageError: they differ; names each, with both values.
     """
+    if here.get("zero_stage"):  # DeepSpeed's states are read by as many processes as wrote them
+        ignored = {*ignored} - {"processes"}
     names = tuple(name for name in COMPARED if name not in ignored)
     differing = _differences(here, record.get("computation", {}), names)
     if differing:
@@ -322,12 +327,11 @@ def check_arguments(args: TrainingArguments) -> None:
     check_launch(args)
     check_trackers(args)
     engine = sharding_engine(args)
-    if engine not in (None, "FSDP"):
+    if engine not in (None, "FSDP", "DeepSpeed"):
         raise ValueError(
             f"accelerate launch: got {engine}, which shards weights and checkpoints over processes, expected FSDP2, "
-            "DistributedDataParallel or one process in a lineage, whose checkpoints and generations are whole files; "
-            "launch it without --use_deepspeed and --use_megatron_lm, and leave deepspeed out of the arguments. FSDP2 "
-            "(--use_fsdp --fsdp_version 2) shards the weights as ZeRO-3 does."
+            "DeepSpeed, DistributedDataParallel or one process in a lineage, whose generations are whole files; "
+            "launch it without --use_megatron_lm. FSDP2 (--use_fsdp --fsdp_version 2) shards the weights."
         )
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError(
@@ -336,26 +340,55 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_sharding(trainer: Trainer) -> None:
+def check_sharding(trainer: Trainer, has_one_folder: bool = True) -> None:
     """Validates how an engine shards the student of a lineage.
 
+    Args:
+        trainer: of a generation.
+        has_one_folder: whether all processes see the same files.
+
     Raises:
-        ValueError: an engine that is not used or not known, offloaded shards, or a compiled student.
+        ValueError: an engine that is not used or not known, FSDP's offloaded shards, a compiled student, or an
+            optimizer or schedule that DeepSpeed's configuration names.
     """
     check_engine(trainer, trainer.model)
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is None:
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return
+    if (compiler := compiler_of(trainer.args)) is not None:
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise ValueError(
+            f"torch_compile: got {compiler[0]!r} with {engine}, expected no compilation of a student in shards in a "
+            "lineage, whose weights would be saved under other names; leave it out, or use DistributedDataParallel."
+        )
+    if trainer.is_deepspeed_enabled:
+        stage, config = (
+            getattr(trainer.accelerator.state.deepspeed_plugin, name) for name in ("zero_stage", "deepspeed_config")
+        )
+        if not has_one_folder:
+            raise ValueError(
+                "output_dir: got a folder of its own on each node with DeepSpeed, whose processes read each other's "
+                "parts of a checkpoint; expected one folder that all nodes see, or FSDP2 (--use_fsdp --fsdp_version "
+                "2), whose checkpoints are whole files."
+            )
+        if stage not in (1, 2, 3):
+            raise ValueError(
+                f"zero_stage: got {stage!r}, expected 1, 2 or 3, which shard what a training keeps; without shards "
+                "DistributedDataParallel does the same, without --use_deepspeed."
+            )
+        for name, argument in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+            if name in config:
+                raise ValueError(
+                    f"deepspeed: its configuration has {name!r} {config[name].get('type')!r}, expected none in a "
+                    "lineage, which records and uses that of the training arguments; leave it out, and give "
+                    f"--{argument}."
+                )
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
     if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy" or plugin.cpu_offload is True:
         raise ValueError(
             "fsdp_offload_params: got True, expected False in a lineage, whose checkpoints are put together on the "
             "devices that the processes are connected by; where a student does not fit, use more processes or "
             "fsdp_activation_checkpointing."
-        )
-    if (compiler := compiler_of(trainer.args)) is not None:
-        raise ValueError(
-            f"torch_compile: got {compiler[0]!r} with FSDP, expected no compilation of a student in shards in a "
-            "lineage, whose weights would be saved under other names; leave it out, or use DistributedDataParallel."
         )
 
 

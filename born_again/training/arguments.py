@@ -102,10 +102,10 @@ class BornAgainTrainingArguments(TrainingArguments):
             saves the host the launch of every kernel and takes memory of its own for the teacher's activations; its
             outputs are the same bit for bit. Where it cannot be captured, with torch_compile and with a teacher_cache
             it is called as on other devices.
-        teacher_placement: "replicated" keeps the whole teacher on every process; "sharded", under FSDP2, a part on
-            each, gathered layer by layer at every forward, for a teacher that does not fit. The network that is handed
-            over is sharded in place. Not beside a teacher_cache, torch_compile and another teacher_precision than
-            "autocast".
+        teacher_placement: "replicated" keeps the whole teacher on every process; "sharded", under FSDP2 or DeepSpeed,
+            a part on each, gathered layer by layer at every forward, for a teacher that does not fit. The network that
+            is handed over is sharded in place. Not beside a teacher_cache, torch_compile and another
+            teacher_precision than "autocast".
         teacher_cache: where the teacher's outputs are cached, to be read when the same view of a sample comes again:
             "off", "memory" (each process its own) or "disk" (shared by processes, runs and students of one teacher).
             The weights are the same. The training set must give each view a cache key, as born_again.data's do.
@@ -175,7 +175,7 @@ class BornAgainTrainingArguments(TrainingArguments):
     )
     teacher_placement: str = field(
         default="replicated",
-        metadata={"help": f"Where the teacher is under FSDP2: {', '.join(TEACHER_PLACEMENTS)}."},
+        metadata={"help": f"Where the teacher is under FSDP2 or DeepSpeed: {', '.join(TEACHER_PLACEMENTS)}."},
     )
     teacher_cache: str = field(
         default="off", metadata={"help": "Where teacher outputs are cached: off, memory, disk."}
@@ -302,6 +302,11 @@ class BornAgainTrainingArguments(TrainingArguments):
             precision: "no", "bf16" or "fp16".
         """
         self.bf16, self.fp16, self.mixed_precision = precision == "bf16", precision == "fp16", precision
+        if (plugin := self.deepspeed_plugin) is not None:
+            for name in ("bf16", "fp16"):
+                plugin.deepspeed_config.setdefault(name, {})["enabled"] = name == precision
+            if hasattr(plugin.hf_ds_config, "trainer_config_process"):  # of `deepspeed`, which has its own dtype
+                plugin.hf_ds_config.trainer_config_process(self)
 
     def _take_accumulation(self) -> None:
         """Moves accelerator_config's num_steps to where everything else reads it.

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from accelerate.utils.environment import get_int_from_env, parse_flag_from_env
 from torch import distributed
+from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,7 +164,7 @@ def check_engine(trainer: Trainer, student: nn.Module) -> None:
 
     Raises:
         ValueError: an engine that accelerate did not take; FSDP1; parallel dimensions within a network; a device_map
-            of several devices.
+            of several devices; BatchNorm in the 16 bits of DeepSpeed.
     """
     accelerator, engine = trainer.accelerator, sharding_engine(trainer.args)
     taken = accelerator.distributed_type.value
@@ -182,6 +183,16 @@ def check_engine(trainer: Trainer, student: nn.Module) -> None:
     parallel = getattr(accelerator, "parallelism_config", None)
     sizes = {name: getattr(parallel, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")}
     sizes["tp"] = max(sizes["tp"], getattr(student, "_tp_size", None) or 1)
+    if engine == "DeepSpeed":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        sizes["tp"] = max(sizes["tp"], config.get("tensor_parallel", {}).get("autotp_size", 1))
+        precision = accelerator.mixed_precision
+        if precision in PRECISIONS and any(isinstance(layer, _BatchNorm) for layer in student.modules()):
+            raise ValueError(
+                f"{precision}: got True with DeepSpeed for {type(student).__name__}, which has BatchNorm: DeepSpeed "
+                f"casts its weights and not its statistics, and torch refuses the two together; give --{precision} "
+                "False, or use DistributedDataParallel, which computes in autocast."
+            )
     if split := [f"{name}_size={size}" for name, size in sizes.items() if size > 1]:
         raise ValueError(
             f"parallelism_config: got {', '.join(split)}, which share one row out over several processes, expected 1 "

@@ -48,7 +48,7 @@ class LabelPositionsMixin:
     ) -> None:
         if self.teacher is not None:
             check_decoder_inputs(student, self._teachers, batch, labels)
-            with self.accelerator.autocast():
+            with self._teacher_autocast():
                 shift = shift_beside(self._frozen_teacher(), student, shift, batch, labels, ids)
         if shift is not None:
             self._shifts_labels = shift

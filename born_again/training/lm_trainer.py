@@ -183,7 +183,7 @@ class BornAgainLMTrainer(BornAgainTrainer):
     def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
         teacher = cast(FrozenTeacher, self.teacher)
         states = self._carried.teachers or [None] * len(teacher.modules)
-        with self.accelerator.autocast():
+        with self._teacher_autocast():
             logits, self._carried.teachers = teacher.forward_with_states(inputs, states)
         return logits
 

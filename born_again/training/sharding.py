@@ -1,7 +1,8 @@
-"""Students that FSDP2 keeps in shards over processes: saved and resumed as whole files, and evaluated before training.
+"""Students that FSDP2 or DeepSpeed keep in shards over processes: saved as whole files, resumed, evaluated untrained.
 
-The files are those of a training on one process, so that a generation loads by from_pretrained, and a checkpoint is
-checked as any other. The first process holds the whole weights and optimizer state in main memory while it writes.
+Weights are written as on one process, so that a generation loads by from_pretrained; the first process holds all of
+them in main memory while it writes. The optimizer state is written so too under FSDP2, while DeepSpeed adds files of
+each process, in its own format, to a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from transformers import Trainer
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from born_again.teacher import FrozenTeacher
@@ -32,22 +35,38 @@ _BLOCK = re.compile(r"\w*(Block|Bottleneck|Residual)")
 _LOADED_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _UNITS = 8  # of a network without repeated blocks: as many parts, by their number of parameters
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
+MIXED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ShardingMixin(Trainer):
     """The part of BaseTrainer for students in shards.
 
-    In a lineage checkpoints are whole files, written by the first process; elsewhere they are those of Trainer.
+    In a lineage weights are whole files, written by the first process; elsewhere checkpoints are those of Trainer.
     """
 
     in_lineage = False
+    _owns_loss = False
     _guard: Any
+    _memory_format: torch.memory_format | None
     _sum_over_processes: Any
 
     @property
     def is_sharded(self) -> bool:
         """Whether an engine may keep the student in shards, so that every process has to call and save it together."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; DeepSpeed's configuration of an earlier training in this process is not in its way."""
+        if getattr(self.args, "deepspeed_plugin", None) is not None:
+            AcceleratorState._reset_state()
+        super().create_accelerator_and_postprocess()
+
+    def _teacher_autocast(self) -> Any:
+        """The context of the teacher's forward: accelerate has none for DeepSpeed, which casts the student alone."""
+        dtype = MIXED_DTYPES.get(self.accelerator.mixed_precision)
+        if dtype is None or not self.is_deepspeed_enabled:
+            return self.accelerator.autocast()
+        return torch.autocast(self.args.device.type, dtype)
 
     def _check_weights(self) -> None:
         state = self.state
@@ -85,13 +104,20 @@ class ShardingMixin(Trainer):
             for parameters, name, parameter in places:
                 parameters[name] = parameter
 
+    def _lay_out(self, student: nn.Module) -> nn.Module:
+        """Gives weights the arguments' memory format; shards are of contiguous ones."""
+        if self._memory_format is None or self.is_sharded:
+            return student
+        return student.to(memory_format=self._memory_format)
+
     @property
     def _captures_teacher(self) -> bool:
         return self.args.teacher_cuda_graph and self.args.teacher_placement == "replicated"
 
     def _place_teacher(self, frozen: FrozenTeacher, memory_format: torch.memory_format | None) -> None:
-        frozen.to(self.args.device, memory_format)
-        if self.args.teacher_placement == "sharded":
+        is_sharded = self.args.teacher_placement == "sharded"
+        frozen.to(self.args.device, None if is_sharded else memory_format)
+        if is_sharded:
             for module in frozen.modules:
                 shard_teacher(module)
 
@@ -99,6 +125,10 @@ class ShardingMixin(Trainer):
         """Trainer's; called before a student is sharded."""
         if self.is_fsdp_enabled:
             self._choose_layers(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        elif self.is_deepspeed_enabled and (self._owns_loss or self.in_lineage):
+            # DeepSpeed, which does all of a step, would clip nothing.
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.setdefault("gradient_clipping", self.args.max_grad_norm)
         return super()._wrap_model(model, *args, **kwargs)
 
     def _choose_layers(self, student: nn.Module) -> None:
@@ -118,19 +148,19 @@ class ShardingMixin(Trainer):
         plugin.min_num_params = max(1, count_parameters(student) // _UNITS)
 
     @property
-    def _writes_whole_files(self) -> bool:
+    def _writes_whole_optimizer(self) -> bool:
         return self.is_fsdp_enabled and self.in_lineage
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's."""
-        if not self._writes_whole_files:
+        if not (self.is_sharded and self.in_lineage):
             super().save_model(output_dir, _internal_call)
             return
-        with self.whole_student(), changed(self, is_fsdp_enabled=False):
+        with self.whole_student(), changed(self, is_fsdp_enabled=False, is_deepspeed_enabled=False):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._writes_whole_files:
+        if not self._writes_whole_optimizer:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = tree_map(lambda value: gathered(value, self.args.should_save), self.optimizer.state_dict())
@@ -139,19 +169,19 @@ class ShardingMixin(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._writes_whole_files:
+        if self._writes_whole_optimizer:
             load_whole(self.model if model is None else model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._writes_whole_files:
+        if self._writes_whole_optimizer:
             load_whole(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._writes_whole_files:
+        if checkpoint is None or not self._writes_whole_optimizer:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         path = os.path.join(checkpoint, OPTIMIZER_NAME)
@@ -167,11 +197,22 @@ class ShardingMixin(Trainer):
         scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
-    def _shard_to_evaluate(self) -> None:
-        """Shards a student that is evaluated before it is trained, as the training would.
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside, a student can be evaluated before it is trained.
 
-        Accelerate shards a network beside its optimizer alone, which is made when the training begins.
+        FSDP2 shards it, as the training would. DeepSpeed could not train it any more: it is evaluated without.
         """
+        if not self.is_deepspeed_enabled or self.deepspeed is not None:
+            self._shard_to_evaluate()
+            yield
+            return
+        with _whole_zero3(self.model), self._teacher_autocast(), changed(self, is_deepspeed_enabled=False):
+            self.model.to(self.args.device)
+            yield
+
+    def _shard_to_evaluate(self) -> None:
+        # Accelerate shards a network beside its optimizer alone, which is made when the training begins.
         if not self.is_fsdp_enabled or self.accelerator._models:
             return
         self._wrap_model(self.model)
@@ -183,19 +224,22 @@ class ShardingMixin(Trainer):
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """A context manager in which from_pretrained gives every process whole weights, under FSDP as without it.
+    """A context manager in which networks are made and loaded whole on every process, under an engine as without.
 
-    With cpu_ram_efficient_loading transformers reads weights on the first process alone, for a network that is
-    sharded afterwards: a teacher is not.
+    With FSDP's cpu_ram_efficient_loading transformers reads weights on the first process alone, for a network that is
+    sharded afterwards: a teacher is not. With ZeRO-3 it makes and loads networks in shards, of other initial weights.
     """
-    before = os.environ.get(_LOADED_ONCE)
+    before, zero = os.environ.get(_LOADED_ONCE), hf_deepspeed._hf_deepspeed_config_weak_ref
     if before is not None:
         os.environ[_LOADED_ONCE] = "false"
+    hf_deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         if before is not None:
             os.environ[_LOADED_ONCE] = before
+        if hf_deepspeed._hf_deepspeed_config_weak_ref is None:  # else training arguments were made inside
+            hf_deepspeed._hf_deepspeed_config_weak_ref = zero
 
 
 def check_teacher_loading(trainer: Trainer, teachers: nn.Module | Sequence[nn.Module]) -> None:
@@ -203,7 +247,7 @@ def check_teacher_loading(trainer: Trainer, teachers: nn.Module | Sequence[nn.Mo
 
     Raises:
         ValueError: it was loaded for an engine that shards it afterwards; `teacher_placement` is "sharded" without
-            FSDP2, or beside what needs the whole teacher on every process.
+            FSDP2 or DeepSpeed, or beside what needs the whole teacher on every process.
     """
     args = trainer.args
     given = [teachers] if isinstance(teachers, nn.Module) else teachers
@@ -211,8 +255,8 @@ def check_teacher_loading(trainer: Trainer, teachers: nn.Module | Sequence[nn.Mo
         if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
             raise ValueError(
                 f"teacher: {type(teacher).__name__} was loaded in shards, as from_pretrained does once training "
-                "arguments with ZeRO-3 are made; expected whole weights on every process: load it before them, or use "
-                "FSDP2, beside which teacher_placement='sharded' shards it."
+                "arguments with ZeRO-3 are made; expected whole weights on every process: load it before them, or "
+                "inside `with born_again.training.sharding.loading_whole():`; teacher_placement='sharded' shards it."
             )
         if not trainer.is_fsdp_enabled or not any(parameter.is_meta for parameter in teacher.parameters()):
             continue
@@ -224,10 +268,10 @@ def check_teacher_loading(trainer: Trainer, teachers: nn.Module | Sequence[nn.Mo
         )
     if args.teacher_placement == "replicated":
         return
-    if not trainer.is_fsdp_enabled:
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            f"teacher_placement: got {args.teacher_placement!r} without FSDP2, expected 'replicated'; to shard "
-            "teacher and student, start with `accelerate launch --use_fsdp --fsdp_version 2`."
+            f"teacher_placement: got {args.teacher_placement!r} without FSDP2 or DeepSpeed, expected 'replicated'; to "
+            "shard teacher and student, start with `accelerate launch --use_fsdp --fsdp_version 2`."
         )
     for name, value, expected in (
         ("teacher_cache", args.teacher_cache, "off"),
@@ -292,11 +336,36 @@ def gathered(value: Any, keep: bool) -> Any:
     Returns:
         The whole tensor, on the CPU; None on a process that does not want it.
     """
+    if hasattr(value, "ds_id") or hasattr(value, "_hp_mapping"):
+        whole = _gathered_by_deepspeed(value)
+        return whole.cpu() if keep else None
     if not isinstance(value, DTensor):
         return value
     # Offloaded shards are sent by the devices that the processes are connected by.
     whole = value.detach().to(value.device_mesh.device_type).full_tensor()
     return whole.cpu() if keep else None
+
+
+def _gathered_by_deepspeed(parameter: nn.Parameter) -> Tensor:
+    """In float32 where it is computed with in less: what the optimizer updates."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    is_trained = parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
+    if is_trained and (whole := safe_get_full_fp32_param(parameter)) is not None:
+        return whole.to(torch.promote_types(parameter.dtype, torch.float32))
+    with _whole_zero3(parameter):
+        return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+
+
+def _whole_zero3(network: nn.Module | nn.Parameter) -> Any:
+    """A context manager in which every process has the whole weights that ZeRO-3 keeps in shards, if it does."""
+    parameters = [network] if isinstance(network, nn.Parameter) else network.parameters()
+    parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def shard(whole: Tensor, like: Tensor) -> Tensor:
@@ -348,7 +417,12 @@ def local_part(parameter: Tensor) -> Tensor:
     """What of a parameter this process has."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
-    return getattr(parameter, "ds_tensor", parameter)
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter
+    # What fills up the last process's shard was never written.
+    rank = distributed.get_rank(parameter.ds_process_group)
+    return part[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
 def _reshard(student: nn.Module) -> None:

@@ -39,7 +39,7 @@ from born_again.training.item_losses import ItemLossesMixin, Objective
 from born_again.training.label_positions import LabelPositionsMixin
 from born_again.training.network_loss import NetworkLoss, declares_shift
 from born_again.training.processes import ProcessesMixin
-from born_again.training.sharding import check_teacher_loading
+from born_again.training.sharding import MIXED_DTYPES, check_teacher_loading, loading_whole
 from born_again.training.step_loss import ChunkedLossMixin
 from born_again.training.teacher_accuracy import TeacherAccuracyMixin, changed, sums_of_rows
 from born_again.training.upstream import BaseTrainer, explaining_errors
@@ -62,7 +62,6 @@ logger = logging.getLogger(__name__)
 METRICS_EVERY = 8  # steps: over a large vocabulary the metrics cost up to as much as the loss
 NO_PROBABILITY = -1e4  # as a logit of any dtype
 _TEACHER_LOGITS = "teacher_logits"  # hidden states with the chunked implementation
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BornAgainTrainer(
@@ -205,11 +204,12 @@ class BornAgainTrainer(
         self.add_callback(_TrainBegin(self))
         self._take_objective(objective)
         if teacher is not None:
-            self._take_teacher(load_teachers(teacher))
+            with loading_whole():
+                teacher = load_teachers(teacher)
+            self._take_teacher(teacher)
         else:
             self.use_loss_normalization(getattr(self.args, "loss_normalization", "trainer"))
-        if self._memory_format is not None:
-            self.model.to(memory_format=self._memory_format)
+        self._lay_out(self.model)
         self._prepare_own_state()
 
     def _prepare_own_state(self) -> None:
@@ -226,7 +226,7 @@ class BornAgainTrainer(
             if self.teacher is not None:
                 self._check_tokens(self._frozen_teacher(), student)
             self._own_the_loss(student)
-        return student if self._memory_format is None else student.to(memory_format=self._memory_format)
+        return self._lay_out(student)
 
     def _take_teacher(self, teacher: nn.Module | Sequence[nn.Module]) -> None:
         if not isinstance(self.args, BornAgainTrainingArguments):
@@ -247,7 +247,7 @@ class BornAgainTrainer(
                 f"objective: got the function {self.objective_name!r} with FSDP or DeepSpeed, whose gradients cannot "
                 "be scaled once the weights of a step are known; expected a built-in objective, or DDP."
             )
-        frozen.set_precision(self.args.teacher_precision, _DTYPES.get(self.accelerator.mixed_precision))
+        frozen.set_precision(self.args.teacher_precision, MIXED_DTYPES.get(self.accelerator.mixed_precision))
         taught_by = with_teacher_cache(frozen, self.args, self.train_dataset)
         # Every check is done before the teacher is changed.
         self._place_teacher(frozen, self._memory_format)
@@ -518,7 +518,7 @@ class BornAgainTrainer(
 
     def _teacher_forward(self, inputs: Mapping[str, Any]) -> Tensor:
         # Accelerate puts autocast around the student's forward alone: without this a bf16 student has an fp32 teacher.
-        with self.accelerator.autocast():
+        with self._teacher_autocast():
             return cast(FrozenTeacher, self.teacher)(inputs)
 
     def _split_labels(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

@@ -80,8 +80,10 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
             self.compute_metrics.reset()
         if self.is_in_train and getattr(dataloader, "dataset", None) is self.train_dataset:
             dataloader.set_epoch = lambda epoch: None
-        args = (dataloader, *args)
-        self._shard_to_evaluate()
+        with self._evaluating():
+            return self._evaluate_without_a_trace(dataloader, *args, **kwargs)
+
+    def _evaluate_without_a_trace(self, *args: Any, **kwargs: Any) -> Any:
         state = self.model.__dict__
         if state.get("_is_accelerate_prepared", False) or self.is_sharded:
             with explaining_errors(self):

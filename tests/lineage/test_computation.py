@@ -10,12 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from helpers import Network, arguments, sequence_classifier, vectors
 from tiny_lineage import Crash, hashes, runner, spec
 
 from born_again import BornAgainTrainer
 from born_again.lineage.machine import (
+    COMPARED,
+    SHARES,
     check_arguments,
+    check_computation,
     check_sharding,
     computation_of,
     describe_computation,
@@ -212,14 +216,40 @@ def test_an_engine_that_accelerate_does_not_take_is_refused_before_anything_is_m
     [
         ({"cpu_offload": True}, {}, "fsdp_offload_params: got True, expected False in a lineage"),
         ({"cpu_offload": None}, {"torch_compile": True}, "torch_compile: got 'inductor' with FSDP"),
+        ({"zero_stage": 3}, {"torch_compile": True}, "torch_compile: got 'inductor' with DeepSpeed"),
+        ({"zero_stage": 0}, {}, "zero_stage: got 0, expected 1, 2 or 3"),
+        ({"zero_stage": 3, "folders": 2}, {}, "output_dir: got a folder of its own on each node with DeepSpeed"),
+        (
+            {"zero_stage": 3, "deepspeed_config": {"scheduler": {"type": "WarmupLR"}}},
+            {},
+            "deepspeed: its configuration has 'scheduler' 'WarmupLR', .* --lr_scheduler_type",
+        ),
     ],
 )
 def test_how_a_lineage_cannot_be_sharded(tmp_path, monkeypatch, plugin, changes, message):
     trainer = trainer_of(tmp_path, **changes)
-    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(**plugin), raising=False)
+    engine, plugin = ("deepspeed" if "zero_stage" in plugin else "fsdp"), {"deepspeed_config": {}, **plugin}
+    monkeypatch.setattr(trainer, f"is_{engine}_enabled", True)
+    stand_ins = {f"{engine}_plugin": SimpleNamespace(**plugin), "distributed_type": DistributedType.NO}
+    monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(**stand_ins))
     with pytest.raises(ValueError, match=message):
-        check_sharding(trainer)
+        check_sharding(trainer, "folders" not in plugin)
+
+
+def test_deepspeed_goes_on_with_the_same_stage_and_number_of_processes():
+    here = {name: 2 for name in COMPARED}
+    check_computation({**here, "zero_stage": None}, 1, {"computation": {**here, "processes": 1}}, SHARES)
+    for name in ("processes", "zero_stage"):
+        with pytest.raises(LineageError, match=f"generation 1 would be .* \\({name}: 2 here, 3 there\\)"):
+            check_computation(here, 1, {"computation": {**here, name: 3}}, SHARES)
+
+
+def test_another_precision_is_deepspeeds_too(tmp_path):
+    args = arguments(tmp_path, bf16=True)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"bf16": {"enabled": True}}, hf_ds_config=object())
+    args.use_precision("no")
+    config = args.deepspeed_plugin.deepspeed_config
+    assert config == {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 
 
 def test_fp16_is_not_computed_on_a_cpu(tmp_path):

@@ -30,9 +30,15 @@ STEPS = 6
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def dtype_of(changes: dict) -> torch.dtype:
+    """That of the weights: DeepSpeed trains in float32 at most."""
+    return changes.pop("dtype", torch.float32 if "deepspeed" in changes else torch.float64)
+
+
 def settings(**changes) -> dict:
     return {
         "optim": "adamw_torch",
+        "adam_epsilon": 1e-3,  # else gradients of almost zero, with their rounding, move weights as others do
         "learning_rate": 0.01,
         "objective": "ban+l",
         "max_steps": STEPS,
@@ -47,7 +53,7 @@ def settings(**changes) -> dict:
 
 def text_lineage(folder: Path, generations: int = 1, callbacks=(), **changes) -> LineageRunner:
     """Of a GPT-2 with tied embeddings, on texts of their own lengths."""
-    data = sentences("next", 24)
+    data, dtype = sentences("next", 24), dtype_of(changes)
 
     def build_trainer(student, teacher, generation):
         args = arguments(generation.checkpoint_dir, **settings(seed=generation.seed, **changes))
@@ -63,7 +69,7 @@ def text_lineage(folder: Path, generations: int = 1, callbacks=(), **changes) ->
     return LineageRunner(
         LineageSpec("tiny", "gpt2", "words", generations=generations, objective="ban+l", seed=3),
         folder,
-        build_student=lambda generation: language_model(torch.initial_seed()),
+        build_student=lambda generation: language_model(torch.initial_seed()).to(dtype),
         build_trainer=build_trainer,
         load_teacher=AutoModelForCausalLM.from_pretrained,
         data={"sha256": "a", "rows": {"train": 24}},
@@ -72,17 +78,20 @@ def text_lineage(folder: Path, generations: int = 1, callbacks=(), **changes) ->
 
 def image_lineage(folder: Path, **changes) -> LineageRunner:
     """Of a vision transformer of timm, one student."""
-    generator = torch.Generator().manual_seed(1)
+    generator, dtype = torch.Generator().manual_seed(1), dtype_of(changes)
     data = [
         {
-            "pixel_values": torch.randn(3, 32, 32, dtype=torch.float64, generator=generator),
+            "pixel_values": torch.randn(3, 32, 32, dtype=torch.float64, generator=generator).to(dtype),
             "labels": torch.tensor(row % 3),
         }
         for row in range(16)
     ]
 
     def build_trainer(student, teacher, generation):
-        args = arguments(generation.checkpoint_dir, **settings(seed=generation.seed, learning_rate=1e-3, **changes))
+        args = arguments(
+            generation.checkpoint_dir,
+            **settings(seed=generation.seed, learning_rate=1e-3, channels_last=True, **changes),
+        )
         return BornAgainTrainer(student, args, teacher=teacher, train_dataset=data, eval_dataset={"test": data})
 
     return LineageRunner(
@@ -90,7 +99,7 @@ def image_lineage(folder: Path, **changes) -> LineageRunner:
         folder,
         build_student=lambda generation: create_image_classifier(
             "test_vit", list("abc"), [0.5] * 3, [0.2] * 3, img_size=32, depth=2
-        ).double(),
+        ).to(dtype),
         build_trainer=build_trainer,
         load_teacher=AutoModelForImageClassification.from_pretrained,
         save_student=save_image_classifier,
@@ -125,12 +134,16 @@ class Kill(Crash):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_in_shards(parameter: torch.Tensor) -> bool:
+    """Where ZeRO-2 keeps the optimizer state in shards, weights are whole."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
 def trainer_of(folder: Path, **changes) -> BornAgainLMTrainer:
-    data = sentences("next", 24)
+    data, dtype = sentences("next", 24), dtype_of(changes)
     args = arguments(folder, **settings(save_strategy="no", **changes))
-    return BornAgainLMTrainer(
-        language_model(1), args, teacher=language_model(2), train_dataset=data, eval_dataset=data
-    )
+    student, teacher = (language_model(seed).to(dtype) for seed in (1, 2))
+    return BornAgainLMTrainer(student, args, teacher=teacher, train_dataset=data, eval_dataset=data)
 
 
 def measured_first(folder: Path, **changes) -> dict:
@@ -139,8 +152,8 @@ def measured_first(folder: Path, **changes) -> dict:
     found = {"before": trainer.evaluate()["eval_loss"], "again": trainer.evaluate()["eval_loss"]}
     trainer.train()
     found["after"] = trainer.evaluate()["eval_loss"]
-    found["student_in_shards"] = any(isinstance(part, DTensor) for part in trainer.model.parameters())
-    found["teacher_in_shards"] = any(isinstance(part, DTensor) for part in trainer.teacher.modules[0].parameters())
+    found["student_in_shards"] = any(map(is_in_shards, trainer.model.parameters()))
+    found["teacher_in_shards"] = any(map(is_in_shards, trainer.teacher.modules[0].parameters()))
     trainer.teacher.check_against(trainer.model)  # as a student of model_init is
     found["student_fit"] = BornAgainTrainer.evaluate_student(trainer)
     found["infinite"] = refused_weights(trainer)
@@ -159,6 +172,16 @@ def refused_weights(trainer: BornAgainLMTrainer) -> str:
     return "nothing"
 
 
+def narrow(folder: Path, **changes) -> dict:
+    """In bfloat16: a lineage of images, and evaluations before and after a training."""
+    changes |= {"bf16": True, "dtype": torch.float32}
+    found = finished(image_lineage(folder, **changes))
+    trainer = trainer_of(folder / "measured", **changes)
+    found["before"] = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return {**found, "after": trainer.evaluate()["eval_loss"]}
+
+
 PARTS = {
     "text": lambda folder, **engine: finished(text_lineage(folder, generations=2, **engine)),
     "sgd": lambda folder, **engine: finished(text_lineage(folder, generations=0, optim="sgd", **engine)),
@@ -168,6 +191,7 @@ PARTS = {
     "killed": lambda folder, **engine: finished(
         text_lineage(folder.parent / "text", callbacks=[Kill(1, 5)], **engine)
     ),
+    "narrow": narrow,
     "measured": measured_first,
     "sharded": lambda folder, **engine: measured_first(folder, teacher_placement="sharded", **engine),
 }

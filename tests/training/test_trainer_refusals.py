@@ -205,30 +205,41 @@ def test_an_engine_or_a_network_that_is_not_known_here(tmp_path, monkeypatch):
     trainer = build(Network(1), Network(2), tmp_path)
 
     def refused(match, **changes):
-        state = SimpleNamespace(fsdp_plugin=changes.pop("plugin", None))
+        plugin, precision = changes.pop("plugin", None), changes.pop("precision", "no")
+        state = SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=plugin)
         kind = SimpleNamespace(value=changes.pop("kind", "NO"))
         parallel = changes.pop("parallel", None)
         stand_in = SimpleNamespace(
             accelerator=SimpleNamespace(
-                state=state, distributed_type=kind, num_processes=2, parallelism_config=parallel
+                state=state,
+                distributed_type=kind,
+                num_processes=2,
+                parallelism_config=parallel,
+                mixed_precision=precision,
             ),
             args=trainer.args,
         )
         with pytest.raises(ValueError, match=match):
-            check_engine(stand_in, SimpleNamespace(**changes))
+            check_engine(stand_in, changes.pop("student", SimpleNamespace(**changes)))
 
     refused("model: the student is spread over 0, 1 by a device_map", hf_device_map={"hidden": 0, "out": 1})
     refused("parallelism_config: got tp_size=2, sp_size=2, which", parallel=SimpleNamespace(tp_size=2, sp_size=2))
     refused("parallelism_config: got tp_size=2, which", _tp_size=2)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("fsdp_version: got 1, expected 2", kind="FSDP", plugin=SimpleNamespace(fsdp_version=1))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    split, whole = (SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": size}}) for size in (2, 1))
+    refused("parallelism_config: got tp_size=2, which", kind="DEEPSPEED", plugin=split)
+    norm = torch.nn.BatchNorm1d(2)
+    refused("bf16: got True with DeepSpeed", kind="DEEPSPEED", plugin=whole, precision="bf16", student=norm)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"teacher_placement": "split"}, "teacher_placement: got 'split', expected one of 'replicated', 'sharded'"),
-        ({"teacher_placement": "sharded"}, "teacher_placement: got 'sharded' without FSDP2, expected 'replicated'"),
+        ({"teacher_placement": "sharded"}, "teacher_placement: got 'sharded' without FSDP2 or DeepSpeed"),
     ],
 )
 def test_where_a_teacher_cannot_be_placed(tmp_path, changes, message):
@@ -245,7 +256,7 @@ def test_a_teacher_that_not_every_process_has_or_calls(tmp_path):
         check_teacher_loading(trainer, absent)
     partitioned = torch.nn.Linear(2, 2)
     partitioned.weight.ds_id = 0
-    with pytest.raises(ValueError, match="teacher: Linear was loaded in shards.*load it before them, or use FSDP2"):
+    with pytest.raises(ValueError, match="teacher: Linear was loaded in shards.*load it before them, or inside"):
         check_teacher_loading(trainer, [partitioned])
     trainer.args.teacher_placement, trainer.args.teacher_cache = "sharded", "memory"
     with pytest.raises(ValueError, match="teacher_placement: got 'sharded' with teacher_cache 'memory'"):
