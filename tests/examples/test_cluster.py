@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import is_deepspeed_available
 from example_scripts import EXAMPLES
 
 ROOT = EXAMPLES.parent
@@ -48,14 +49,24 @@ def launch(*words: str | Path) -> subprocess.CompletedProcess:
 
 
 def _environment(**values: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **values}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", **values}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("cpu", 2)])
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        ("one_gpu", 1),
+        ("cpu", 2),
+        pytest.param(
+            "zero3", 2, marks=pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+        ),
+    ],
+)
 def test_what_a_cpu_can_run(tmp_path, name, processes):
     config = EXAMPLES / f"accelerate/{name}.yaml"
-    done = launch("--config_file", config, "examples/run_cifar.py", *SMOKE, "--output_dir", tmp_path / "out")
+    command = ["--num_processes", str(processes), "examples/run_cifar.py", *SMOKE, "--bf16", "False"]
+    done = launch("--config_file", config, *command, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     generations = json.loads((tmp_path / "out/lineage.json").read_text())["generations"]
     assert [record["status"] for record in generations] == ["finished"] * 2

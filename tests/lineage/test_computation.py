@@ -238,7 +238,8 @@ def test_how_a_lineage_cannot_be_sharded(tmp_path, monkeypatch, plugin, changes,
 
 def test_deepspeed_goes_on_with_the_same_stage_and_number_of_processes():
     here = {name: 2 for name in COMPARED}
-    check_computation({**here, "zero_stage": None}, 1, {"computation": {**here, "processes": 1}}, SHARES)
+    whole = {**here, "zero_stage": None}
+    check_computation(whole, 1, {"computation": {**whole, "processes": 1}}, SHARES)
     for name in ("processes", "zero_stage"):
         with pytest.raises(LineageError, match=f"generation 1 would be .* \\({name}: 2 here, 3 there\\)"):
             check_computation(here, 1, {"computation": {**here, name: 3}}, SHARES)
