@@ -1,9 +1,10 @@
 """One training in many arrangements: what each of them computes, for test_exactness.py.
 
-torchrun --nproc_per_node N tests/support/exactness.py FOLDER WHICH
+torchrun --nproc_per_node N tests/support/exactness.py FOLDER WHICH ENGINE
 
-In float64 and without BatchNorm, so that rows, tokens and streams count once or the numbers differ. An arrangement is
-how many processes share a step and how many micro-batches it has; what a step is made of stays the same.
+In float64 (DeepSpeed: float32, its widest) and without BatchNorm, so that rows, tokens and streams count once or the
+numbers differ. An arrangement is how many processes share a step and how many micro-batches it has; what a step is
+made of stays the same.
 """
 
 import itertools
@@ -12,11 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import engines
 import torch
 from helpers import Network, arguments, language_model, sentences, vectors
 from processes import leave
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from born_again import BornAgainLMTrainer, BornAgainTrainer
 from born_again.data.image_dataset import EpochCallback, ImageDataset, collate_batch
@@ -25,13 +28,12 @@ from born_again.data.streams import TokenStreams, collate_windows
 from born_again.metrics import classification_metrics
 from born_again.models.language_configs import LstmLMConfig
 from born_again.models.lstm_lm import LstmLMForCausalLM
+from born_again.training.sharding import gathered
 
 BATCH = 8  # rows or streams of a step, of all processes and micro-batches
 STEPS = 3
 WINDOW = 5
 OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
-# A single process needs no argument for it. Other engines add theirs here.
-ENGINES = {"ddp": {"ddp_backend": "gloo"}}
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,15 @@ CELLS = {
         *(Cell("stream", objective, rows) for objective, rows in itertools.product(OBJECTIVES, (22, 19))),
         *(Cell("lstm", objective, accumulated=accumulated) for objective in OBJECTIVES for accumulated in (1, 2)),
     ],
+    "sharded": [
+        Cell(task, objective, *shares)
+        for task, objective, shares in itertools.product(("images", "tokens"), OBJECTIVES, ((24, 2), (19, 1)))
+    ],
 }
 
 
 class ImageNetwork(nn.Module):
-    """A convolution and a classifier of images, in float64."""
+    """A convolution and a classifier of images, in float64 as it is made."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -86,7 +92,7 @@ class ImageNetwork(nn.Module):
         self.double()
 
     def forward(self, pixel_values):
-        hidden = self.norm(self.convolution(pixel_values.double())).relu()
+        hidden = self.norm(self.convolution(pixel_values.to(self.convolution.weight.dtype))).relu()
         return {"logits": self.classifier(hidden.mean((2, 3)))}
 
 
@@ -122,7 +128,7 @@ def trainer_of(cell: Cell, folder: Path, **engine) -> BornAgainTrainer:
     """The trainer of a cell on this process."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     size = BATCH // cell.accumulated // processes
-    taught = cell.objective != "label"
+    taught, dtype = cell.objective != "label", torch.float32 if "deepspeed" in engine else torch.float64
     settings = {
         "objective": cell.objective if taught else "ban",
         "loss_normalization": "step",
@@ -150,11 +156,11 @@ def trainer_of(cell: Cell, folder: Path, **engine) -> BornAgainTrainer:
         build, data, kind = language_model, sentences("next", cell.rows), BornAgainLMTrainer
     train = Stream(data) if cell.task == "stream" else data
     trainer = kind(
-        build(1),
+        build(1).to(dtype),
         arguments(folder, **settings),
         train_dataset=train,
         eval_dataset=data,
-        teacher=build(2) if taught else None,
+        teacher=build(2).to(dtype) if taught else None,
         **options,
     )
     trainer.in_lineage = True  # which has the teacher measured whatever the objective
@@ -163,8 +169,26 @@ def trainer_of(cell: Cell, folder: Path, **engine) -> BornAgainTrainer:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A parameter or gradient, flat and in one piece, also where an engine keeps it in several."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).flatten().clone()
+    return gathered(tensor, keep=True).detach().flatten().double()
+
+
+class BeforeStep(TrainerCallback):
+    """Calls a function before every step of DeepSpeed's, which is part of its backward pass."""
+
+    def __init__(self, trainer, keep):
+        self.trainer, self.keep = trainer, keep
+
+    def on_train_begin(self, *args, **kwargs):
+        from deepspeed.utils import safe_get_full_grad
+
+        engine = self.trainer.model_wrapped
+        step = engine.step
+
+        def step_afterwards(*args, **kwargs):
+            self.keep(gradient_of=safe_get_full_grad)
+            step(*args, **kwargs)
+
+        engine.step = step_afterwards
 
 
 def computed(cell: Cell, folder: Path, **engine) -> dict[str, torch.Tensor]:
@@ -172,10 +196,13 @@ def computed(cell: Cell, folder: Path, **engine) -> dict[str, torch.Tensor]:
     trainer = trainer_of(cell, folder, **engine)
     gradients: list[torch.Tensor] = []
 
-    def keep(optimizer, *_):
-        gradients.append(torch.cat([whole(p.grad) for group in optimizer.param_groups for p in group["params"]]))
+    def keep(*_, gradient_of=lambda parameter: parameter.grad):
+        gradients.append(torch.cat([whole(gradient_of(parameter)) for parameter in trainer.model.parameters()]))
 
-    trainer.create_optimizer().register_step_pre_hook(keep)
+    if "deepspeed" in engine:
+        trainer.add_callback(BeforeStep(trainer, keep))
+    else:
+        trainer.create_optimizer().register_step_pre_hook(keep)
     trainer.train()
     metrics = trainer.evaluate()
     named = ("loss", "accuracy", "nll", "perplexity", "tokens")
@@ -239,7 +266,7 @@ def grouped(folder: Path, **engine) -> torch.Tensor:
 
 def main(folder: Path, which: str, engine: str = "ddp") -> None:
     torch.set_num_threads(1)
-    options = ENGINES[engine]
+    options = {"ddp_backend": "gloo"} if engine == "ddp" else engines.prepare(engine)
     results = {str(cell): computed(cell, folder / str(place), **options) for place, cell in enumerate(CELLS[which])}
     if which == "few":
         results |= {"drawn": drawn(folder, **options), "grouped": grouped(folder / "grouped", **options)}

@@ -5,16 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
 from exactness import CELLS, computed
 from processes import found_by
 
+NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 SCRIPT = Path(__file__).parents[1] / "support" / "exactness.py"
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     """What two processes computed of one set of cells, all in one start."""
-    return functools.cache(lambda which: found_by(SCRIPT, tmp_path_factory.mktemp(which), which, processes=2))
+
+    def found(which, engine="ddp"):
+        return found_by(SCRIPT, tmp_path_factory.mktemp(which), which, engine, processes=2)
+
+    return functools.cache(found)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +34,12 @@ def on_one(tmp_path_factory):
     return functools.cache(reference)
 
 
-def check(expected, seen):
+def check(expected, seen, rounding=1e-12):
     for name in ("gradients", "weights", "evaluated", "teacher"):
         scale = float(expected[name].abs().max()) if expected[name].numel() else 1.0
-        torch.testing.assert_close(seen[name], expected[name], rtol=1e-12, atol=1e-12 * scale, msg=f"{name} differ")
+        torch.testing.assert_close(
+            seen[name], expected[name], rtol=rounding, atol=rounding * scale, msg=f"{name} differ"
+        )
     torch.testing.assert_close(seen["logged"], expected["logged"], rtol=1e-4, atol=1e-4)  # in 4 digits
 
 
@@ -55,6 +63,21 @@ def test_the_matrix_on_two_processes(on_one, on_two, cell):
 @pytest.mark.parametrize("cell", [cell for cell in CELLS["all"] if cell.reference != cell], ids=str)
 def test_the_matrix_of_accumulated_micro_batches(on_one, cell):
     check(on_one(cell.reference), on_one(cell))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS["sharded"], ids=str)
+@pytest.mark.parametrize(
+    ("engine", "rounding"),
+    [
+        ("fsdp2", 1e-12),
+        pytest.param("zero2", 3e-6, marks=NEEDS_DEEPSPEED),
+        pytest.param("zero3", 3e-6, marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_the_matrix_of_students_in_shards(on_one, on_two, engine, rounding, cell):
+    for rank in on_two("sharded", engine):
+        check(on_one(cell.reference), rank[str(cell)], rounding)
 
 
 def test_every_process_draws_its_own_dropout_masks_and_again_after_a_resume(on_two):
