@@ -51,7 +51,7 @@ from born_again.hub.launch import (
 )
 from born_again.hub.model_card import ensemble_card, image_classifier_card
 from born_again.lineage.arguments import parse_arguments, parse_mapping
-from born_again.lineage.curve import evaluate_for_curve, evaluates_for_curve, plan_curve
+from born_again.lineage.curve import evenly_spaced, take_curve
 from born_again.lineage.evaluation import evaluate_classifier
 from born_again.lineage.machine import has_fast_bf16, set_threads
 from born_again.lineage.reevaluation import evaluation_images
@@ -279,23 +279,15 @@ def curve_split(
 ) -> tuple[ImageSplit, str]:
     """The images that are evaluated during a training, and what the first lines of a run say of them."""
     name, whole = ("test", data.test) if data.validation is None else ("validation", data.validation)
-    if lineage.curve_samples is not None and lineage.curve_samples < 0:
-        raise ValueError(
-            f"curve_samples: got {lineage.curve_samples}, expected 0 (no evaluations for a curve) or more images."
-        )
-    if not evaluates_for_curve(lineage.given, training):
-        return whole, ""
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    items = training.num_train_epochs * len(data.train) if training.max_steps < 0 else training.max_steps * batch
-    rows, evaluations = plan_curve(int(items), len(whole), lineage.curve_samples)
-    if not rows:
-        return whole, ""
-    evaluate_for_curve(training, evaluations)
-    part = whole if rows == len(whole) else whole.evenly_spaced(rows)
-    return part, (
-        f"Curves: the same {rows:,} images of the {name} split are evaluated {evaluations} times a training, which "
-        "selects nothing (--curve_samples 0 turns this off)"
+    rows, said = take_curve(
+        training,
+        lineage.given,
+        lineage.curve_samples,
+        train_rows=len(data.train),
+        rows=len(whole),
+        what=f"images of the {name} split",
     )
+    return whole.select(evenly_spaced(rows, len(whole))) if rows else whole, said
 
 
 def build_runner(

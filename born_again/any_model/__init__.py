@@ -228,6 +228,7 @@ class Lineage:
         self.output_dir = Path(str(self.args.output_dir))
         self.model_init, self._takes_generation = model_init, _takes_an_argument(model_init)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.curve_dataset: Any = None  # evaluated during a training in place of eval_dataset
         self.processing_class, self.compute_metrics = processing_class, compute_metrics
         self.data_collator = data_collator or _default_collator(processing_class)
         self._objective, self._callbacks = objective, tuple(callbacks)
@@ -495,7 +496,7 @@ class Lineage:
             generation_arguments(self.args, generation),
             data_collator=self.data_collator,
             train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
+            eval_dataset=self.eval_dataset if self.curve_dataset is None else self.curve_dataset,
             processing_class=self.processing_class,
             compute_metrics=cast(Any, self.compute_metrics),
             callbacks=[

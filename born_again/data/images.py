@@ -63,9 +63,9 @@ class ImageSplit:
         """The split on another device, where batches are then made."""
         return ImageSplit(self.pixels.to(device), self.labels.to(device))
 
-    def evenly_spaced(self, rows: int) -> ImageSplit:
-        """The split of so many of its rows, the same ones at every call."""
-        chosen = torch.arange(rows, device=self.labels.device) * len(self) // rows
+    def select(self, rows: Sequence[int]) -> ImageSplit:
+        """The split of some of its rows."""
+        chosen = torch.as_tensor(rows, device=self.labels.device)
         return ImageSplit(self.pixels[chosen], self.labels[chosen])
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +186,11 @@ class TransformedImages(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draws anew."""
         self.epoch = epoch
+
+    def select(self, indices: Sequence[int]) -> TransformedImages:
+        """Some of its rows."""
+        chosen = self.rows.select(indices), self.column, self.labels[np.asarray(indices)]
+        return TransformedImages(*chosen, self.transform, self.convert)
 
     def __len__(self) -> int:
         return len(self.rows)

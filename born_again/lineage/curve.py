@@ -32,13 +32,45 @@ def plan_curve(items: int, rows: int, asked: int | None = None) -> tuple[int, in
     return count, min(MOST, max(FEWEST, forwards // count))
 
 
-def evaluates_for_curve(given: Collection[str], args: TrainingArguments) -> bool:
-    """Whether a curve may choose when a training is evaluated: no flag does, and nothing hangs on evaluations."""
-    chosen = {"eval_strategy", "eval_steps", "eval_on_start", "do_eval"} & set(given)
+def take_curve(
+    args: TrainingArguments, given: Collection[str], asked: int | None, *, train_rows: int, rows: int, what: str
+) -> tuple[int, str]:
+    """Has every training with these arguments evaluate a part of a split a few times, unless a flag says when.
+
+    Nothing hangs on these evaluations, so they change no weight; where something does, there are none.
+
+    Args:
+        args: their eval_strategy and eval_steps are set.
+        given: names of the flags that the user set.
+        asked: see `plan_curve`.
+        train_rows: of the training split.
+        rows: of the split that is evaluated.
+        what: it is, for the sentence, such as "images of the test split".
+
+    Returns:
+        Number of rows that are evaluated, and a sentence for the first lines of a run; 0 and "" where nothing is set.
+
+    Raises:
+        ValueError: rows asked for below 0.
+    """
+    if asked is not None and asked < 0:
+        raise ValueError(f"curve_samples: got {asked}, expected 0 (no evaluations for a curve) or more rows.")
     decides = args.load_best_model_at_end or args.lr_scheduler_type == "reduce_lr_on_plateau"
-    return not chosen and not decides and args.eval_strategy == IntervalStrategy.NO
-
-
-def evaluate_for_curve(args: TrainingArguments, evaluations: int) -> None:
-    """Has every training with these arguments evaluate so many times, the last time after its last step."""
+    chosen = {"eval_strategy", "eval_steps", "eval_on_start", "do_eval"} & set(given)
+    if chosen or decides or args.eval_strategy != IntervalStrategy.NO:
+        return 0, ""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    items = args.num_train_epochs * train_rows if args.max_steps < 0 else args.max_steps * batch
+    count, evaluations = plan_curve(int(items), rows, asked)
+    if not count:
+        return 0, ""
     args.eval_strategy, args.eval_steps, args.do_eval = IntervalStrategy.STEPS, 1 / evaluations, True
+    return count, (
+        f"Curves: the same {count:,} {what} are evaluated {evaluations} times a training, which selects nothing "
+        "(--curve_samples 0 turns this off)"
+    )
+
+
+def evenly_spaced(count: int, rows: int) -> list[int]:
+    """So many of the numbers below `rows`, the same at every call."""
+    return [index * rows // count for index in range(count)]

@@ -91,10 +91,12 @@ def start(name, *words):
 
 def test_a_network_of_timm_on_a_folder_of_images(photos, tmp_path, capsys):
     words = ["--model_name_or_path", "test_resnet", "--image_size", "32", "--dataset_name", photos]
-    assert start("run_image_classification", *words, "--no_flip") == 0
+    assert start("run_image_classification", *words, "--no_flip", "--curve_samples", "4") == 0
     folder = tmp_path / "outputs" / "test_resnet-photos"
     manifest = Manifest.read(folder)
     shown = capsys.readouterr().out
+    assert "Curves: the same 4 rows of the validation split are evaluated 5 times a training, " in shown
+    assert shown.count("eval_loss") == 4  # after each of two steps, of each generation
     assert "test_resnet from scratch on" in shown and "12 + 6 rows of train, validation, 2 classes" in shown
     assert len(table(shown)) == 4 and (folder / "gen1" / "README.md").is_file()
     assert manifest.content["data"]["test_split"] == "validation"  # which the data calls so

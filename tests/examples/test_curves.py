@@ -73,6 +73,6 @@ def test_which_images_a_curve_is_of(tmp_path, words, split, rows):
     assert f"of the {split} split" in said if split else (said == "" and training.eval_strategy == before)
 
 
-def test_a_curve_of_fewer_than_no_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="curve_samples: got -1, expected 0 .* or more images"):
+def test_a_curve_of_fewer_than_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="curve_samples: got -1, expected 0 .* or more rows"):
         load_example("run_cifar").start([*SHORT, "--curve_samples", "-1", "--output_dir", str(tmp_path)])
