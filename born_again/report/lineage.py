@@ -295,17 +295,17 @@ def _set_score(network: Network, split: str, score: Score | None, items: int | N
     raw = None if score is None else values.get(score.name)
     if score is None or raw is None:
         return
-    network.score, parent = score.factor * raw, network.parent
-    own = network.predictions
+    value, parent, own = score.factor * raw, network.parent, network.predictions
+    network.score = value
     if score.name == "accuracy":
         network.error = None if items is None else 100 * math.sqrt(max(raw * (1 - raw), 0) / items)
     elif own is not None and "tokens" in own:
-        network.error = _scaled(block_error(own), score, network.score)
+        network.error = _scaled(block_error(own), score, value)
     elif own is not None and score.name == "nll" and len(own["nll"]) > 1:
         network.error = float(own["nll"].std(ddof=1)) / math.sqrt(len(own["nll"]))
     if parent is None or parent.score is None:
         return
-    network.gain = (network.score - parent.score) * (1 if score.is_higher_better else -1)
+    network.gain = (value - parent.score) * (1 if score.is_higher_better else -1)
     network.gain_error = _paired_error(network, parent, score)
     if network.gain_error is None and network.error is not None and parent.error is not None:
         network.gain_error = math.hypot(network.error, parent.error)

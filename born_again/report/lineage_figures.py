@@ -143,7 +143,7 @@ def _draw_tree(facts: LineageFacts, figure: Figure, left: float, right: float, b
     for axes in (tree, forest):
         axes.set_ylim(rows - 0.5, -0.5)  # the first row on top
     _draw_family(facts, tree, tree_width)
-    _draw_scores(facts, forest)
+    _draw_scores(facts, forest, is_wide)
     if is_wide:
         numbers = _place(figure, right - numbers_width, bottom + below, rest, height - top + above)
         numbers.set_ylim(rows - 0.5, -0.5)
@@ -167,7 +167,7 @@ def _draw_family(facts: LineageFacts, axes: Axes, width: float) -> None:
         color = COLORS[1] if own.index is None else COLORS[0]
         if own.index is not None:
             if own.parent is not None:
-                begin = row_of[own.parent.index]
+                begin = row_of[own.parent.index or 0]
                 arrow = {"arrowstyle": "-|>", "color": COLORS[0], "linewidth": 1.6, "shrinkA": 5, "shrinkB": 5}
                 axes.annotate("", (trunk, row), (trunk, begin), arrowprops=arrow, zorder=2)
             axes.plot([trunk], [row], "o", color=color, markersize=8, zorder=3, fillstyle=_fill(own))
@@ -192,7 +192,7 @@ def _labels(facts: LineageFacts, network: Network) -> tuple[str, str]:
     return f"{network.name}{role}", f"{objective[:14]}{seed}"
 
 
-def _draw_scores(facts: LineageFacts, axes: Axes) -> None:
+def _draw_scores(facts: LineageFacts, axes: Axes, is_wide: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     score, first = facts.score, facts.networks[0]
@@ -224,8 +224,7 @@ def _draw_scores(facts: LineageFacts, axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, min_n_ticks=2))
     title = f"{facts.split} {score.title}{', ' + score.unit if score.unit else ''}"
     if any(own.error is not None for own in facts.networks):
-        width, _ = axes.figure.get_size_inches()
-        between = "; " if width > NARROW else "\n"
+        between = "; " if is_wide else "\n"
         title += f"{between}bars: ± 1 and ± 2 standard errors (s.e.)"
     axes.set_xlabel(title, fontsize=8.5)
 
@@ -319,7 +318,7 @@ def _draw_curves(series: Sequence[Any], axes: Axes, figure: Figure, legend_top: 
     any_evaluation = any(is_evaluation for _, is_evaluation, _, _ in series)
     for own, is_evaluation, x, y in series:
         faint = any_evaluation and not is_evaluation
-        shown = {"alpha": 0.6, "linewidth": 0.9} if faint else {}
+        shown: dict[str, Any] = {"alpha": 0.6, "linewidth": 0.9} if faint else {}
         marker = "o" if len(x) < 25 and (is_evaluation or len(x) == 1) else ""
         axes.plot(x, y, **looks[own.name], **shown, marker=marker)
     values = [value for _, _, _, y in series for value in y]
@@ -551,7 +550,7 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
     trained = [own for own in known if own.index is not None]
     panels = [*trained[:1], *trained[1:][-1:], *[own for own in known if own.index is None][-1:]]
     lower = 2.75 if series or panels else 0.0
-    title = 0.42
+    title = 0.3
     height = tree_height + lower + title
     figure = _figure(WIDE, height)
     heading = f"{facts.content['name']}: {facts.content['spec']['model']} on {facts.content['spec']['dataset']}"
@@ -568,7 +567,7 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
         bottom = 0.45 + (1.7 - side) / 2
         axes = _place(figure, begin, bottom, WIDE - begin - side, height - bottom - side)
         _draw_reliability(own, axes)
-        axes.set_title(f"{own.name[:14]}\nECE {100 * ece(own):.2f}", fontsize=8, loc="left", color=INK)
+        axes.set_title(f"{own.name[:18]}\nECE {100 * ece(own):.2f}", fontsize=8, loc="left", color=INK)
         axes.tick_params(labelleft=not place, labelsize=8)
         axes.set_xlabel("confidence", fontsize=8)
         if not place:

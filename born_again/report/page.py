@@ -109,7 +109,11 @@ def render_report(facts: LineageFacts, thumbnails: Mapping[str, Mapping[int, np.
             spec=spec,
             figures=drawn,
             rows=[_row(facts, own) for own in facts.networks],
-            worse=[" ".join(worse_than_teacher(content, own.index)) for own in facts.generations if own.is_finished],
+            worse=[
+                " ".join(worse_than_teacher(content, index))
+                for index, own in enumerate(facts.generations)
+                if own.is_finished
+            ],
             clear=[own for own in facts.networks if own.index is not None and _is_clear(own)],
             students=[own for own in facts.generations if own.gain is not None],
             changes=[(student, teacher, _changes(student, teacher)) for student, teacher in pairs],

@@ -51,12 +51,14 @@ from born_again.data.text import load_text  # noqa: E402
 from born_again.hub.files import generation_card  # noqa: E402
 from born_again.hub.model_card import ensemble_card  # noqa: E402
 from born_again.lineage.arguments import parse_arguments  # noqa: E402
-from born_again.lineage.folders import CURVE_NAME  # noqa: E402
+from born_again.lineage.folders import CURVE_NAME, REPORT_NAME, REPORT_PICTURE_NAME  # noqa: E402
+from born_again.lineage.history import HISTORY_NAME  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 run_cifar, run_ptb = (importlib.import_module(name) for name in ("run_cifar", "run_ptb"))
 
 # What may differ in a record of lineage.json.
+REPORT_NAMES = (REPORT_NAME, REPORT_PICTURE_NAME)  # which show the curves and the times
 TIMES = ("seconds", "peak_memory_mib")
 MODES = ("event", "place", "place", "time")
 TORN = 0.5  # of the kills are followed by a cut file
@@ -277,7 +279,7 @@ def file_differences(name: str, expected: Path, found: Path) -> list[str]:
     if name.endswith("README.md"):
         # Times are in it, so that it is held against its own lineage.json, which is held against the other one.
         return [] if found.read_text() == card_of(found) else [f"{name}: is not what lineage.json gives"]
-    if name.endswith(CURVE_NAME):
+    if name.endswith((CURVE_NAME, HISTORY_NAME, *REPORT_NAMES)):
         return []  # the loss is logged as a mean since the start of the process
     return [] if expected.read_bytes() == found.read_bytes() else [f"{name}: other bytes"]
 
