@@ -279,7 +279,7 @@ def draw_curves(facts: LineageFacts) -> Figure | None:
     legend = 0.1 + 0.2 * math.ceil(names / 5)
     height = 2.9 + legend
     figure = _figure(NARROW, height)
-    _draw_curves(series, _place(figure, 0.6, 0.45, 0.12, legend + 0.1), figure, 1 - 0.05 / height)
+    _draw_curves(series, _unit(facts), _place(figure, 0.6, 0.45, 0.12, legend + 0.1), figure, 1 - 0.05 / height)
     return figure
 
 
@@ -309,7 +309,7 @@ def _has(entry: dict[str, Any], *names: str) -> bool:
     return all(entry.get(name) is not None for name in names)
 
 
-def _draw_curves(series: Sequence[Any], axes: Axes, figure: Figure, legend_top: float) -> None:
+def _draw_curves(series: Sequence[Any], unit: str, axes: Axes, figure: Figure, legend_top: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -324,12 +324,12 @@ def _draw_curves(series: Sequence[Any], axes: Axes, figure: Figure, legend_top: 
     values = [value for _, _, _, y in series for value in y]
     if min(values) > 0 and max(values) / min(values) >= 4:
         axes.set_yscale("log")
-        wide = max(values) / min(values) > 1e3
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 3, 5)))
+        ratio = max(values) / min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if ratio > 1e3 else (1, 3) if ratio > 20 else (1, 2, 3, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("loss, nats per item")
-    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss, nats per item" if any_evaluation else "training loss, nats per item")
+    axes.set_xlabel(unit)
     handles = [Line2D([], [], **looks[own.name]) for own in networks]
     labels = [own.name for own in networks]
     if any_evaluation:
@@ -559,7 +559,11 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
     if series:
         right_edge = WIDE - 4.1 if panels else 0.15
         _draw_curves(
-            series, _place(figure, 0.6, 0.45, right_edge, height - lower + 0.55), figure, (lower - 0.1) / height
+            series,
+            _unit(facts),
+            _place(figure, 0.6, 0.45, right_edge, height - lower + 0.55),
+            figure,
+            (lower - 0.1) / height,
         )
     side = 1.15 if series and len(panels) > 2 else 1.7
     for place, own in enumerate(panels):

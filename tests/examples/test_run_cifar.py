@@ -51,7 +51,10 @@ def lineage(tmp_path_factory):
 
 def test_one_command_trains_teacher_and_students_and_prints_the_table(lineage):
     folder, done = lineage
-    assert sorted(path.name for path in folder.iterdir()) == ["ensemble", "gen0", "gen1", "gen2", "lineage.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("ensemble", "gen0", "gen1", "gen2", "lineage.json"),
+        *("report.html", "report.png", "report_images.safetensors"),
+    ]
     content = json.loads((folder / "lineage.json").read_text())
     assert [record["status"] for record in content["generations"]] == ["finished"] * 3
     for record in content["generations"]:

@@ -95,7 +95,9 @@ def table(printed):
 
 def test_one_command_trains_teacher_and_student_and_prints_the_table_and_the_floor(lineage):
     folder, done = lineage
-    assert sorted(path.name for path in folder.iterdir()) == ["gen0", "gen1", "lineage.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("gen0", "gen1", "lineage.json", "report.html", "report.png")
+    ]
     teacher, student = records(folder)
     assert (teacher["objective"], student["objective"], student["parent"]) == ("label", "ban+l", 0)
     for index, record in enumerate((teacher, student)):
