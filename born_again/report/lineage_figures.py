@@ -114,6 +114,11 @@ def _some(networks: Sequence[Network], most: int) -> list[Network]:
     return list(networks) if len(networks) <= most else [networks[0], *networks[1 - most :]]
 
 
+def _by_rows(entries: Sequence[Any], columns: int) -> list[Any]:
+    """In the order in which a legend of so many columns, which it fills one by one, reads row by row."""
+    return [entry for column in range(columns) for entry in entries[column::columns]]
+
+
 # ---- The family tree ----
 
 
@@ -336,14 +341,15 @@ def _draw_curves(series: Sequence[Any], unit: str, axes: Axes, figure: Figure, l
         handles += [Line2D([], [], color=INK, linewidth=1.6), Line2D([], [], color=INK, linewidth=0.9, alpha=0.6)]
         labels += ["evaluation", "training"]
     box = axes.get_position()
+    columns = min(len(labels), 5)
     figure.legend(
-        handles,
-        labels,
+        _by_rows(handles, columns),
+        _by_rows(labels, columns),
         loc="upper left",
         bbox_to_anchor=(box.x0 - 0.02, legend_top),
         fontsize=8,
         borderaxespad=0,
-        ncols=min(len(labels), 5),
+        ncols=columns,
         columnspacing=1.0,
         handlelength=1.6,
         handletextpad=0.5,
@@ -460,7 +466,18 @@ def draw_confidence(facts: LineageFacts) -> Figure | None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("confidence (probability of the prediction)")
     axes.set_ylabel("share, % (logarithmic)")
-    figure.legend(loc="upper left", ncols=3, fontsize=8, borderaxespad=0.3, columnspacing=1.0, handlelength=1.6)
+    columns = min(len(shown), 3)
+    handles, labels = (_by_rows(own, columns) for own in axes.get_legend_handles_labels())
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        ncols=columns,
+        fontsize=8,
+        borderaxespad=0.3,
+        columnspacing=1.0,
+        handlelength=1.6,
+    )
     return figure
 
 
@@ -549,6 +566,7 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
     known = _with_items(facts)
     trained = [own for own in known if own.index is not None]
     panels = [*trained[:1], *trained[1:][-1:], *[own for own in known if own.index is None][-1:]]
+    panels = panels if series else _some(known, 4)
     lower = 2.75 if series or panels else 0.0
     title = 0.3
     height = tree_height + lower + title
@@ -567,7 +585,8 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
         )
     side = 1.15 if series and len(panels) > 2 else 1.7
     for place, own in enumerate(panels):
-        begin = (WIDE - 3.75 if series else 0.6) + place * (side + 0.17)
+        left_over = len(panels) - place  # panels from here to the right edge
+        begin = WIDE - 0.15 - left_over * (side + 0.17) if series else 0.6 + place * (side + 0.3)
         bottom = 0.45 + (1.7 - side) / 2
         axes = _place(figure, begin, bottom, WIDE - begin - side, height - bottom - side)
         _draw_reliability(own, axes)
