@@ -17,6 +17,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
+    EarlyStoppingCallback,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -388,3 +389,45 @@ def test_another_architecture_or_argument_in_the_folder_is_refused(tmp_path):
         )
     with pytest.raises(LineageError, match="training.learning_rate"):
         lineage(tmp_path, changes={"learning_rate": 0.1})
+
+
+@pytest.mark.parametrize("names", [("validation",), ("test", "validation"), ("test", "dev", "other")])
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_the_best_weights_are_chosen_on_the_split_that_is_no_test(tmp_path, names, metric):
+    """eval_loss, accuracy and early stopping read one split, as where Trainer is given it alone."""
+    chosen = {"validation": rows().select(range(10)), "dev": rows().select(range(10))}
+    data = {name: chosen.get(name, rows().select(range(10, 22))) for name in names}
+    changes = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "learning_rate": 0.5,
+    }
+    own = lineage(tmp_path, eval_dataset=data, generations=1, changes=changes, callbacks=[EarlyStoppingCallback(3)])
+    trainers = []
+    build, own.runner.build_trainer = (
+        own.runner.build_trainer,
+        lambda *given: trainers.append(build(*given)) or trainers[-1],
+    )
+    manifest = own.run()
+    split = "test" if names == ("validation",) else names[1]
+    for trainer, record in zip(trainers, manifest.generations, strict=True):
+        assert len(trainer.eval_dataset) == 10
+        logged = [entry[f"eval_{metric or 'loss'}"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(logged) == 2
+        found = record["metrics"][split]["accuracy" if metric else "nll"]
+        assert found == pytest.approx((max if metric else min)(logged), rel=1e-5)
+
+
+def test_what_is_chosen_by_a_test_split_is_said_and_a_metric_that_nobody_computes_refused(tmp_path, caplog):
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    data = {"validation": rows(), "test": rows()}
+    lineage(tmp_path / "a", eval_dataset=data, changes=changes)
+    assert "weights are chosen on" not in caplog.text
+    lineage(tmp_path / "b", changes=changes)
+    assert "weights are chosen on the split 'test', whose metrics are reported too" in caplog.text
+    with pytest.raises(ValueError, match="metric_for_best_model: got 'f1' without compute_metrics"):
+        lineage(tmp_path / "c", eval_dataset=data, changes={**changes, "metric_for_best_model": "f1"})
+    named = lineage(tmp_path / "d", eval_dataset=data, changes={**changes, "metric_for_best_model": "validation_loss"})
+    assert named._chosen_on == (None, data)  # as Trainer names them

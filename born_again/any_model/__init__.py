@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedTokenizerBase,
     SequenceFeatureExtractor,
     TimmWrapperForImageClassification,
@@ -24,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from born_again.any_model.datasets import chosen_on, label_feature, source_of, splits
 from born_again.any_model.networks import (
     architecture_of,
     check_served,
@@ -53,7 +56,8 @@ from born_again.lineage.manifest import Manifest
 from born_again.lineage.runner import Generation, LineageRunner
 from born_again.lineage.spec import LineageSpec, plain_name
 from born_again.lineage.status import results_table
-from born_again.lineage.task_evaluation import TaskEvaluation, loader
+from born_again.lineage.task_evaluation import LANGUAGE_TASKS, TaskEvaluation, loader
+from born_again.metrics import classification_metrics
 from born_again.models.image_classifier import wrap_timm_network
 from born_again.report.figures import draw_curve
 from born_again.teacher.inputs import unwrapped
@@ -70,7 +74,6 @@ logger = logging.getLogger(__name__)
 
 _UNITS = {"image-classification": "images", "text-classification": "texts"}  # of others tokens
 _MOST_LABELS = 100  # of which names are recorded
-_HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)@")
 
 
 class Lineage:
@@ -106,10 +109,13 @@ class Lineage:
             draws for a row can hang on them and not on how often it was asked
             (`born_again.data.labelled.TransformedImages`).
         eval_dataset: as Trainer takes it; one is recorded as the split "test", a dict by its names. Where a dict has
-            no "test", its first is recorded as it, and the cards name it.
+            no "test", its first is recorded as it, and the cards name it. Trainers evaluate one split of a dict while
+            they train, so that eval_loss is of it: "validation", else the first that is not "test"; the whole dict
+            where metric_for_best_model names a split, as in "validation_loss".
         processing_class: tokenizer or image processor, saved with each generation.
         data_collator: as Trainer's.
-        compute_metrics: as Trainer's; in training too, where an eval_strategy says so.
+        compute_metrics: as Trainer's; in training too, where an eval_strategy says so. The metric_for_best_model
+            "accuracy" of classifiers needs none.
         output_dir: the lineage's folder; args.output_dir when None.
         name: of the lineage, which its repositories are named after; MODEL-DATASET when None.
         dataset: name of the data for the cards, best its Hub id; found in the dataset's info when None.
@@ -252,10 +258,11 @@ class Lineage:
         with seeded(self.args.seed):
             probe = self._probe(task, pretrained, teacher)
             self._trainer_class = trainer_class or self._usual_trainer()
-            splits, test_split = _splits(eval_dataset)
-            self.evaluation = self._evaluation(probe, splits)
-            rows = self._check_batches(probe, splits)
-        data = self._describe_data(probe, splits, test_split, rows, data_fingerprint)
+            parts, test_split = splits(eval_dataset)
+            self.evaluation = self._evaluation(probe, parts)
+            rows = self._check_batches(probe, parts)
+        self._trainers_metrics = self._check_selection(test_split)
+        data = self._describe_data(probe, parts, test_split, rows, data_fingerprint)
         source = dataset or data["source"]
         own_name = plain_name(f"{_short(self.starting_point or self._model)}-{_short(source)}")
         flags.name = name or with_control(own_name, control)
@@ -373,7 +380,7 @@ class Lineage:
                 "huggingface_hub.PyTorchModelHubMixin beside nn.Module, which needs no other change; networks of timm "
                 "and transformers come as they are."
             )
-        names = getattr(_label_feature(self.train_dataset), "names", None)
+        names = getattr(label_feature(self.train_dataset), "names", None)
         return wrap_timm_network(network, names if names and len(names) == cast(Any, network).num_classes else None)
 
     def _starting_point(
@@ -389,7 +396,7 @@ class Lineage:
             return None
         config = getattr(inner, "config", None)
         source = getattr(inner, "name_or_path", None) or getattr(config, "_name_or_path", None)
-        is_classifier = self.task not in ("text-generation", "fill-mask")
+        is_classifier = self.task not in LANGUAGE_TASKS
         if len(same) == len(first) and pretrained is None and (is_classifier or is_generation(source)):
             what = f"{source!r}, a generation of a lineage" if is_generation(source) else "its classifier too"
             raise ValueError(
@@ -442,6 +449,32 @@ class Lineage:
                 rows[split] = len(dataset)
         return rows
 
+    def _check_selection(self, test_split: str) -> Callable[..., Mapping[str, Any]] | None:
+        """Checks what weights or learning rates are chosen by; returns the trainers' compute_metrics."""
+        args = self.args
+        name, _ = self._chosen_on = chosen_on(self.eval_dataset, args.metric_for_best_model)
+        chooses = args.load_best_model_at_end or args.lr_scheduler_type == "reduce_lr_on_plateau"
+        stops = any(isinstance(own, EarlyStoppingCallback) for own in self._callbacks)
+        if not (chooses or stops):
+            return self.compute_metrics
+        if name == test_split:
+            logger.warning(
+                "eval_dataset: %s on the split %r, whose metrics are reported too, so they are better than those of "
+                "unseen data; give eval_dataset={'validation': ..., 'test': ...}.",
+                "trainings stop" if stops and not chooses else "weights are chosen",
+                name,
+            )
+        metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        if self.compute_metrics is not None or metric in ("loss", "nll", "perplexity") or name is None:
+            return self.compute_metrics
+        if self.task in LANGUAGE_TASKS or metric != "accuracy":
+            raise ValueError(
+                f"metric_for_best_model: got {args.metric_for_best_model!r} without compute_metrics, expected 'loss'"
+                + ("" if self.task in LANGUAGE_TASKS else " or 'accuracy'")
+                + "; give compute_metrics, which computes it."
+            )
+        return _accuracy()
+
     def _describe_data(
         self,
         network: nn.Module,
@@ -464,7 +497,7 @@ class Lineage:
             fingerprint = "\n".join(f"{split} {digest}" for split, digest in sorted(hashed.items()))
         digest = hashlib.sha256(fingerprint.encode()).hexdigest()
         data = {
-            "source": _source_of(self.train_dataset),
+            "source": source_of(self.train_dataset),
             "sha256": digest,
             "rows": dict(rows),
             "unit": _UNITS.get(self.task or "", "tokens"),
@@ -472,7 +505,7 @@ class Lineage:
         if test_split != "test":
             data["test_split"] = test_split
         labels = getattr(getattr(unwrapped(network), "config", None), "id2label", None)
-        if self.task not in ("text-generation", "fill-mask") and labels:
+        if self.task not in LANGUAGE_TASKS and labels:
             data["classes"] = len(labels)
             if len(labels) <= _MOST_LABELS:
                 data["label_names"] = [str(labels[index]) for index in sorted(labels)]
@@ -496,9 +529,9 @@ class Lineage:
             generation_arguments(self.args, generation),
             data_collator=self.data_collator,
             train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset if self.curve_dataset is None else self.curve_dataset,
+            eval_dataset=self._chosen_on[1] if self.curve_dataset is None else self.curve_dataset,
             processing_class=self.processing_class,
-            compute_metrics=cast(Any, self.compute_metrics),
+            compute_metrics=cast(Any, self._trainers_metrics),
             callbacks=[
                 EpochCallback(),
                 *(own() if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks),
@@ -544,34 +577,19 @@ def _default_collator(processing_class: Any) -> Callable[..., Any]:
     return default_data_collator
 
 
-def _splits(eval_dataset: Any) -> tuple[dict[str, Any], str]:
-    """The datasets by the split that they are recorded as, and the name that the data has for "test"."""
-    if not isinstance(eval_dataset, Mapping):
-        own = getattr(eval_dataset, "split", None)
-        return {"test": eval_dataset}, str(own) if own is not None and re.fullmatch(r"\w+", str(own)) else "test"
-    splits = {str(name): dataset for name, dataset in eval_dataset.items()}
-    if "train" in splits:
-        raise ValueError(
-            "eval_dataset: got a split 'train', which is the training data's, expected other names; rename it."
-        )
-    if "test" in splits:
-        return splits, "test"
-    first = next(iter(splits))
-    return {"test" if name == first else name: dataset for name, dataset in splits.items()}, first
+def _accuracy() -> Callable[..., dict[str, float]]:
+    """compute_metrics of the accuracy over all labels that count."""
+    metrics = classification_metrics()
 
+    def compute(predicted: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        given = predicted.predictions
+        logits = torch.as_tensor(given[0] if isinstance(given, tuple) else given)
+        labels = torch.as_tensor(cast(Any, predicted.label_ids))
+        flat = EvalPrediction(cast(Any, logits.reshape(-1, logits.shape[-1])), cast(Any, labels.reshape(-1)))
+        found = metrics(flat, compute_result=compute_result)
+        return {"accuracy": found["accuracy"]} if compute_result else {}
 
-def _label_feature(dataset: Any) -> Any:
-    features = getattr(dataset, "features", None) or {}
-    return next((features[name] for name in ("labels", "label") if name in features), None)
-
-
-def _source_of(dataset: Any) -> str:
-    """The Hub id of a dataset where its info tells it, else the name in its info, else "own data"."""
-    info = getattr(dataset, "info", None)
-    for url in getattr(info, "download_checksums", None) or {}:
-        if match := _HUB_DATA.match(str(url)):
-            return match[1]
-    return getattr(info, "dataset_name", None) or "own data"
+    return compute
 
 
 def _short(name: str) -> str:
