@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -113,7 +114,7 @@ def model_maker(flags: Arguments, names: tuple[str, ...]) -> Callable[[], nn.Mod
         **parse_mapping("model_args", flags.model_args),
     )
     if flags.model_name_or_path is None:
-        return lambda: AutoModelForSequenceClassification.from_config(config)
+        return lambda: AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     return lambda: AutoModelForSequenceClassification.from_pretrained(
         source, config=config, revision=flags.model_revision, ignore_mismatched_sizes=True, dtype="float32"
     )

@@ -8,8 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import timm
+import torch
 from example_scripts import load_example
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -173,6 +175,18 @@ def test_an_encoder_on_csv_files(reviews, encoder, tmp_path, capsys):
     words = ["--model_name_or_path", tmp_path / "pretrained", *words[2:], "--output_dir", "own"]
     assert start("run_text_classification", *words) == 0
     assert Manifest.read(tmp_path / "own").spec.starting_point == str(tmp_path / "pretrained")
+
+
+def test_the_best_weights_of_a_network_whose_configuration_is_in_bfloat16(reviews, encoder, tmp_path, capsys):
+    config = BertConfig.from_pretrained(encoder)
+    config.dtype = "bfloat16"
+    config.save_pretrained(encoder)
+    words = ["--config_name", encoder, "--train_file", "train.csv", "--output_dir", "own", "--eval_strategy", "epoch"]
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "accuracy"]
+    assert start("run_text_classification", *words, *best) == 0
+    assert "eval_accuracy" in capsys.readouterr().out
+    weights = load_file(tmp_path / "own" / "gen1" / "model.safetensors").values()
+    assert {value.dtype for value in weights} == {torch.float32}
 
 
 @pytest.mark.parametrize(
