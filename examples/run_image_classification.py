@@ -6,8 +6,9 @@
 
 The flags are those of transformers' run_image_classification.py, of BornAgainTrainingArguments and of a lineage. A
 plain name of timm, without an owner, is an architecture and trained from scratch, as one of --config_name is. Images
-are read as the model's own processor does, and augmented as transformers' script does: cropped and resized at random
-and mirrored, or by timm's training transforms. The same command resumes where it stopped.
+are evaluated exactly as the model's own processor reads them. For training they are augmented as transformers' script
+does, cropped at random to the processor's size and mirrored, and then normalised by the processor; or by timm's
+training transforms. The same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -39,6 +39,7 @@ from born_again.any_model.scripts import (
 )
 from born_again.data.decode import choose_image_column, to_rgb
 from born_again.data.labelled import LabelledSplits, TransformedImages, read_labelled
+from born_again.data.processor_images import image_transforms, set_image_size
 from born_again.hub.launch import launch, run_for_each_seed
 from born_again.lineage.arguments import parse_arguments, parse_mapping
 
@@ -120,7 +121,7 @@ def model_maker(flags: Arguments, names: tuple[str, ...]) -> tuple[Callable[[], 
     else:
         processor = image_processor(flags, source, config)
     if given is None:
-        return lambda: AutoModelForImageClassification.from_config(config), processor
+        return lambda: AutoModelForImageClassification.from_config(config, dtype=torch.float32), processor
 
     def load() -> nn.Module:
         return AutoModelForImageClassification.from_pretrained(
@@ -142,35 +143,15 @@ def image_processor(flags: Arguments, source: str, config: Any) -> Any:
             raise
         processor = ViTImageProcessor(size={"height": size, "width": size})
     if flags.image_size is not None:
-        processor.size = {"height": size, "width": size}
+        set_image_size(processor, size)
     return processor
-
-
-def transforms(processor: Any, flip: bool) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """From an RGB image to pixel values: for training, at random, and for evaluation."""
-    if isinstance(processor, TimmWrapperImageProcessor):
-        if not flip:
-            own = timm.data.create_transform(**processor.data_config, is_training=True, hflip=0.0)
-            return own, processor.val_transforms
-        return processor.train_transforms, processor.val_transforms
-    size = processor.size
-    whole = size.get("shortest_edge") or (size["height"], size["width"])
-    crop = getattr(processor, "crop_size", None) or size
-    cut = crop.get("shortest_edge") or (crop["height"], crop["width"])
-    mean = getattr(processor, "image_mean", None) or [0.0] * 3
-    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    if getattr(processor, "do_normalize", True):
-        end.append(v2.Normalize(mean, getattr(processor, "image_std", None) or [1.0] * 3))
-    mirrored = [v2.RandomHorizontalFlip()] if flip else []
-    training = v2.Compose([v2.RandomResizedCrop(cut, antialias=True), *mirrored, *end])
-    return training, v2.Compose([v2.Resize(whole, antialias=True), v2.CenterCrop(cut), *end])
 
 
 def build(flags: Arguments, training: BornAgainTrainingArguments, splits: LabelledSplits) -> Lineage:
     """The lineage of the flags."""
     column = choose_image_column(str(flags.dataset_name), splits.train.features, flags.image_column_name)
     make, processor = model_maker(flags, splits.names)
-    at_random, for_evaluation = transforms(processor, flags.flip)
+    at_random, for_evaluation = image_transforms(processor, flags.flip)
     images = {
         split: TransformedImages(
             rows, column, splits.labels[split], at_random if split == "train" else for_evaluation, to_rgb
