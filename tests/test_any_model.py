@@ -1,12 +1,12 @@
 """`Lineage`: any network of transformers or timm, in the arguments of Trainer."""
 
-import datasets
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import CLASSES, WORDS, arguments, language_model, sentences, sequence_classifier, token_classifier
+from any_lineage import STEPS, classifier, lineage, pixels, rows
+from helpers import CLASSES, WORDS, arguments, language_model, token_classifier
 from huggingface_hub import PyTorchModelHubMixin
 from tiny_lineage import Crash, hashes
 from torch import nn
@@ -24,34 +24,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from born_again import BornAgainTrainer, Lineage, LineageRunner, LineageSpec, load_generation
+from born_again import BornAgainTrainer, LineageRunner, LineageSpec, load_generation
 from born_again.data.text import word_tokenizer
 from born_again.lineage.manifest import LineageError
-
-STEPS = 4
-
-
-def classifier():
-    """A tiny BERT whose weights the seed decides, with dropout."""
-    model = sequence_classifier(torch.initial_seed()).float()
-    model.dropout.p = 0.2
-    return model
-
-
-def rows(kind="sequence"):
-    return datasets.Dataset.from_list(
-        [{name: value.tolist() for name, value in row.items()} for row in sentences(kind)]
-    )
-
-
-def lineage(folder, model_init=classifier, *, data=None, changes=(), **options):
-    data = rows() if data is None else data
-    args = arguments(
-        folder,
-        **{"max_steps": STEPS, "objective": "ban+l", "save_strategy": "steps", "save_steps": 2, **dict(changes)},
-    )
-    given = {"generations": 2, "train_dataset": data, "eval_dataset": data, "save_minutes": None, **options}
-    return Lineage(model_init, args, **given)
 
 
 def test_a_lineage_of_a_text_classifier_is_that_of_its_runner_by_hand(tmp_path):
@@ -123,19 +98,6 @@ def vit(**changes):
         **changes,
     )
     return ViTForImageClassification(config)
-
-
-def pixels(size=8, count=12):
-    generator = np.random.default_rng(0)
-    images = generator.random((count, 3, size, size), dtype=np.float32)
-    features = datasets.Features(
-        {
-            "pixel_values": datasets.Array3D((3, size, size), "float32"),
-            "labels": datasets.ClassLabel(names=["cat", "dog", "owl"]),
-        }
-    )
-    labels = [index % 3 for index in range(count)]
-    return datasets.Dataset.from_dict({"pixel_values": images, "labels": labels}, features)
 
 
 def masked():

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from born_again.any_model.begun_with import begun_with, check_begun_with
 from born_again.any_model.datasets import chosen_on, label_feature, source_of, splits
 from born_again.any_model.networks import (
     architecture_of,
@@ -263,6 +264,8 @@ class Lineage:
             rows = self._check_batches(probe, parts)
         self._trainers_metrics = self._check_selection(test_split)
         data = self._describe_data(probe, parts, test_split, rows, data_fingerprint)
+        compared = None if data_fingerprint is not None else {"train": self.train_dataset, **parts}
+        data["begun_with"] = begun_with(probe, self._starting_weights, compared, objective)
         source = dataset or data["source"]
         own_name = plain_name(f"{_short(self.starting_point or self._model)}-{_short(source)}")
         flags.name = name or with_control(own_name, control)
@@ -299,6 +302,7 @@ class Lineage:
             stop_when_worse=stop_when_worse,
             stop_signals=stop_signals,
         )
+        check_begun_with(data["begun_with"], self.runner.manifest.content["data"].get("begun_with"), self.output_dir)
 
     def run(self) -> Manifest:
         """Trains, evaluates and publishes what is missing; see `LineageRunner.run` for what it raises.
@@ -387,6 +391,7 @@ class Lineage:
         self, inner: nn.Module, first: dict[str, bytes], second: dict[str, bytes], pretrained: bool | None
     ) -> str | None:
         same = [name for name, digest in first.items() if second.get(name) == digest]
+        self._starting_weights = [first[name] for name in same]
         if not same:
             if pretrained:
                 raise ValueError(

@@ -6,6 +6,7 @@ cache file was written, and is drawn at random after a map with a function that 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import random
@@ -26,6 +27,7 @@ MIN_ROWS = 10_000
 MAX_ITEMS = 1_000
 _BATCH = 500
 _PROBE = 100
+_TRANSFORMED = 4  # rows, of which what a transform makes is hashed
 
 
 @contextmanager
@@ -86,6 +88,54 @@ def dataset_sha256(name: str, dataset: Any) -> str:
             name, f"{type(dataset).__name__}, whose rows differ from one reading to the next at the same seed"
         )
     return digest.hexdigest()
+
+
+def transformed_sha256(dataset: Any) -> str | None:
+    """Hashes what a transform makes of a few rows when they are read, at a fixed seed.
+
+    Of floats moments with three digits, since a last bit may be another one on another machine.
+
+    Args:
+        dataset: of the `datasets` library with set_transform or with_transform, or of born_again with a transform.
+
+    Returns:
+        A SHA-256, hexadecimal; None without a transform, or where what it makes is not the same again or cannot be
+        hashed.
+    """
+    library = sys.modules.get("datasets")
+    is_set = library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] == "custom"
+    if not is_set and not callable(getattr(dataset, "transform", None)):
+        return None
+    dataset = copy.copy(dataset)
+    if hasattr(dataset, "set_seed"):
+        dataset.set_seed(0)
+    found = set()
+    for _ in range(2):
+        digest = hashlib.sha256()
+        with seeded(0):
+            try:
+                for index in _evenly_spaced(len(dataset), _TRANSFORMED):
+                    _hash_value(digest, _with_moments(dataset[index]), "dataset")
+            except ValueError:
+                return None
+        found.add(digest.hexdigest())
+    return found.pop() if len(found) == 1 else None
+
+
+def _with_moments(value: Any) -> Any:
+    """A row, with a few numbers in place of each array of floats."""
+    if isinstance(value, Mapping):
+        return {name: _with_moments(own) for name, own in value.items()}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or not value.size:
+        return value
+    flat = value.astype(np.float64).ravel()
+    place = np.linspace(-1.0, 1.0, len(flat))
+    scale = float(np.sqrt(np.mean(flat**2)))
+    shares = [float(np.mean(flat)) / (scale or 1.0), float(np.mean(flat * place)) / (scale or 1.0)]
+    return {"shape": list(value.shape), "scale": f"{scale:.3g}", "shares": [round(share, 3) + 0.0 for share in shares]}
 
 
 def _refusal(name: str, what: str) -> ValueError:

@@ -11,7 +11,7 @@ import pickle
 import platform
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,13 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that the weights depend on."""
+    return installed_versions(_PACKAGES)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed."""
     return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in _PACKAGES if _is_installed(name)
+        name: importlib.metadata.version(name) for name in packages if _is_installed(name)
     }
 
 

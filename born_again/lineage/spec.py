@@ -37,9 +37,9 @@ DATA_SOURCE = frozenset(
         )
     }
 )
-_FINGERPRINT_SOURCE = frozenset({"source", "revision", "image_column", "label_column", "text_column", "test_split"})
-# Recorded for information only; earlier versions did not.
-_INFORMATIVE = frozenset({"coverage"})
+_FINGERPRINT_SOURCE = frozenset("source revision image_column label_column text_column test_split label_names".split())
+# Recorded for information only, or compared by `Lineage`; earlier versions did not.
+_INFORMATIVE = frozenset({"coverage", "begun_with"})
 # The objective of a teacher that was trained elsewhere, which is not known.
 EXTERNAL = "external"
 # Begins the name of a function that was the objective, see born_again.training.item_losses.
