@@ -154,12 +154,11 @@ class BackgroundSaveMixin(Trainer):
             copied.record()
         return frozen, copied
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        # Trainer then loads the best checkpoint, or deletes the others.
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Whatever ended the training: Trainer now loads the best checkpoint, or deletes the others.
         if self.checkpoint_writer is not None and self.args.metric_for_best_model is not None:
-            if self.state.global_step >= self.state.max_steps:
-                self.checkpoint_writer.wait()
+            self.checkpoint_writer.wait()
+        return super()._finalize_training(*args, **kwargs)
 
 
 def _copied(states: Any) -> Any:

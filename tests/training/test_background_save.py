@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_the_best_checkpoint_is_whole_before_it_is_loaded(tmp_path):
         trainer.train()
         assert trainer.state.best_model_checkpoint == str(tmp_path / name / "checkpoint-2")
         assert [path.name for path in (tmp_path / name).iterdir()] == ["checkpoint-2"]
+
+
+class Stops(TrainerCallback):
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_training_that_a_callback_stops_waits_for_the_best_checkpoint(tmp_path, monkeypatch, limit):
+    save = torch.save
+
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", slow)
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": limit}
+    student, data = STUDENTS["plain"]
+    args = arguments(tmp_path, **{**SAVING, **best})
+    options = {"train_dataset": data(), "eval_dataset": data(), "callbacks": [Stops()]}
+    trainer = BornAgainTrainer(student(), args, teacher=Network(2), **options)
+    with Writer() as writer:
+        trainer.checkpoint_writer = writer
+        trainer.train()
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+    assert trainer.state.global_step == 2 < args.max_steps
 
 
 def test_jobs_run_in_order_and_an_error_is_raised_once_by_the_next_call():
