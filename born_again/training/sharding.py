@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from born_again.teacher import FrozenTeacher
 from born_again.training.environment import compiler_of
+from born_again.training.restoring import converted_weights, refuse_difference
 from born_again.training.teacher_accuracy import changed
 
 # Of timm, of torchvision and of born_again: what is repeated in a network of images.
@@ -388,24 +389,29 @@ def load_whole(student: nn.Module, folder: Path) -> None:
     weights = {name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in
                load_file(path).items()}  # fmt: skip
     _reshard(student)
+    left = _load_by_name(student, weights)
+    if left and isinstance(student, PreTrainedModel):
+        with loading_whole():
+            weights = converted_weights(student, folder)
+        left = _load_by_name(student, weights)
+    refuse_difference(student, folder, left, [])
+
+
+@torch.no_grad()
+def _load_by_name(student: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copies weights into a student in shards; returns the names of those that it lacks."""
     missing: dict[int, str] = {}
     loaded: set[int] = set()
     named = [*student.named_parameters(remove_duplicate=False), *student.named_buffers(remove_duplicate=False)]
     persistent = student.state_dict().keys()
-    with torch.no_grad():
-        for name, tensor in named:
-            name = _WRAPPERS.sub("", name)
-            if name in weights:
-                tensor.copy_(shard(weights[name], tensor))
-                loaded.add(id(tensor))
-            elif name in persistent:
-                missing[id(tensor)] = name
-    left = [name for key, name in missing.items() if key not in loaded]  # of tied weights one is saved
-    if left:
-        raise ValueError(
-            f"{folder}: its weights lack {', '.join(left[:3])}{' and others' if len(left) > 3 else ''} of "
-            f"{type(student).__name__}; expected those of the network that is trained, as it was when it was saved."
-        )
+    for name, tensor in named:
+        name = _WRAPPERS.sub("", name)
+        if name in weights:
+            tensor.copy_(shard(weights[name], tensor))
+            loaded.add(id(tensor))
+        elif name in persistent:
+            missing[id(tensor)] = name
+    return [name for key, name in missing.items() if key not in loaded]  # of tied weights one is saved
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from born_again.metrics import BatchMetrics
 from born_again.training.background_save import BackgroundSaveMixin
 from born_again.training.fused_optimizer import FusedOptimizerMixin
 from born_again.training.lean_steps import LeanStepsMixin
+from born_again.training.restoring import complete_weights
 from born_again.training.sharding import ShardingMixin
 from born_again.training.teacher_accuracy import changed
 
@@ -45,6 +47,7 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
     """Trainer with the same results, faster steps, and evaluation before training that leaves no trace."""
 
     _parameter_count: int | None = None
+    _restored: tuple[nn.Module, Path] | None = None  # while the weights of a checkpoint are loaded
     _datasets_of_loaders: Mapping[str, Any] = MappingProxyType({})  # by the names that Trainer keeps loaders under
 
     def __init__(
@@ -67,7 +70,9 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
         if self._datasets_of_loaders.get(name) is not dataset:
             getattr(self, "_eval_dataloaders", {}).pop(name, None)
             self._datasets_of_loaders = {**self._datasets_of_loaders, name: dataset}
-        return super().get_eval_dataloader(eval_dataset)
+        collate = getattr(self.data_collator, "for_evaluation", self.data_collator)  # `born_again.data.drawing`
+        with changed(self, data_collator=collate):
+            return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, which leaves nothing behind for the training.
@@ -148,13 +153,26 @@ class BaseTrainer(BackgroundSaveMixin, ShardingMixin, FusedOptimizerMixin, LeanS
         with changed(self.args, _setup_devices=torch.device("cpu")):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    # The files of a checkpoint are those of save_pretrained, which names the weights of some networks (ViT, DeiT,
+    # BEiT, DINOv2) as older releases did. Trainer looks for the names that the network has now, and leaves other
+    # weights as they are with a warning.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with self._student_as_it_was():
-            super()._load_from_checkpoint(*args, **kwargs)
+            student = self.model if model is None else model
+            with changed(self, _restored=(student, Path(resume_from_checkpoint))):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         with self._student_as_it_was():
-            super()._load_best_model()
+            with changed(self, _restored=(self.model, Path(cast(str, self.state.best_model_checkpoint)))):
+                super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if self._restored is None or self.is_sharded:
+            super()._issue_warnings_after_load(load_result)
+        else:
+            complete_weights(*self._restored, load_result.missing_keys, load_result.unexpected_keys)
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """Trainer's number, without walking through all modules to count the same parameters at every step."""
