@@ -1,5 +1,7 @@
 """`Lineage`: any network of transformers or timm, in the arguments of Trainer."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -84,6 +86,65 @@ def test_after_a_crash_the_same_call_reaches_the_same_weights(tmp_path):
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     assert [own["metrics"] for own in resumed.generations] == [own["metrics"] for own in whole.generations]
     assert resumed.content["data"] == whole.content["data"] and resumed.spec == whole.spec
+
+
+def test_after_a_crash_weights_that_are_saved_by_other_names_are_restored_too(tmp_path):
+    data = pixels(count=24)
+    lineage(tmp_path / "whole", vit, data=data, generations=1).run()
+    with pytest.raises(KeyboardInterrupt):
+        lineage(tmp_path / "cut", vit, data=data, generations=1, callbacks=[Crash(1, 3)]).run()
+    lineage(tmp_path / "cut", vit, data=data, generations=1).run()
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_the_best_weights_are_those_of_its_evaluation(tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0.5}
+    own = lineage(
+        tmp_path,
+        vit,
+        data=pixels(),
+        generations=0,
+        changes={**changes, "load_best_model_at_end": True},
+        keep_checkpoints=True,
+    )
+    manifest = own.run()
+    [state] = [path for path in tmp_path.rglob("trainer_state.json") if path.parent.name == f"checkpoint-{STEPS}"]
+    log = json.loads(state.read_text())["log_history"]
+    losses = [row["eval_loss"] for row in log if "eval_loss" in row]
+    assert losses.index(min(losses)) < STEPS - 1  # not the last
+    assert manifest.generations[0]["metrics"]["test"]["nll"] == pytest.approx(min(losses), rel=1e-5)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that are augmented at random when they are read."""
+
+    def __init__(self):
+        self.rows = pixels(count=24).with_format("torch")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {"pixel_values": row["pixel_values"] + torch.randn(3, 8, 8), "labels": int(row["labels"])}
+
+
+@pytest.mark.parametrize("drawn", ["masks", "rows"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_after_a_crash_the_data_are_drawn_as_without_it(tmp_path, drawn, workers):
+    """By a collator and by a dataset, in a second epoch and the middle of one; by workers as without."""
+    if drawn == "masks":
+        make, options = masked, {"data": rows("next").remove_columns("labels"), "data_collator": masking()}
+    else:
+        make, options = vit, {"data": Noisy(), "eval_dataset": pixels()}
+    options |= {"generations": 1}
+    changes = {"max_steps": 9, "save_steps": 7}
+    lineage(tmp_path / "whole", make, changes=changes, **options).run()
+    changes["dataloader_num_workers"] = workers
+    with pytest.raises(KeyboardInterrupt):
+        lineage(tmp_path / "cut", make, changes=changes, callbacks=[Crash(1, 8)], **options).run()
+    lineage(tmp_path / "cut", make, changes=changes, **options).run()
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
 def vit(**changes):

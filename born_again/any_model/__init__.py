@@ -37,6 +37,7 @@ from born_again.any_model.networks import (
     save_network,
     weight_hashes,
 )
+from born_again.data.drawing import CollatorEpochs, SeededCollator, seed_draws
 from born_again.data.fingerprint import dataset_sha256, seeded
 from born_again.data.image_dataset import EpochCallback
 from born_again.hub.launch import (
@@ -108,13 +109,15 @@ class Lineage:
         generations: students after the teacher.
         train_dataset: as Trainer takes it. One with set_seed(seed) and set_epoch(epoch) is told both, so that what it
             draws for a row can hang on them and not on how often it was asked
-            (`born_again.data.labelled.TransformedImages`).
+            (`born_again.data.labelled.TransformedImages`). One without set_epoch that draws from the generators of
+            torch, numpy or random is wrapped so (`born_again.data.drawing`).
         eval_dataset: as Trainer takes it; one is recorded as the split "test", a dict by its names. Where a dict has
             no "test", its first is recorded as it, and the cards name it. Trainers evaluate one split of a dict while
             they train, so that eval_loss is of it: "validation", else the first that is not "test"; the whole dict
             where metric_for_best_model names a split, as in "validation_loss".
         processing_class: tokenizer or image processor, saved with each generation.
-        data_collator: as Trainer's.
+        data_collator: as Trainer's. What one draws from the generators of torch, numpy or random, such as masks, is a
+            function of seed, epoch and the rows of the batch, so that a resumed training draws the same.
         compute_metrics: as Trainer's; in training too, where an eval_strategy says so. The metric_for_best_model
             "accuracy" of classifiers needs none.
         output_dir: the lineage's folder; args.output_dir when None.
@@ -262,6 +265,8 @@ class Lineage:
             parts, test_split = splits(eval_dataset)
             self.evaluation = self._evaluation(probe, parts)
             rows = self._check_batches(probe, parts)
+            read = next(iter(loader(self.train_dataset, lambda rows: rows, 2, self.evaluation.columns(probe))))
+            self._train_rows, self._train_collator = seed_draws(self.train_dataset, self.data_collator, read)
         self._trainers_metrics = self._check_selection(test_split)
         data = self._describe_data(probe, parts, test_split, rows, data_fingerprint)
         compared = None if data_fingerprint is not None else {"train": self.train_dataset, **parts}
@@ -527,18 +532,20 @@ class Lineage:
     def _build_trainer(
         self, student: nn.Module, teacher: nn.Module | None, generation: Generation
     ) -> BornAgainTrainer:
-        if hasattr(self.train_dataset, "set_seed"):
-            self.train_dataset.set_seed(generation.seed)
+        for data in (self._train_rows, self._train_collator):
+            if hasattr(data, "set_seed"):
+                data.set_seed(generation.seed)
         return self._trainer_class(
             student,
             generation_arguments(self.args, generation),
-            data_collator=self.data_collator,
-            train_dataset=self.train_dataset,
+            data_collator=self._train_collator,
+            train_dataset=self._train_rows,
             eval_dataset=self._chosen_on[1] if self.curve_dataset is None else self.curve_dataset,
             processing_class=self.processing_class,
             compute_metrics=cast(Any, self._trainers_metrics),
             callbacks=[
                 EpochCallback(),
+                *([CollatorEpochs(self._train_collator)] if isinstance(self._train_collator, SeededCollator) else []),
                 *(own() if isinstance(own, type) else copy.deepcopy(own) for own in self._callbacks),
             ],
             preprocess_logits_for_metrics=self._preprocess_logits,

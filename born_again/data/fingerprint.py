@@ -76,13 +76,13 @@ def dataset_sha256(name: str, dataset: Any) -> str:
     indices = _evenly_spaced(len(dataset), MAX_ITEMS)
     with seeded(0):
         for index in indices:
-            _hash_value(digest, dataset[index], name)
+            hash_value(digest, dataset[index], name)
     again = hashlib.sha256()
     first = hashlib.sha256()
     for into in (first, again):
         with seeded(0):
             for index in indices[:2]:
-                _hash_value(into, dataset[index], name)
+                hash_value(into, dataset[index], name)
     if first.digest() != again.digest():
         raise _refusal(
             name, f"{type(dataset).__name__}, whose rows differ from one reading to the next at the same seed"
@@ -115,7 +115,7 @@ def transformed_sha256(dataset: Any) -> str | None:
         with seeded(0):
             try:
                 for index in _evenly_spaced(len(dataset), _TRANSFORMED):
-                    _hash_value(digest, _with_moments(dataset[index]), "dataset")
+                    hash_value(digest, _with_moments(dataset[index]), "dataset")
             except ValueError:
                 return None
         found.add(digest.hexdigest())
@@ -213,7 +213,17 @@ def _hash_file(digest: Any, path: str) -> None:
 # ---- Rows of any other dataset ----
 
 
-def _hash_value(digest: Any, value: Any, name: str) -> None:
+def hash_value(digest: Any, value: Any, name: str) -> None:
+    """Adds what a row holds to a digest.
+
+    Args:
+        digest: of hashlib.
+        value: a row, or what is in it: tensors, arrays, images, numbers, texts, and mappings and sequences of them.
+        name: of the argument that it is from, for the message.
+
+    Raises:
+        ValueError: something else.
+    """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value
@@ -224,13 +234,13 @@ def _hash_value(digest: Any, value: Any, name: str) -> None:
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             digest.update(f"{key}:".encode())
-            _hash_value(digest, value[key], name)
+            hash_value(digest, value[key], name)
     elif isinstance(value, str | bytes | int | float | bool | None):
         digest.update(repr(value).encode())
     elif isinstance(value, Sequence):
         digest.update(f"[{len(value)}".encode())
         for item in value:
-            _hash_value(digest, item, name)
+            hash_value(digest, item, name)
     elif hasattr(value, "tobytes") and hasattr(value, "size"):  # of Pillow
         digest.update(f"{getattr(value, 'mode', '')}{value.size}".encode() + value.tobytes())
     else:
