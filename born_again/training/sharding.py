@@ -65,9 +65,10 @@ class ShardingMixin(Trainer):
     def _teacher_autocast(self) -> Any:
         """The context of the teacher's forward: accelerate has none for DeepSpeed, which casts the student alone."""
         dtype = MIXED_DTYPES.get(self.accelerator.mixed_precision)
-        if dtype is None or not self.is_deepspeed_enabled:
-            return self.accelerator.autocast()
-        return torch.autocast(self.args.device.type, dtype)
+        if dtype is not None and self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, dtype)
+        # Without mixed precision accelerate gives the same, after it has asked its state at each step.
+        return self.accelerator.autocast() if self.accelerator.native_amp else nullcontext()
 
     def _check_weights(self) -> None:
         state = self.state

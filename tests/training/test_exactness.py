@@ -1,12 +1,13 @@
 """Every arrangement of a step on processes and micro-batches computes what one process does with all of it at once."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
-from exactness import CELLS, computed
+from exactness import CELLS, OBJECTIVES, Cell, computed
 from processes import found_by
 
 NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
@@ -41,6 +42,12 @@ def check(expected, seen, rounding=1e-12):
             seen[name], expected[name], rtol=rounding, atol=rounding * scale, msg=f"{name} differ"
         )
     torch.testing.assert_close(seen["logged"], expected["logged"], rtol=1e-4, atol=1e-4)  # in 4 digits
+
+
+@pytest.mark.parametrize("task", ["images", "tokens"])
+def test_every_objective_has_a_gradient_of_its_own(on_one, task):
+    first = [on_one(Cell(task, objective))["gradients"][0] for objective in OBJECTIVES]
+    assert all(not one.allclose(other) for one, other in itertools.combinations(first, 2))
 
 
 @pytest.mark.parametrize("cell", CELLS["few"], ids=str)
