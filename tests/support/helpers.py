@@ -32,7 +32,7 @@ def arguments(folder, **changes):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "seed": 7,
+        "seed": 3,  # of which the fixed permutation is not the identity
     }
     return BornAgainTrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
