@@ -41,7 +41,7 @@ def test_a_lineage_of_a_text_classifier_is_that_of_its_runner_by_hand(tmp_path):
         args = arguments(generation.checkpoint_dir, seed=generation.seed, max_steps=STEPS, objective="ban+l")
         return BornAgainTrainer(student, args, teacher=teacher, train_dataset=data, eval_dataset=data)
 
-    spec = LineageSpec("by-hand", "bert", "words", generations=2, objective="ban+l", seed=7)
+    spec = LineageSpec("by-hand", "bert", "words", generations=2, objective="ban+l", seed=own.args.seed)
     LineageRunner(
         spec,
         tmp_path / "hand",

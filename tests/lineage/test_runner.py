@@ -44,6 +44,7 @@ def test_a_lineage_leaves_a_folder_a_generation_and_its_record(finished):
         assert (record["teacher_fit"] is None) == (index == 0)
         assert sorted(path.name for path in (finished / f"gen{index}").iterdir()) == [
             "config.json",
+            "history.json",
             "model.safetensors",
         ]
     assert len(set(hashes(finished))) == 3
