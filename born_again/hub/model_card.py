@@ -144,7 +144,9 @@ def _kind_of_any(manifest: Mapping[str, Any]) -> _Kind | None:
     if (spec.get("model_args") or {}).get("library") == "timm":
         return _IMAGES
     unit = str(manifest["data"].get("unit", "items"))
-    return _Kind(task, unit, ("transformers",), _NOTHING, "any-model", TASKS.get(task, "AutoModel"))
+    # A class of its own is loaded by the mixin of huggingface_hub, not by transformers.
+    library = "pytorch" if (spec.get("model_args") or {}).get("class") else "transformers"
+    return _Kind(task, unit, (library,), _NOTHING, "any-model", TASKS.get(task, "AutoModel"))
 
 
 def image_classifier_card(
