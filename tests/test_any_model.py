@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -24,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
 )
 
 from born_again import BornAgainTrainer, LineageRunner, LineageSpec, load_generation
@@ -256,7 +258,8 @@ def test_a_module_with_the_mixin_of_the_hub(tmp_path):
     manifest = own.run()
     assert [type(own.load(index)) for index in range(3)] == [OwnNetwork] * 3
     assert manifest.content["ensembles"][0]["metrics"]["test"]["nll"] > 0
-    assert "OwnNetwork, whose" in (tmp_path / "gen0" / "README.md").read_text()
+    card = (tmp_path / "gen0" / "README.md").read_text()
+    assert "OwnNetwork, whose" in card and "library_name: pytorch\n" in card and "- transformers\n" not in card
     with pytest.raises(LineageError, match="the data is not what"):
         lineage(tmp_path, OwnNetwork, data=own_rows(15), task="text-classification")
     with pytest.raises(ValueError, match="OwnNetwork, which transformers has for no task that it knows"):
@@ -454,3 +457,71 @@ def test_what_is_chosen_by_a_test_split_is_said_and_a_metric_that_nobody_compute
         lineage(tmp_path / "c", eval_dataset=data, changes={**changes, "metric_for_best_model": "f1"})
     named = lineage(tmp_path / "d", eval_dataset=data, changes={**changes, "metric_for_best_model": "validation_loss"})
     assert named._chosen_on == (None, data)  # as Trainer names them
+
+
+NAMES = ["bad", "fair", "good", "great"]
+
+
+def named(names=NAMES, count=22):
+    return rows().select(range(count)).cast_column("labels", datasets.ClassLabel(names=names))
+
+
+def labelled(label, count=4):
+    return (
+        rows().select(range(count)).map(lambda row, index: {"labels": label if index == 3 else 0}, with_indices=True)
+    )
+
+
+def with_names(names):
+    def make():
+        model = classifier()
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
+        return model
+
+    return make
+
+
+def test_classes_are_called_as_in_the_dataset(tmp_path):
+    manifest = lineage(tmp_path, data=named(), generations=0, changes={"max_steps": 1}).run()
+    assert BertConfig.from_pretrained(tmp_path / "gen0").id2label == dict(enumerate(NAMES))
+    assert manifest.content["data"]["label_names"] == NAMES
+    path = tmp_path / "lineage.json"  # of an earlier version, which left the default names
+    path.write_text(path.read_text().replace('"label_names": [', '"label_names": ["other",'))
+    lineage(tmp_path, data=named(), generations=0, changes={"max_steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "evaluation", "match"),
+    [
+        (classifier, rows(), labelled(4), "labels: got 4 in the split 'dev', expected class numbers 0 to 3"),
+        (classifier, labelled(-1), rows(), "labels: got -1 in the split 'train', expected"),
+        (classifier, rows(), list(labelled(7).with_format("torch")), "labels: got 7 in the split 'dev'"),
+        (classifier, named(), named(NAMES[::-1]), "the split 'dev' are great, good, .* train_dataset bad, fair"),
+        (with_names(NAMES[::-1]), named(), named(), "network are great, good, .*'train' bad, fair, .* same order"),
+    ],
+)
+def test_labels_of_any_row_and_names_of_classes_are_checked_at_the_start(tmp_path, make, data, evaluation, match):
+    with pytest.raises(ValueError, match=match):
+        lineage(tmp_path / "new", make, data=data, eval_dataset={"test": data, "dev": evaluation})
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_that_are_worth_a_warning_or_changed_later(tmp_path, caplog):
+    data = named().filter(lambda row: row["labels"] != 2)
+    lineage(tmp_path / "a", with_names(["a", "b", "c", "d"]), data=data, eval_dataset=named())
+    assert "no row of train_dataset has the classes c, which the split 'test' has" in caplog.text
+    assert "network are called a, b, c, d, and of the dataset bad, fair, good, great" in caplog.text
+    # Numbered from 1 in the table, and from 0 by a transform: what is read counts.
+    stored = rows().map(lambda row: {"labels": row["labels"] + 1})
+    shifted = stored.with_transform(lambda batch: {**batch, "labels": [label - 1 for label in batch["labels"]]})
+    lineage(tmp_path / "b", data=shifted)
+
+
+def test_a_transform_of_columns_that_trainer_removes(tmp_path):
+    data = rows().rename_column("input_ids", "ids")
+    read = data.with_transform(lambda batch: {"input_ids": batch["ids"], "labels": batch["labels"]})
+    with pytest.raises(ValueError, match="reads the column 'ids', which is removed before, .*remove_unused_columns=F"):
+        lineage(tmp_path, data=read, data_collator=default_data_collator)
+    equal = read.select([0, 0])
+    lineage(tmp_path, data=equal, data_collator=default_data_collator, changes={"remove_unused_columns": False})

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from born_again.any_model.begun_with import begun_with, check_begun_with
-from born_again.any_model.datasets import chosen_on, label_feature, source_of, splits
+from born_again.any_model.datasets import check_labels, chosen_on, label_names, own_names, source_of, splits
 from born_again.any_model.networks import (
     architecture_of,
     check_served,
@@ -378,7 +378,17 @@ class Lineage:
         network = self.model_init(generation) if self._takes_generation else self.model_init()
         if not isinstance(network, nn.Module):
             raise TypeError(f"model_init: returned {type(network).__name__}, expected a network (an nn.Module).")
-        return network if is_saved_by_itself(network) else self._wrapped(network)
+        if not is_saved_by_itself(network):
+            return self._wrapped(network)
+        self._name_classes(unwrapped(network))
+        return network
+
+    def _name_classes(self, network: nn.Module) -> None:
+        """Calls the classes of a network as the dataset does, where its config has no names of its own."""
+        config, names = getattr(network, "config", None), label_names(self.train_dataset)
+        if names and own_names(network) is None and len(getattr(config, "id2label", None) or ()) == len(names):
+            cast(Any, config).id2label = dict(enumerate(names))
+            cast(Any, config).label2id = {name: index for index, name in enumerate(names)}
 
     def _wrapped(self, network: nn.Module) -> nn.Module:
         """A network of timm inside transformers' model of it."""
@@ -389,7 +399,7 @@ class Lineage:
                 "huggingface_hub.PyTorchModelHubMixin beside nn.Module, which needs no other change; networks of timm "
                 "and transformers come as they are."
             )
-        names = getattr(label_feature(self.train_dataset), "names", None)
+        names = label_names(self.train_dataset)
         return wrap_timm_network(network, names if names and len(names) == cast(Any, network).num_classes else None)
 
     def _starting_point(
@@ -446,7 +456,16 @@ class Lineage:
         rows = {}
         for split, dataset in {"train": self.train_dataset, **splits}.items():
             columns = evaluation.columns(network)
-            batch = next(iter(loader(dataset, self.data_collator, 2, columns)), None)
+            try:
+                batch = next(iter(loader(dataset, self.data_collator, 2, columns)), None)
+            except KeyError as error:
+                if columns is None or (getattr(dataset, "format", None) or {}).get("type") != "custom":
+                    raise
+                raise ValueError(
+                    f"remove_unused_columns: got True, and the transform of the {split} dataset reads the column "
+                    f"{error}, which is removed before, since it is no argument of the network's forward; give "
+                    "remove_unused_columns=False in args."
+                ) from error
             if batch is None:
                 raise ValueError(f"{split}: the dataset has no rows, expected at least one.")
             logits, labels = evaluation.forward(network, batch, split)
@@ -457,6 +476,10 @@ class Lineage:
                 self.evaluation.shifts_labels = evaluation.shifts_labels
             if hasattr(dataset, "__len__"):
                 rows[split] = len(dataset)
+        module = getattr(self.data_collator, "__module__", "")
+        if self.task not in LANGUAGE_TASKS and module.startswith("transformers."):  # which leave labels as they are
+            parts = {"train": self.train_dataset, **splits}
+            check_labels(parts, logits.shape[-1], evaluation.label_name, own_names(unwrapped(network)))
         return rows
 
     def _check_selection(self, test_split: str) -> Callable[..., Mapping[str, Any]] | None:

@@ -176,7 +176,9 @@ def test_checkpoint_without_its_state_is_refused(tmp_path):
     first.train()
     checkpoint = tmp_path / "checkpoint-4"
     (checkpoint / "carried_state_0_of_1.safetensors").unlink()
-    with pytest.raises(ValueError, match="checkpoint-4 has no carried_state_0_of_1.safetensors, expected the state of every process"):
+    with pytest.raises(
+        ValueError, match="checkpoint-4 has no carried_state_0_of_1.safetensors, expected the state of every process"
+    ):
         trainer(tmp_path, lstm(1)).train(resume_from_checkpoint=str(checkpoint))
 
 
