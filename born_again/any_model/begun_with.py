@@ -106,7 +106,7 @@ def code_sha256(function: Any) -> str | None:
     if code is None:
         return None
     parts = list(_parts_of(code))
-    for cell in function.__closure__ or ():
+    for cell in getattr(function, "__closure__", None) or ():
         if isinstance(cell.cell_contents, int | float | str | bool | None):
             parts.append(repr(cell.cell_contents))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

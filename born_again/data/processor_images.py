@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from transformers import TimmWrapperImageProcessor
@@ -77,7 +77,7 @@ def image_transforms(processor: Any, flip: bool) -> tuple[Any, Any]:
     if isinstance(processor, TimmWrapperImageProcessor):
         if flip:
             return processor.train_transforms, processor.val_transforms
-        own = timm.data.create_transform(**processor.data_config, is_training=True, hflip=0.0)
+        own = create_transform(**processor.data_config, is_training=True, hflip=0.0)
         return own, processor.val_transforms
     evaluation = ProcessedImage(processor)
     shapes = {tuple(evaluation(Image.new("RGB", size)).shape) for size in ((300, 400), (450, 320))}
