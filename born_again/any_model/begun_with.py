@@ -99,8 +99,10 @@ def code_sha256(function: Any) -> str | None:
     """A hash of what a Python function does, for the same version of Python; None where there is no code to read."""
     while isinstance(function, functools.partial):
         function = function.func
+    if function is None:
+        return None
     function = getattr(function, "__func__", function)
-    if function is not None and not hasattr(function, "__code__"):
+    if not hasattr(function, "__code__"):
         function = type(function).__call__  # of an instance that is called
     code = getattr(function, "__code__", None)
     if code is None:
