@@ -35,7 +35,8 @@ from born_again.lineage.manifest import LineageError
 
 def test_a_lineage_of_a_text_classifier_is_that_of_its_runner_by_hand(tmp_path):
     """Same weights as with factories of one's own; cards, predictions, ensembles; metrics as evaluated by hand."""
-    own = lineage(tmp_path / "own", compute_metrics=lambda p: {"share_of_0": (p.predictions.argmax(-1) == 0).mean()})
+    share = {"compute_metrics": lambda p: {"share_of_0": (p.predictions.argmax(-1) == 0).mean()}}
+    own = lineage(tmp_path / "own", report=True, **share)
     manifest = own.run()
     data = rows().with_format("torch")
 
@@ -76,6 +77,7 @@ def test_a_lineage_of_a_text_classifier_is_that_of_its_runner_by_hand(tmp_path):
     assert isinstance(load_generation(tmp_path / "own" / "gen1"), BertForSequenceClassification)
     card = (tmp_path / "own" / "gen1" / "README.md").read_text()
     assert "trained from scratch" in card and "AutoModelForSequenceClassification" in card
+    assert "own-data" in (tmp_path / "own" / "report.html").read_text() and "../report.png" in card
     assert "pipeline_tag: text-classification" in card and (tmp_path / "own/gen1/predictions.safetensors").is_file()
     assert "classes: 4 (LABEL\\_0" in card and "0 (teacher)" in own.results()
 

@@ -62,6 +62,7 @@ from born_again.lineage.task_evaluation import LANGUAGE_TASKS, TaskEvaluation, l
 from born_again.metrics import classification_metrics
 from born_again.models.image_classifier import wrap_timm_network
 from born_again.report.figures import draw_curve
+from born_again.report.page import write_report
 from born_again.teacher.inputs import unwrapped
 from born_again.teacher.loading import load_network, task_of
 from born_again.teacher.preprocessing import check_prepared_as
@@ -140,10 +141,12 @@ class Lineage:
         from_generation, stop_when_worse, stop_signals, keep_checkpoints, save_minutes: as `LineageRunner` takes them;
             a checkpoint every five minutes and after the last step, beside args.save_strategy.
         control: "equal-compute" or "seeds" trains what the lineage of the same arguments is compared with instead.
+        report: writes report.html and report.png after each generation and at the end.
         hub_namespace: user or organisation to publish to, with args.push_to_hub.
         hub_name_pattern: of the repositories' names.
         hub_license: for the cards.
         hub_defer: trains even where the Hub cannot be reached, and publishes later.
+        hub_report: publishes report.png too, and shows it in the cards.
 
     Attributes:
         runner: the `LineageRunner`.
@@ -211,11 +214,13 @@ class Lineage:
         stop_signals: Sequence[str] = (),
         keep_checkpoints: bool = False,
         save_minutes: float | None = SAVE_MINUTES,
+        report: bool = True,
         control: str | None = None,
         hub_namespace: str | None = None,
         hub_name_pattern: str = "{name}-gen{index}",
         hub_license: str | None = None,
         hub_defer: bool = False,
+        hub_report: bool = False,
     ) -> None:
         if not isinstance(args, BornAgainTrainingArguments):
             raise TypeError(
@@ -253,6 +258,7 @@ class Lineage:
             hub_name_pattern=hub_name_pattern,
             hub_license=hub_license,
             hub_defer=hub_defer,
+            hub_report=hub_report,
             from_generation=from_generation,
             control=control,
         )
@@ -295,6 +301,7 @@ class Lineage:
             save_student=save_network,
             write_card=any_model_card,
             draw_curve=draw_curve,
+            write_report=write_report if report else None,
             write_ensemble_card=ensemble_card,
             data=data,
             keep_checkpoints=keep_checkpoints,

@@ -117,7 +117,7 @@ def lineage_options(flags: LineageFlags) -> dict[str, Any]:
     """The arguments of `Lineage` that are flags of every script."""
     names = (
         "generations name teacher teacher_revision from_generation stop_when_worse keep_checkpoints save_minutes "
-        "control hub_namespace hub_name_pattern hub_license hub_defer"
+        "control report hub_namespace hub_name_pattern hub_license hub_defer hub_report"
     )
     return {name: getattr(flags, name) for name in names.split()} | {"stop_signals": flags.stop_signals or ()}
 

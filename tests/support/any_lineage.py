@@ -29,7 +29,14 @@ def lineage(folder, model_init=classifier, *, data=None, changes=(), **options):
         folder,
         **{"max_steps": STEPS, "objective": "ban+l", "save_strategy": "steps", "save_steps": 2, **dict(changes)},
     )
-    given = {"generations": 2, "train_dataset": data, "eval_dataset": data, "save_minutes": None, **options}
+    given = {
+        "generations": 2,
+        "train_dataset": data,
+        "eval_dataset": data,
+        "save_minutes": None,
+        "report": False,
+        **options,
+    }
     return Lineage(model_init, args, **given)
 
 
