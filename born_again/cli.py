@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         SystemExit: after --help and --version.
-        Exception: with --debug, whatever is printed as one line without it.
     """
     # Imports are in the functions, so that every command loads only what it needs.
     from born_again.lineage.manifest import LineageError
@@ -67,13 +67,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         if debug:
-            raise
+            traceback.print_exc()
         return 130
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, LineageError) or _is_hub_error(error)):
             raise
         if debug:
-            raise
+            traceback.print_exc()
         print(f"born-again: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
@@ -200,6 +200,7 @@ def _add_report(commands: Any) -> None:
     description = "Writes report.html and report.png of a lineage: results, curves, calibration, what changed."
     parser = commands.add_parser("report", help=description, description=description, allow_abbrev=False)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder of the lineage, or of several seeds.")
+    parser.add_argument("--json", action="store_true", help="Print the written files as one JSON object.")
     parser.set_defaults(run=_report)
 
 
@@ -503,9 +504,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from born_again.lineage.status import lineages_in
     from born_again.report.page import write_report
 
-    for folder in lineages_in(arguments.output_dir):
-        for path in write_report(folder):
-            print(path)
+    written = [str(path) for folder in lineages_in(arguments.output_dir) for path in write_report(folder)]
+    print(json.dumps({"reports": written}, indent=2) if arguments.json else "\n".join(written))
     return 0
 
 

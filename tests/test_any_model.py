@@ -527,3 +527,9 @@ def test_a_transform_of_columns_that_trainer_removes(tmp_path):
         lineage(tmp_path, data=read, data_collator=default_data_collator)
     equal = read.select([0, 0])
     lineage(tmp_path, data=equal, data_collator=default_data_collator, changes={"remove_unused_columns": False})
+
+
+def test_a_cache_that_the_data_do_not_allow_is_refused_before_the_teacher_is_trained(tmp_path):
+    with pytest.raises(ValueError, match="teacher_cache: got 'memory' beside a training set .Dataset. whose samples"):
+        lineage(tmp_path, changes={"teacher_cache": "memory"}).run()
+    assert not (tmp_path / "gen0").exists()

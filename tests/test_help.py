@@ -93,8 +93,8 @@ def test_too_little_memory_says_what_to_do():
 def test_debug_shows_where_an_error_was_raised(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-    with pytest.raises(FileNotFoundError, match="output_dir: .* is no folder"):
-        cli.main(["status", str(tmp_path / "none"), "--debug"])
+    assert cli.main(["status", str(tmp_path / "none"), "--debug"]) == 2
+    assert "Traceback" in (said := capsys.readouterr().err) and "FileNotFoundError: output_dir: " in said
 
 
 def test_an_interrupt_has_a_status_of_its_own(monkeypatch, capsys):
@@ -125,6 +125,13 @@ def test_cards_as_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("born_again.hub.files.render_cards", lambda folder: [tmp_path / "gen0/README.md"])
     assert cli.main(["card", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"cards": [str(tmp_path / "gen0/README.md")]}
+
+
+def test_reports_as_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("born_again.lineage.status.lineages_in", lambda folder: [tmp_path])
+    monkeypatch.setattr("born_again.report.page.write_report", lambda folder: [tmp_path / "report.html"])
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"reports": [str(tmp_path / "report.html")]}
 
 
 def test_what_is_not_published_as_json(tmp_path, capsys, monkeypatch):

@@ -71,6 +71,7 @@ from born_again.training.checks import check_problem
 from born_again.training.item_losses import Objective, custom_name
 from born_again.training.lm_trainer import BornAgainLMTrainer
 from born_again.training.network_loss import declares_shift, network_loss
+from born_again.training.sharding import loading_whole
 from born_again.training.trainer import BornAgainTrainer
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,8 @@ class Lineage:
     def load(self, generation: int | str | Path) -> nn.Module:
         """A finished generation by its index or folder, in eval mode."""
         folder = self.runner.folder(generation) if isinstance(generation, int) else Path(generation)
-        return load_saved(folder, self._class, self._attention)
+        with loading_whole():
+            return load_saved(folder, self._class, self._attention)
 
     def ensemble(self, members: str | Sequence[int] = "last 3", average: str = "probabilities") -> LineageEnsemble:
         """The ensemble of some finished generations, see `LineageEnsemble.from_lineage`.

@@ -28,6 +28,7 @@ from born_again.teacher.preprocessing import (
     preprocessing_of_network,
     renormalized,
 )
+from born_again.training.sharding import loading_whole
 
 if TYPE_CHECKING:
     from born_again.data.streams import TokenStreams
@@ -54,7 +55,8 @@ def load_generation(path_or_repo: str | os.PathLike[str], revision: str | None =
         torch.Size([4, 10])
     """
     check_one_lineage("path_or_repo", path_or_repo, "gen0")
-    return _loader(path_or_repo, revision)(path_or_repo, revision=revision)
+    with loading_whole():
+        return _loader(path_or_repo, revision)(path_or_repo, revision=revision)
 
 
 def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
@@ -73,7 +75,8 @@ def _loader(path_or_repo: str | os.PathLike[str], revision: str | None):
 
 def _is_of_another_task(config: Mapping[str, Any]) -> bool:
     """Whether a config.json names a class for another of the tasks that are served than causal language modelling."""
-    named = config.get("architectures") or []
+    named = config.get("architectures")
+    named = named if isinstance(named, list) else []
     others = (auto for task, auto in TASKS.items() if task != "text-generation")
     return any(name in class_names(auto) for auto in others for name in named if isinstance(name, str))
 

@@ -24,6 +24,7 @@ from born_again.lineage.global_batch import GlobalBatch
 from born_again.lineage.manifest import LineageError
 from born_again.lineage.tracking import check_trackers
 from born_again.models.lstm_precision import computes_lstm
+from born_again.teacher.cache import check_cache_keys
 from born_again.teacher.precision import cpu_capabilities
 from born_again.training.environment import (
     ORDER_VARIABLES,
@@ -312,13 +313,19 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any], names: tuple
     ]
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, taught_on: Any = None) -> None:
     """Validates training arguments: a generation must be resumable, and computed as its arguments say.
 
+    Args:
+        args: of a generation.
+        taught_on: training set of students, which a teacher_cache must suit before their teacher is trained; None or
+            False without students.
+
     Raises:
-        ValueError: a tracker that is not installed, save_only_model, workers that outlive an epoch, a batch size found
-            by trial, batches that resuming does not skip, Trainer's own checkpoint on SIGTERM, an engine that shards
-            weights, or fp16 where accelerate does not compute it; names the argument.
+        ValueError: a teacher_cache beside a training set without keys, a tracker that is not installed,
+            save_only_model, workers that outlive an epoch, a batch size found by trial, batches that resuming does not
+            skip, Trainer's own checkpoint on SIGTERM, an engine that shards weights, or fp16 where accelerate does not
+            compute it; names the argument.
     """
     for name, reason in _REFUSED.items():
         if getattr(args, name, False):  # an older transformers lacks some
@@ -331,6 +338,8 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     check_launch(args)
     check_trackers(args)
+    if taught_on is not None and taught_on is not False:
+        check_cache_keys(args, taught_on)
     engine = sharding_engine(args)
     if engine not in (None, "FSDP", "DeepSpeed"):
         raise ValueError(

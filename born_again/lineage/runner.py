@@ -523,7 +523,7 @@ class LineageRunner:
 
     def _check_trainer(self, index: int, trainer: BornAgainTrainer) -> None:
         """Validates arguments and computation before a generation begins or is resumed."""
-        check_arguments(trainer.args)
+        check_arguments(trainer.args, self.spec.has_students and trainer.train_dataset)
         check_sharding(trainer, self._nodes.is_shared)
         here, begun = computation_of(trainer), self.manifest.record(index)
         ignored = SHARES if self._is_shared_out_anew(index, trainer) else ()

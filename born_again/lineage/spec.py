@@ -184,6 +184,11 @@ class LineageSpec:
         """The generation that teaches one; None for what is trained on labels."""
         return None if generation == 0 or self.control is not None else generation - 1
 
+    @property
+    def has_students(self) -> bool:
+        """Whether any generation is taught by another."""
+        return self.parent_of(self.generations) is not None
+
     def seed_of(self, generation: int) -> int:
         """The seed of one generation, which depends on nothing that ran before."""
         return self.seed + generation

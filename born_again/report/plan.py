@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from born_again.models.language_models import CONFIGURATIONS, create_language_model
 from born_again.objectives import OBJECTIVES
-from born_again.report.step_memory import cast, step_memory, without_data
+from born_again.report.step_memory import cast, made_without_data, step_memory, without_data
 from born_again.teacher.output_layer import output_layer
 from born_again.training.step_loss import CHUNKED_FROM
 
@@ -328,7 +328,7 @@ def _communication(step: PlannedStep, sizes: _Sizes, narrow: int, taught_in: tor
 def _network(step: PlannedStep) -> nn.Module:
     arguments = dict(step.model_args or {})
     if step.is_image:
-        network: Any = timm.create_model(step.model, num_classes=step.classes, **arguments)
+        network: Any = made_without_data(lambda: timm.create_model(step.model, num_classes=step.classes, **arguments))
         if step.gradient_checkpointing:
             network.set_grad_checkpointing(True)
         return network

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from born_again.objectives.chunked import Head, chunk_rows
 from born_again.teacher import logits_of
+from born_again.teacher.inputs import cast_floating, input_dtype
 from born_again.teacher.output_layer import without_output_layer
 
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -47,6 +48,22 @@ def without_data() -> Iterator[None]:
     """Inside, tensors have shapes, dtypes and strides of a CPU's, and no memory."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+def made_without_data(make: Callable[[], nn.Module]) -> nn.Module:
+    """The network that a function makes, without data, also where the function reads numbers out of tensors."""
+    try:
+        return make()
+    except DataDependentOutputException:
+        with unset_fake_temporarily():
+            network = make()
+    for module in network.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return network
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -121,7 +138,7 @@ def _loss(
     live: _LiveBytes,
 ) -> Tensor:
     def run(network: nn.Module, autocast: bool) -> tuple[Tensor, Any]:
-        call: dict[str, Any] = dict(inputs)
+        call: dict[str, Any] = cast_floating(inputs, None if autocast else input_dtype(network))
         if hasattr(network, "config") and getattr(network.config, "use_cache", None) is not None:
             call["use_cache"] = False
         with contextlib.ExitStack() as stack:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import timm
 from planned_training import measured_peaks
 
 from born_again.cli import main
@@ -74,6 +75,11 @@ def test_the_command(capsys):
     assert main([*words, *time]) == 0
     said = capsys.readouterr().out
     assert "2 x ddp, 128 rows a step" in said and "hours: 0.1" in said and "computed, not measured" in said
+    vit = ["plan", "--model", "test_vit", "--image_size", "160", "--batch", "8", "--json"]  # reads numbers of tensors
+    assert main(vit) == 0
+    sizes = json.loads(capsys.readouterr().out)
+    network = timm.create_model("test_vit", num_classes=10)
+    assert sizes["parameters"] == sum(parameter.numel() for parameter in network.parameters())
     assert main([*words, "--epochs", "2"]) == 2
     assert "samples: got none, expected it with epochs" in capsys.readouterr().err
 

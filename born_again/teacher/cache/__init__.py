@@ -19,6 +19,25 @@ if TYPE_CHECKING:
 FOLDER_NAME = "teacher_cache"
 
 
+def check_cache_keys(args: Any, dataset: Any) -> None:
+    """Checks that the samples of a training set have the keys that a teacher cache needs.
+
+    Args:
+        args: of the training; without a teacher_cache nothing is asked of the dataset.
+        dataset: the training set.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if getattr(args, "teacher_cache", "off") != "off" and not has_view_keys(dataset):
+        raise ValueError(
+            f"teacher_cache: got {args.teacher_cache!r} beside a training set ({type(dataset).__name__}) whose "
+            "samples have no keys, expected born_again.data's ImageDataset or TokenStreams, or a dataset with "
+            "emit_view_keys, view_count and cache_fingerprint (see born_again.teacher.cache.cached_teacher); "
+            "or use 'off'."
+        )
+
+
 def with_teacher_cache(
     teacher: FrozenTeacher, args: BornAgainTrainingArguments, dataset: Any
 ) -> FrozenTeacher | CachedTeacher:
@@ -34,13 +53,7 @@ def with_teacher_cache(
     """
     if args.teacher_cache == "off" or dataset is None:
         return teacher
-    if not has_view_keys(dataset):
-        raise ValueError(
-            f"teacher_cache: got {args.teacher_cache!r} beside a training set ({type(dataset).__name__}) whose "
-            "samples have no keys, expected born_again.data's ImageDataset or TokenStreams, or a dataset with "
-            "emit_view_keys, view_count and cache_fingerprint (see born_again.teacher.cache.cached_teacher); "
-            "or use 'off'."
-        )
+    check_cache_keys(args, dataset)
     folder = None
     if args.teacher_cache == "disk":
         folder = Path(args.teacher_cache_dir or Path(args.output_dir) / FOLDER_NAME)
