@@ -172,7 +172,9 @@ def _networks(folder: Path, content: Mapping[str, Any], split: str) -> tuple[lis
 
     def predictions_of(path: Path, weights: Any) -> Predictions | None:
         try:
-            return read_predictions(path, weights).get(split)
+            own = read_predictions(path, weights).get(split, {})
+            # Of no items, nothing can be said.
+            return {name: values for name, values in own.items() if len(values)} or None
         except LineageError as error:
             problems.append(str(error))
             return None
@@ -252,7 +254,16 @@ def _missing(facts: LineageFacts) -> list[str]:
             "earlier versions did not keep: what needs them is not shown."
         )
     trained = [own for own in facts.generations if own.record["objective"] != "external" and own.is_finished]
-    if without := [own.name for own in trained if not own.history]:
+    without_history = [own for own in trained if not own.history]
+    # A restored lineage has neither predictions nor histories; one with predictions logged nothing.
+    silent = [own for own in without_history if own.predictions is not None and own.record.get("steps")]
+    if silent:
+        listed = _listed([f"{own.name} ({own.record['steps']:,} steps)" for own in silent])
+        found.append(
+            f"Of {listed} no training history is kept (history.json), so no curve is drawn: nothing was logged in so "
+            "many steps. A smaller logging_steps logs more often."
+        )
+    if without := [own.name for own in without_history if own not in silent]:
         found.append(f"Of {_listed(without)} no training history is kept (history.json), so no curve is drawn.")
     if facts.is_text and facts.text is None:
         found.append("There is no tokenizer (tokenizer.json): tokens are shown by their numbers.")
@@ -298,7 +309,8 @@ def _set_score(network: Network, split: str, score: Score | None, items: int | N
     value, parent, own = score.factor * raw, network.parent, network.predictions
     network.score = value
     if score.name == "accuracy":
-        network.error = None if items is None else 100 * math.sqrt(max(raw * (1 - raw), 0) / items)
+        # With every item right, or none, the estimate would be 0; that the score is exact is not known.
+        network.error = None if items is None or not 0 < raw < 1 else 100 * math.sqrt(raw * (1 - raw) / items)
     elif own is not None and "tokens" in own:
         network.error = _scaled(block_error(own), score, value)
     elif own is not None and score.name == "nll" and len(own["nll"]) > 1:
@@ -307,7 +319,8 @@ def _set_score(network: Network, split: str, score: Score | None, items: int | N
         return
     network.gain = (value - parent.score) * (1 if score.is_higher_better else -1)
     network.gain_error = _paired_error(network, parent, score)
-    if network.gain_error is None and network.error is not None and parent.error is not None:
+    is_paired = are_of_same_items(own, parent.predictions)
+    if network.gain_error is None and not is_paired and network.error is not None and parent.error is not None:
         network.gain_error = math.hypot(network.error, parent.error)
 
 
@@ -322,6 +335,8 @@ def _paired_error(network: Network, parent: Network, score: Score) -> float | No
         return None
     if score.name == "accuracy":
         differences = 100 * (right(own).astype(float) - right(other))
+        if differences.min() == differences.max():  # 0 is no more known than that of one score
+            return None
     elif score.name == "nll":
         differences = own["nll"].astype(float) - other["nll"]
     else:
@@ -399,15 +414,19 @@ def changed_items(student: Predictions, teacher: Predictions, most: int) -> tupl
     )
 
 
-def class_scores(predictions: Predictions, is_text: bool) -> dict[int, tuple[float, float, int]]:
-    """By class: accuracy in percent, or mean loss in nats of a token; its standard error; the number of items."""
+def class_scores(predictions: Predictions, is_text: bool) -> dict[int, tuple[float, float | None, int]]:
+    """By class: accuracy in percent, or mean loss in nats of a token; its standard error; the number of items.
+
+    The standard error is None of one item, and where all items of a class are right, or all wrong.
+    """
     labels = predictions["label"]
     values = predictions["nll"].astype(np.float64) if is_text else 100.0 * right(predictions)
     found = {}
     for number in np.unique(labels):
         own = values[labels == number]
-        spread = own.std(ddof=1) if len(own) > 1 else 0.0
-        found[int(number)] = (float(own.mean()), float(spread / math.sqrt(len(own))), len(own))
+        is_known = len(own) > 1 and (is_text or own.min() < own.max())
+        error = float(own.std(ddof=1)) / math.sqrt(len(own)) if is_known else None
+        found[int(number)] = (float(own.mean()), error, len(own))
     return found
 
 

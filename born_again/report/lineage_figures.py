@@ -542,8 +542,8 @@ def draw_classes(facts: LineageFacts) -> Figure | None:
         scores = class_scores(own.predictions, facts.is_text)
         for row, of_class in enumerate(numbers):
             value, error, _ = scores[of_class]
-            ends = [value - error, value + error]
-            axes.plot(ends, [row + shift] * 2, color=COLORS[place], linewidth=1.6)
+            if error is not None:
+                axes.plot([value - error, value + error], [row + shift] * 2, color=COLORS[place], linewidth=1.6)
             axes.plot(
                 [value], [row + shift], marker, color=COLORS[place], markersize=4, label=None if row else own.name
             )

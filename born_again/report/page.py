@@ -86,10 +86,7 @@ def render_report(facts: LineageFacts, thumbnails: Mapping[str, Mapping[int, np.
     examples = [_examples(facts, student, teacher, thumbnails or {}) for student, teacher in pairs]
     if pairs and not facts.is_text and not any(one["image"] for own in examples for one in own["lost"] + own["won"]):
         if any(own["lost"] or own["won"] for own in examples):
-            missing.append(
-                "No images of changed items are kept (report_images.safetensors): a run keeps them, and they are "
-                "neither published nor read again by born-again report. Items are shown by their numbers."
-            )
+            missing.append(_without_images(content["data"].get("unit")))
     drawn = {
         "wide": figures.svg(lambda: figures.draw_tree(facts, figures.WIDE), "wide"),
         "narrow": figures.svg(lambda: figures.draw_tree(facts, figures.NARROW), "narrow"),
@@ -122,7 +119,7 @@ def render_report(facts: LineageFacts, thumbnails: Mapping[str, Mapping[int, np.
             calibration=[(own, figures.ece(own)) for own in facts.networks if "label" in (own.predictions or {})],
             missing=missing,
             versions=_versions(facts),
-            item="token" if facts.is_text else "image" if "image_column" in content["data"] else "item",
+            item="token" if facts.is_text else _item(content["data"]),
         )
     )
     return text.rstrip() + "\n"
@@ -146,6 +143,26 @@ def _row(facts: LineageFacts, network: Network) -> dict[str, Any]:
         "gain": figures.with_error(network.gain, network.gain_error, "+"),
         "verdict": _verdict(network),
     }
+
+
+def _item(data: Mapping[str, Any]) -> str:
+    known = {"images": "image", "texts": "text"}
+    return known.get(str(data.get("unit")), "image" if "image_column" in data else "item")
+
+
+def _without_images(unit: Any) -> str:
+    by_number = "Items are shown by their numbers."
+    if unit is None:
+        return (
+            "No images of changed items are kept (report_images.safetensors): a run keeps them, and they are "
+            f"neither published nor read again by born-again report. {by_number}"
+        )
+    if unit == "images":  # of Lineage, which gives the report none
+        return (
+            "No images of changed items are kept (report_images.safetensors): Lineage keeps none, and "
+            f"born_again.report.page.write_report(output_dir, images) does. {by_number}"
+        )
+    return f"No {'texts' if unit == 'texts' else 'contents'} of changed items are kept. {by_number}"
 
 
 def _times(factor: float, value: float | None) -> float | None:

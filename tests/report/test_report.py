@@ -135,6 +135,10 @@ def test_changes_are_counted_and_tested():
     assert lost.tolist() == [5] and won.tolist() == [10, 9, 8]
     assert changes(teacher, teacher).p is None
     assert class_scores(teacher, False)[0] == (50, pytest.approx(100 * (12 / 11 * 0.25 / 12) ** 0.5), 12)
+    # Of one item, and where all are right, no error is known.
+    few = predictions([0, 1, 1, 2, 2], [0, 1, 1, 2, 0], nll=[0.1, 0.2, 0.4, 0.3, 0.3])
+    assert class_scores(few, False) == {0: (100, None, 1), 1: (100, None, 2), 2: (50, pytest.approx(50), 2)}
+    assert [own[1] for own in class_scores(few, True).values()] == [None, pytest.approx(0.1), pytest.approx(0)]
 
 
 def test_every_part_is_there_in_order_and_the_same_lineage_gives_the_same_bytes(tmp_path):
@@ -225,7 +229,49 @@ def begun(folder):
     return folder
 
 
+def of_any_model(folder, results=None, unit="texts", **options):
+    """As Lineage writes it: the unit of its items is recorded, and no images are kept."""
+    data = {"unit": unit, "rows": {"train": 5, "test": 10}}
+    made.lineage(folder, results or [images([1]), images([1, 2])], data=data, **options)
+    manifest = Manifest.read(folder)
+    for record in manifest.generations:
+        manifest.update(record["index"], steps=4)
+    manifest.save()
+    return folder
+
+
+def many_changes():
+    label = np.zeros(40, int)
+    none, every = (SplitMetrics({"accuracy": value}, predictions(label, label + 1 - value)) for value in (0.0, 1.0))
+    return [none, every]
+
+
+def without_errors(folder):
+    """Text whose perplexity rose and of which no predictions are kept: clearly worse, by a rule without errors."""
+    return made.lineage(folder, [made.text(7.0), made.text(8.0)], kept=False)
+
+
 SHOWN = {
+    "fine-tuned": (
+        lambda folder: of_any_model(folder, starting_point="someone/bert"),
+        [
+            "fine-tuned from pretrained weights (someone/bert) and taught by",
+            "over the texts of the test split",
+            "No texts of changed items are kept. Items are shown by their numbers.",
+            "Of gen0 (4 steps) and gen1 (4 steps) no training history is kept (history.json), so no curve is drawn: "
+            "nothing was logged in so many steps. A smaller logging_steps",
+        ],
+    ),
+    "images of any model": (
+        lambda folder: of_any_model(folder, unit="images"),
+        ["trained from scratch", "over the images", "Lineage keeps none, and born_again.report.page.write_report"],
+    ),
+    "worse without errors": (without_errors, ["No standard error of a gain is known.", "is clearly worse than"]),
+    "all right": (lambda folder: of_any_model(folder, many_changes()), ["< 0.001"]),
+    "no items": (
+        lambda folder: made.lineage(folder, [SplitMetrics({"accuracy": 0.5}, predictions([], []))] * 2),
+        ["Of gen0 and gen1 no predictions on single items"],
+    ),
     "unfinished": (unfinished, ["Unfinished: 1 of 4 generations are finished", "gen1 (in training)"]),
     "begun": (begun, ["Unfinished: 0 of 1 generations are finished"]),
     "alone": (lambda folder: made.lineage(folder, [images([1])]), ["A teacher: test on made"]),
@@ -268,6 +314,13 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path, kind):
     page = page_of(make(tmp_path / "out"))
     for sentence in expected:
         assert sentence in said(page)
+    absent = {
+        "fine-tuned": ["from scratch", "image"],
+        "images of any model": ["a run keeps them"],
+        "worse without errors": ["No student differs", "The band is"],
+        "all right": ["0.00 ±", "± 0.00", "The band is"],
+    }
+    assert not [sentence for sentence in absent.get(kind, []) if sentence in said(page)]
     assert "/home" not in page.text and page.headings[-1][1] == "Versions"
 
 
