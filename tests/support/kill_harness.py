@@ -287,7 +287,8 @@ def file_differences(name: str, expected: Path, found: Path) -> list[str]:
 def card_of(path: Path) -> str:
     content = json.loads((path.parents[1] / "lineage.json").read_text())
     if path.parent.name == "ensemble":
-        return ensemble_card(content, content["ensembles"][-1])
+        links = {"report": f"../{REPORT_NAME}", "picture": f"../{REPORT_PICTURE_NAME}"}
+        return ensemble_card(content, content["ensembles"][-1], **links)
     return generation_card(content, path.parent, int(path.parent.name.removeprefix("gen")))
 
 
