@@ -38,7 +38,7 @@ from born_again.any_model.scripts import (
     run_classification,
 )
 from born_again.data.decode import choose_image_column, to_rgb
-from born_again.data.labelled import LabelledSplits, TransformedImages, read_labelled
+from born_again.data.labelled import LabelledSplits, TransformedImages
 from born_again.data.processor_images import image_transforms, set_image_size
 from born_again.hub.launch import launch, run_for_each_seed
 from born_again.lineage.arguments import parse_arguments, parse_mapping
@@ -178,21 +178,9 @@ def main(flags: Arguments, training: BornAgainTrainingArguments) -> int:
             "labels of generation 0."
         )
     folders = {"train": flags.train_dir, "validation": flags.validation_dir, "test": flags.test_dir}
-
-    def read() -> LabelledSplits:
-        return read_labelled(
-            flags.dataset_name,
-            flags.dataset_config_name,
-            flags.dataset_revision,
-            files={split: folder for split, folder in folders.items() if folder},
-            builder="imagefolder",
-            label_column=flags.label_column_name,
-            validation_fraction=flags.train_val_split,
-            max_train_samples=flags.max_train_samples,
-            max_eval_samples=flags.max_eval_samples,
-        )
-
-    return run_classification(flags, training, read, lambda splits: build(flags, training, splits))
+    return run_classification(
+        flags, training, lambda splits: build(flags, training, splits), files=folders, builder="imagefolder"
+    )
 
 
 def start(command_line: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from born_again.any_model.scripts import (
     lineage_options,
     run_classification,
 )
-from born_again.data.labelled import LabelledSplits, read_labelled
+from born_again.data.labelled import LabelledSplits
 from born_again.hub.launch import launch, run_for_each_seed
 from born_again.lineage.arguments import parse_arguments, parse_mapping
 
@@ -160,7 +160,6 @@ def build(flags: Arguments, training: BornAgainTrainingArguments, splits: Labell
 
 def main(flags: Arguments, training: BornAgainTrainingArguments) -> int:
     files = {"train": flags.train_file, "validation": flags.validation_file, "test": flags.test_file}
-    files = {split: file for split, file in files.items() if file}
     model_source(flags)
     if flags.task_name is not None and flags.task_name not in SENTENCES:
         raise ValueError(
@@ -168,20 +167,16 @@ def main(flags: Arguments, training: BornAgainTrainingArguments) -> int:
             "has no classes to teach)."
         )
 
-    def read() -> LabelledSplits:
-        return read_labelled(
-            GLUE if flags.task_name else flags.dataset_name,
-            flags.task_name or flags.dataset_config_name,
-            flags.dataset_revision,
-            files=files,
-            builder="json" if files and Path(next(iter(files.values()))).suffix in (".json", ".jsonl") else "csv",
-            label_column=flags.label_column_name,
-            validation_fraction=flags.train_val_split,
-            max_train_samples=flags.max_train_samples,
-            max_eval_samples=flags.max_eval_samples,
-        )
-
-    return run_classification(flags, training, read, lambda splits: build(flags, training, splits))
+    first = next(filter(None, files.values()), "")
+    return run_classification(
+        flags,
+        training,
+        lambda splits: build(flags, training, splits),
+        files=files,
+        builder="json" if Path(first).suffix in (".json", ".jsonl") else "csv",
+        name=GLUE if flags.task_name else None,
+        config=flags.task_name,
+    )
 
 
 def start(command_line: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from born_again.any_model import Lineage
-from born_again.data.labelled import LabelledSplits
+from born_again.data.labelled import LabelledSplits, read_labelled
 from born_again.hub.launch import (
     LineageFlags,
     apply_budget,
@@ -125,16 +125,23 @@ def lineage_options(flags: LineageFlags) -> dict[str, Any]:
 def run_classification(
     flags: ClassificationFlags,
     training: BornAgainTrainingArguments,
-    read: Callable[[], LabelledSplits],
     build: Callable[[LabelledSplits], Lineage],
+    *,
+    files: Mapping[str, str | None],
+    builder: str,
+    name: str | None = None,
+    config: str | None = None,
 ) -> int:
     """Reads the data, trains the lineage and prints its results.
 
     Args:
         flags: of the command.
         training: likewise.
-        read: the data.
-        build: the lineage of them.
+        build: the lineage of the data.
+        files: by split, in place of `name`; None for a split without.
+        builder: of `datasets`, for the files.
+        name: of the dataset, that of the flags when None.
+        config: likewise.
 
     Returns:
         The exit status.
@@ -144,7 +151,17 @@ def run_classification(
     set_threads(flags.threads)
     resume_lineage(flags, training)
     with training.main_process_first(desc="reading the data"):  # the others read its cache
-        splits = read()
+        splits = read_labelled(
+            name or flags.dataset_name,
+            config or flags.dataset_config_name,
+            flags.dataset_revision,
+            files={split: path for split, path in files.items() if path},
+            builder=builder,
+            label_column=flags.label_column_name,
+            validation_fraction=flags.train_val_split,
+            max_train_samples=flags.max_train_samples,
+            max_eval_samples=flags.max_eval_samples,
+        )
     lineage = build(splits)
     split = "validation" if "validation" in splits.evaluation else next(iter(splits.evaluation))
     rows = len(lineage.eval_dataset[split])

@@ -23,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+from born_again.data.labelled import read_labelled
 from born_again.data.text import word_tokenizer
 from born_again.lineage.manifest import Manifest
 
@@ -145,7 +146,7 @@ def test_what_a_row_is_augmented_by_is_the_same_whoever_reads_it(photos):
         script.recipe,
         ["--model_name_or_path", "test_resnet", "--image_size", "32", "--dataset_name", str(photos)],
     )
-    splits = script.read_labelled(str(photos))
+    splits = read_labelled(str(photos))
     data = script.build(flags, training, splits).train_dataset
     first = [data[3]["pixel_values"], data[3]["pixel_values"]]
     data.set_epoch(1)
@@ -213,8 +214,6 @@ def test_texts_that_are_refused(reviews, encoder, tmp_path, words, match):
 
 
 def test_a_part_is_held_out_where_only_the_training_rows_have_labels(reviews, tmp_path):
-    from born_again.data.labelled import read_labelled
-
     parts = read_labelled(None, files={"train": "train.csv"}, builder="csv", validation_fraction=0.25)
     assert {split: len(rows) for split, rows in parts.splits().items()} == {"train": 9, "validation": 3}
     assert sorted([*parts.train["stars"], *parts.evaluation["validation"]["stars"]]) == list(range(12))
