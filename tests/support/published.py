@@ -7,7 +7,7 @@ from hub_server import HubServer
 from hub_store import Blob, Repository
 from lineage_folders import WORDS, add_ensemble, lineage, network
 
-from born_again.hub.files import collection_notes, ensemble_files, generation_card, generation_files, is_published
+from born_again.hub.files import collection_notes, ensemble_files, generation_files, is_published
 from born_again.lineage.folders import WEIGHTS_NAME
 from born_again.lineage.manifest import MANIFEST_NAME, Manifest, file_sha256
 
@@ -98,8 +98,7 @@ def check_published(hub: HubServer, folder: Path, others: int = 0) -> Manifest:
         files = generation_files(manifest, index)
         del files["lineage.json"]  # of the moment when it was published
         _check_commit(hub, repo, "main", files)
-        card = generation_card(manifest.content, folder / f"gen{index}", index).encode()
-        assert record["hub"]["card_sha256"] == hashlib.sha256(card).hexdigest()
+        assert record["hub"]["card_sha256"] == hashlib.sha256(files["README.md"]).hexdigest()
     for repo in ensembles:
         assert len(_history(hub, repo)) == 1 + len({str(r["members"]) for r in manifest.content["ensembles"]})
         _check_commit(hub, repo, "main", ensemble_files(manifest, manifest.content["ensembles"][-1]))
