@@ -101,7 +101,9 @@ def test_what_the_libraries_raise_when_a_write_fails(tmp_path):
     command = [sys.executable, "-c", FAILURES, str(tmp_path), str(LIMIT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert dict(json.loads(line) for line in done.stdout.splitlines()) == {
+    # DeepSpeed, which saving a model imports where it is installed, logs to the standard output.
+    lines = [line for line in done.stdout.splitlines() if line.startswith('["')]
+    assert dict(json.loads(line) for line in lines) == {
         "torch.save": FULL,
         "torch.save, text path": FULL,
         "torch.save, file object": TOO_LARGE,
