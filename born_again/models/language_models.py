@@ -59,7 +59,7 @@ def create_language_model(name: str, words: Sequence[str], end: str = "<eos>", *
     words = list(words)
     kind, values = _configuration(name)
     place = words.index(end) if end in words else None
-    values = {**values, **_checked(kind, model_args), "bos_token_id": place, "eos_token_id": place}
+    values = {**values, **check_model_args(kind, model_args), "bos_token_id": place, "eos_token_id": place}
     # transformers' embeddings give the padding token no gradient, and here it is the end of a sentence.
     values["pad_token_id"] = place if issubclass(kind, LstmLMConfig | CharCnnLstmConfig) else None
     try:
@@ -195,8 +195,12 @@ def _configuration(name: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
     return type(config), values
 
 
-def _checked(kind: type[PretrainedConfig], model_args: dict[str, Any]) -> dict[str, Any]:
-    """Validates arguments, and maps them to the configuration's own names."""
+def check_model_args(kind: type[PretrainedConfig], model_args: dict[str, Any]) -> dict[str, Any]:
+    """Validates arguments of a configuration, and maps them to its own names.
+
+    Raises:
+        ValueError: one that the configuration does not have, or that follows from the vocabulary.
+    """
     names = [field.name for field in dataclasses.fields(kind)] + list(kind.attribute_map)
     for name in model_args:
         if name in _VOCABULARY_FIELDS:

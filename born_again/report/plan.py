@@ -10,11 +10,12 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from born_again.models.language_models import CONFIGURATIONS, create_language_model
+from born_again.models.language_models import CONFIGURATIONS, check_model_args, create_language_model
 from born_again.objectives import OBJECTIVES
 from born_again.report.step_memory import cast, made_without_data, step_memory, without_data
+from born_again.teacher import positions
 from born_again.teacher.output_layer import output_layer
 from born_again.training.step_loss import CHUNKED_FROM
 
@@ -91,6 +92,11 @@ class PlannedStep:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}.")
+        if self.teacher_placement == "sharded" and self.engine == "ddp":
+            raise ValueError(
+                "teacher_placement: got 'sharded' with engine 'ddp', under which every process has the whole teacher; "
+                "expected 'replicated', or an engine that shards: fsdp2, zero2 or zero3."
+            )
         share = self.processes * self.accumulation
         if self.batch % share:
             raise ValueError(
@@ -125,7 +131,7 @@ def plan(step: PlannedStep) -> dict[str, Any]:
         part, whose sum is "total".
 
     Raises:
-        ValueError: a model that is not known.
+        ValueError: a model, or an argument of it, that is not known; a window beyond the model's positions.
     """
     dtype = PRECISIONS[step.precision]
     narrow = dtype.itemsize
@@ -333,13 +339,21 @@ def _network(step: PlannedStep) -> nn.Module:
             network.set_grad_checkpointing(True)
         return network
     if step.model in CONFIG_MAPPING and step.model not in CONFIGURATIONS:
-        config = AutoConfig.for_model(step.model, **{"vocab_size": step.vocabulary, **arguments})
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = CONFIG_MAPPING[step.model]
+        if kind not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"model: {step.model!r} is no causal language model of transformers, nor one of timm.")
-        network = AutoModelForCausalLM.from_config(config)
+        # Its own special ids may be beyond this vocabulary.
+        ids = {"vocab_size": step.vocabulary, "bos_token_id": None, "eos_token_id": None}
+        network = AutoModelForCausalLM.from_config(kind(**ids, **check_model_args(kind, arguments)))
     else:
         words = [f"{number}" for number in range(step.vocabulary - 1)]
         network = create_language_model(step.model, [*words, "<eos>"], **arguments)
+    limit = positions(network)
+    if limit is not None and step.window > limit:
+        raise ValueError(
+            f"window: got {step.window}, expected at most the {limit} positions of {step.model!r}; use a shorter one, "
+            "or more positions (max_position_embeddings in model_args)."
+        )
     if step.gradient_checkpointing:
         network.gradient_checkpointing_enable()
     return network

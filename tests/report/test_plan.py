@@ -50,11 +50,32 @@ def test_activations_grow_with_the_rows_and_a_vocabulary_is_chunked():
         ({"engine": "fsdp"}, "engine: got 'fsdp', expected one of ddp, fsdp2, zero2, zero3"),
         ({"processes": 3}, "batch: got 128 rows for 3 processes x 1 accumulated .* multiple of 3, such as 129"),
         ({"window": 0}, "window: got 0, expected a whole number of 1 or more"),
+        ({"teacher_placement": "sharded"}, "teacher_placement: got 'sharded' with engine 'ddp', .* fsdp2, zero2 or"),
     ],
 )
 def test_a_step_that_there_is_none_of(changed, message):
     with pytest.raises(ValueError, match=message):
         PlannedStep("wide_resnet16_1_cifar", 128, **changed)
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "message"),
+    [
+        ("gpt2", {"window": 2048}, "window: got 2048, expected at most the 1024 positions of 'gpt2'"),
+        ("gpt2-small", {"window": 2048}, "window: got 2048, expected at most the 1024 positions of 'gpt2-small'"),
+        ("llama", {"model_args": {"hiden_size": 64}}, "model_args: got 'hiden_size', .* did you mean 'hidden_size'?"),
+        ("gpt2", {"model_args": {"vocab_size": 9}}, "model_args: got 'vocab_size', which follows from the vocabulary"),
+        ("bert_generation", {}, "model: got 'bert_generation'"),
+    ],
+)
+def test_a_language_model_that_there_is_none_of(model, changed, message):
+    with pytest.raises(ValueError, match=message):
+        plan(PlannedStep(model, 8, **changed))
+
+
+def test_more_positions_are_an_argument_of_the_model():
+    small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 2048}  # GPT-2's own names
+    assert plan(PlannedStep("gpt2", 8, model_args=small, window=2048, vocabulary=16))["parameters"] > 2048 * 8
 
 
 def test_hours():
