@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ _ATTEMPTS, _PAUSE = 5, 0.01
 class FolderLock:
     """A context manager that holds FOLDER/.lineage.lock; makes the folder if needed.
 
-    The operating system releases the lock when the process ends in any way, so a stale lock cannot exist. Worker
-    processes that outlive a killed run hold it until they end; those of torch end within seconds. The file exists
-    while the lock is held, and says who holds it.
+    The operating system releases the lock when the process ends in any way, so a stale lock cannot exist: processes
+    forked from it, such as the workers of a DataLoader, which outlive a killed run by seconds, do not hold the lock.
+    The file exists while the lock is held, and says who holds it.
 
     It is not reentrant: a second lock on the folder is refused in the same process too. filelock is not used: its
     older versions follow a link in the file's place and truncate its target, and may lock a file that its last holder
@@ -53,6 +54,7 @@ class FolderLock:
         self.folder = Path(folder)
         self.path = self.folder / LOCK_NAME
         self._descriptor: int | None = None
+        _in_this_process.add(self)
 
     def __enter__(self) -> FolderLock:
         if self._descriptor is not None:
@@ -78,13 +80,21 @@ class FolderLock:
 
     def __exit__(self, *exception: Any) -> None:
         descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:  # a forked process, which holds nothing
+            return
         # Before the lock is released: a process that waits for the deleted file notices, and makes a new one.
         with contextlib.suppress(OSError):
             self.path.unlink()
         if fcntl is not None:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for the copies that worker processes inherited
+                # Not by closing alone: C code may have forked past Python's hooks.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+    def _close_copy(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _acquire_lock(self) -> int:
         blocked = 0
@@ -121,6 +131,19 @@ class FolderLock:
         if holder and None not in holder.values():
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
         return f"output_dir: {self.folder} is in use by {who}; wait for it or use another output_dir."
+
+
+_in_this_process: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _close_copies() -> None:
+    """In a forked process: the lock is held as long as any copy of its descriptor is open."""
+    for lock in list(_in_this_process):
+        lock._close_copy()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def lock_holder(folder: str | Path) -> dict[str, Any] | None:

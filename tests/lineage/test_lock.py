@@ -87,6 +87,55 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
         assert json.loads((tmp_path / "out" / ".lineage.lock").read_text())["pid"] == os.getpid()
 
 
+FORKING_HOLDER = """
+import importlib, os, sys, time, types
+package = types.ModuleType("born_again"); package.__path__ = [sys.argv[2]]; sys.modules["born_again"] = package
+with importlib.import_module("born_again.lineage.lock").FolderLock(sys.argv[1]):
+    if os.fork() == 0:
+        print("held", flush=True)
+        time.sleep(60)  # as the workers of a DataLoader, which look every five seconds whether the run still lives
+    sys.stdin.read()
+"""
+
+
+@posix_only
+def test_workers_of_a_killed_process_do_not_hold_the_lock(tmp_path):
+    package = os.path.dirname(os.path.dirname(lock.__file__))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", FORKING_HOLDER, str(tmp_path), package],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LineageError, match=f"is in use by process {holder.pid} "), FolderLock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        os.killpg(holder.pid, 0)  # the worker still runs
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.communicate()
+
+
+@posix_only
+def test_a_forked_process_that_leaves_the_block_does_not_release_the_lock(tmp_path):
+    with FolderLock(tmp_path) as held:
+        worker = os.fork()
+        if worker == 0:
+            try:
+                held.__exit__(None, None, None)
+            finally:
+                os._exit(0)
+        assert os.waitpid(worker, 0)[1] == 0
+        with pytest.raises(LineageError, match=f"is in use by process {os.getpid()} "), FolderLock(tmp_path):
+            pass
+
+
 @posix_only
 def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
     """Between opening the file and locking it, the holder may have left."""
