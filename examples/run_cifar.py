@@ -106,6 +106,7 @@ class LineageArguments(LineageFlags):
     flip: bool = field(
         default=True, metadata={"help": "Mirror images at random; False where the name says digits or letters."}
     )
+    crop: bool = field(default=True, metadata={"help": "Crop images at random from themselves, padded by an eighth."})
     test_samples: int | None = field(
         default=None, metadata={"help": "Number of test images of the 1,797 digits; 1,197 when not given."}
     )
@@ -217,6 +218,8 @@ def lineage_spec(lineage: LineageArguments, training: BornAgainTrainingArguments
         data_args["image_size"] = lineage.image_size
     if lineage.flip != (lineage.dataset != EMBEDDED):
         data_args["flip"] = lineage.flip
+    if not lineage.crop:
+        data_args["crop"] = False
     model_args = parse_mapping("model_args", lineage.model_args)
     if lineage.dropout:
         model_args = {"proj_drop_rate": lineage.dropout, **model_args}
@@ -260,6 +263,11 @@ def check_architectures(spec: LineageSpec, image_size: int) -> None:
         check_shared_ends(student, teacher)
 
 
+def padding(lineage: LineageArguments) -> int:
+    """Of the random crops, in pixels."""
+    return usual_padding(lineage.image_size) if lineage.crop else 0
+
+
 def describe_input(lineage: LineageArguments, training: BornAgainTrainingArguments) -> str:
     """Augmentation and length of the training, for the first lines of a run."""
     size = lineage.image_size
@@ -268,10 +276,10 @@ def describe_input(lineage: LineageArguments, training: BornAgainTrainingArgumen
     mirrored = (
         "mirrored at random (--no_flip turns this off)" if lineage.flip else "not mirrored (--flip turns this on)"
     )
-    return (
-        f"Images are {size} x {size}, cropped at random from {usual_padding(size)} pixels of padding, {mirrored}; "
-        f"{length} in batches of {batch}"
+    cropped = (
+        f"cropped at random from {padding(lineage)} pixels of padding" if lineage.crop else "not cropped (--crop)"
     )
+    return f"Images are {size} x {size}, {cropped}, {mirrored}; {length} in batches of {batch}"
 
 
 def curve_split(
@@ -342,7 +350,7 @@ def build_runner(
                 augment=True,
                 flip=lineage.flip,
                 seed=generation.seed,
-                padding=usual_padding(data.image_size),
+                padding=padding(lineage),
             ),
             eval_dataset=during,
             compute_metrics=classification_metrics(),
@@ -399,7 +407,7 @@ def main(lineage: LineageArguments, training: BornAgainTrainingArguments) -> int
     disable_progress_bar()  # of weights that load in milliseconds; training keeps its own
     begun = resume_lineage(lineage, training)
     if begun is not None:  # defaults that depend on the dataset, or on the version it was begun with
-        chosen = {"flip": begun.dataset != EMBEDDED, "image_size": IMAGE_SIZE, "test_samples": None}
+        chosen = {"flip": begun.dataset != EMBEDDED, "crop": True, "image_size": IMAGE_SIZE, "test_samples": None}
         for name, default in chosen.items():
             if name not in lineage.given:
                 setattr(lineage, name, begun.data_args.get(name, default))

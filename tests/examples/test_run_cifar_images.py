@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 from born_again.data.image_dataset import ImageDataset
+from born_again.lineage.manifest import LineageError
 from born_again.lineage.reevaluation import reevaluate
 from born_again.lineage.spec import DATA_SOURCE
 
@@ -73,6 +74,8 @@ def test_what_is_decided_by_a_name_is_said_at_start(script):
     said = script.describe_input(*parsed(script, "--max_steps", "7", "--gradient_accumulation_steps", "2"))
     assert said.startswith("Images are 32 x 32, cropped at random from 4 pixels of padding, mirrored at random (")
     assert said.endswith("; 7 steps in batches of 256")
+    said = script.describe_input(*parsed(script, "--no_crop"))
+    assert said.startswith("Images are 32 x 32, not cropped (--crop), mirrored at random (")
 
 
 def test_only_what_older_lineages_did_not_do_is_recorded(script):
@@ -84,6 +87,7 @@ def test_only_what_older_lineages_did_not_do_is_recorded(script):
     assert data_args(script, "--dataset", "ylecun/mnist") == {"flip": False}  # was mirrored
     assert data_args(script, "--dataset", "ylecun/mnist", "--flip") == {}
     assert data_args(script, "--image_size", "64") == {"image_size": 64}
+    assert data_args(script, "--no_crop") == {"crop": False} and data_args(script, "--crop") == {}
     plain, other = (
         script.lineage_spec(*parsed(script, *words)) for words in ((), ("--no_flip", "--image_size", "64"))
     )
@@ -210,6 +214,26 @@ def test_mirroring_is_as_said_and_doubts_are_said_once(script, tmp_path, monkeyp
     (train,) = shown_in_training(script, [*words, "--no_flip", "--output_dir", str(tmp_path / "b")], monkeypatch)
     assert train.flip is False and not int(train.views(torch.arange(4)).max()) > 81
     assert doubt not in caplog.text and "not mirrored (--flip turns this on)" in capsys.readouterr().out
+
+
+def test_images_that_are_not_cropped_are_the_images_themselves(script, tmp_path, monkeypatch):
+    words = ["--smoke", "--dataset", "digits", "--generations", "0", "--output_dir", str(tmp_path / "out")]
+    (train,) = shown_in_training(script, [*words, "--no_crop"], monkeypatch)
+    assert train.padding == 0
+    pixels, rows = train.pixels, torch.arange(16)
+    shown = train.__getitems__(rows.tolist())["pixel_values"]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (train.mean, train.std))
+    exact = (pixels[rows].permute(0, 3, 1, 2).double() / 255 - mean) / std
+    torch.testing.assert_close(shown.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lineage_that_was_begun_without_crops_goes_on_without(script, tmp_path, monkeypatch):
+    words = ["--smoke", "--dataset", "digits", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert script.start([*words, "--generations", "0", "--no_crop"]) == 0
+    with pytest.raises(LineageError, match="data_args.crop: 'default' here, False there"):
+        script.main(*parsed(script, *words, "--generations", "1", "--crop"))
+    (train,) = shown_in_training(script, [*words, "--generations", "1"], monkeypatch)
+    assert train.padding == 0
 
 
 def test_a_validation_split_is_reported_as_its_own_and_evaluated_again(script, tmp_path, capsys):
