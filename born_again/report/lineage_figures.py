@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from born_again.lineage.plain_text import local_name, one_line
 from born_again.report.figures import COLORS, INK, house_style
 from born_again.report.lineage import LineageFacts, Network, changes, class_scores, right, shown_classes
 
@@ -571,8 +572,10 @@ def _draw_picture(facts: LineageFacts) -> Figure | None:
     title = 0.3
     height = tree_height + lower + title
     figure = _figure(WIDE, height)
-    heading = f"{facts.content['name']}: {facts.content['spec']['model']} on {facts.content['spec']['dataset']}"
-    figure.text(0.012, 1 - 0.12 / height, heading[:90], va="top", fontsize=12, fontweight="bold")
+    name, spec = facts.content["name"], facts.content["spec"]
+    # Without local folders: the picture may be published.
+    heading = one_line(f"{name}: {local_name(spec['model'])} on {local_name(spec['dataset'])}", 90)
+    figure.text(0.012, 1 - 0.12 / height, heading, va="top", fontsize=12, fontweight="bold")
     _draw_tree(facts, figure, 0.05, WIDE - 0.1, lower, lower + tree_height)
     if series:
         right_edge = WIDE - 4.1 if panels else 0.15

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import compared_lineages as made
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from born_again.cli import main
@@ -186,6 +187,20 @@ def test_of_many_changed_images_a_few_small_ones_are_kept(tmp_path):
 
 
 EVIL = "<script>alert(1)</script>\" onload='x' {{ 7 * 7 }} ]]> <!-- $a$ \u202e"
+
+
+def test_local_folders_are_neither_in_the_page_nor_in_the_picture(tmp_path, monkeypatch):
+    folder = lineage(tmp_path / "out", dataset="/home/me/photos", model="/home/me/networks/own")
+    drawn, draw = [], Text.__init__
+
+    def note(self, x=0, y=0, text="", *args, **kwargs):
+        drawn.append(text)
+        draw(self, x, y, text, *args, **kwargs)
+
+    monkeypatch.setattr(Text, "__init__", note)
+    page = page_of(folder)
+    assert "tiny: own on photos" in drawn
+    assert not [text for text in [*drawn, page.text, (folder / "report.html").read_text()] if "/home" in text]
 
 
 def test_texts_of_users_have_no_effect(tmp_path):
