@@ -265,13 +265,13 @@ def copy_records(suites: Sequence[str], source: Path, target: Path, places: Mapp
         if (copy / MANIFEST_NAME).is_file():
             continue
         for path in folder.glob("*/predictions*.safetensors"):
-            _write(copy / path.relative_to(folder), path.read_bytes())
+            write_atomically(copy / path.relative_to(folder), path.read_bytes())
         content = _renamed(json.loads((folder / MANIFEST_NAME).read_text("utf-8")), places or {})
         content["spec_sha256"] = spec_sha256(content["spec"])
         # Last: it says that the rest is there.
-        _write(copy / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
+        write_atomically(copy / MANIFEST_NAME, json.dumps(content, indent=2) + "\n")
     if (source / PASSED_NAME).is_file() and not (target / PASSED_NAME).is_file():
-        _write(target / PASSED_NAME, (source / PASSED_NAME).read_bytes())
+        write_atomically(target / PASSED_NAME, (source / PASSED_NAME).read_bytes())
 
 
 def _renamed(value: Any, places: Mapping[str, str]) -> Any:
@@ -285,17 +285,12 @@ def _renamed(value: Any, places: Mapping[str, str]) -> Any:
     return value
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
-
-
 def lacks_teacher(task: Task) -> bool:
     """Whether the teacher was trained, but only its record is here."""
-    if task.entry.teacher is None or not (task.folder(task.entry.teacher) / MANIFEST_NAME).is_file():
+    if task.entry.teacher is None:
         return False
-    teacher = lineage_status(task.folder(task.entry.teacher))["generations"][0]
-    return teacher["status"] == "finished" and teacher["weights"] == "missing"
+    folder = task.folder(task.entry.teacher)
+    return (folder / MANIFEST_NAME).is_file() and 0 in lineage_status(folder)["missing_weights"]
 
 
 # ---- Flags for the training scripts ----
