@@ -137,7 +137,8 @@ SUITES = {
         note="The setting was chosen for teachers that fit at a cost that allows five seeds, by the training accuracy "
         "of teachers of seed 0 alone. With random crops: 83 % with Wide-ResNet-16-1 at 32 pixels in batches of 128; "
         "90 % with Wide-ResNet-16-4 at 16 pixels in batches of 128; not mirrored, in batches of 64, 92 % in 30 epochs "
-        "and at least 98 % in 50, at five times the cost. Without crops: 96.3 % in 20 epochs, 99.9 % in 30.",
+        "and at least 98 % in 50, at five times the cost. Without crops: 96.3 % in 20 epochs, 99.9 % in 30. Run with "
+        "--threads 1 --teacher_cache memory, so that the seconds of students are those with a cache.",
     ),
     "text": Suite(
         title="Penn Treebank, lstm-small, 9 epochs",
