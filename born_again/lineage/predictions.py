@@ -42,10 +42,14 @@ class SplitMetrics(dict[str, float]):
         parts = [
             {name: predictions[name].astype(kind) for name, kind in layout.items()} for layout in _parts(predictions)
         ]
-        count = len(next(iter(parts[0].values())))
         self.predictions = {name: values for part in parts for name, values in part.items()}
-        if count > MAX_ITEMS:
+        if item_count(self.predictions) > MAX_ITEMS:
             self.predictions = None
+
+
+def item_count(predictions: Predictions) -> int:
+    """How many images a split has, or blocks of a text, whose columns of single tokens have another length."""
+    return len(predictions["tokens" if "tokens" in predictions else "label"])
 
 
 def predictions_by_split(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Predictions]:

@@ -21,6 +21,7 @@ from born_again.lineage.predictions import (
     PREDICTIONS_NAME,
     Predictions,
     ensemble_predictions_name,
+    item_count,
     read_predictions,
 )
 from born_again.lineage.spec import EXTERNAL, data_differences
@@ -476,7 +477,7 @@ class _Bootstrap:
         if own is None:
             return None
         if (run.path, metric.split) not in self._metrics:
-            items = len(next(iter(own.values())))
+            items = item_count(own)
             if items not in self._by_size:
                 self._by_size[items] = ItemBootstrap(items)
             self._metrics[run.path, metric.split] = self._by_size[items].metrics(own)

@@ -34,9 +34,14 @@ def images(accuracy: float, seed: int = 0) -> SplitMetrics:
 
 def text(perplexity: float, blocks=((1.0, 2), (3.0, 4))) -> SplitMetrics:
     sums, tokens = zip(*blocks, strict=True)
+    single = np.zeros(sum(tokens))
     return SplitMetrics(
         {"nll": math.log(perplexity), "perplexity": perplexity},
-        {"nll_sum": np.array(sums), "tokens": np.array(tokens)},
+        {
+            "nll_sum": np.array(sums),
+            "tokens": np.array(tokens),
+            **{name: single for name in ("label", "predicted", "nll", "confidence")},
+        },
     )
 
 
