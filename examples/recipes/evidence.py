@@ -153,6 +153,9 @@ SUITES = {
             Entry("equal-compute-2", "--generations 1 --control equal-compute"),
         ),
         references={"twice the epochs": "equal-compute-2"},
+        note="Half of the script's epochs, so that two seeds and the control could be trained. Of each training the "
+        "weights of the epoch with the best validation perplexity count. Run with --threads 1 --teacher_cache memory; "
+        "the seconds of the teachers are too many, since one of them waited for other work.",
     ),
     "gpu-images": Suite(
         title="CIFAR-100, Wide-ResNet-28-10, 24 epochs",
