@@ -133,7 +133,7 @@ def compare_lineages(
 
     Returns:
         JSON values:
-            data: the fingerprint's rows by split. against: what differences are taken from.
+            data: the fingerprint's rows, or tokens of a text, by split. against: what differences are taken from.
             metrics: a list of the fields of `Metric`, for display; values are unscaled.
             rows: a list of experiment, network, runs (their number), seeds, seconds (mean of the training, None where
                 it is not known), and metrics: {title: {values, mean, deviation, difference}}, where deviation is the
@@ -169,9 +169,10 @@ def compare_lineages(
     metrics = [metric for metric in METRICS if any(run.value(metric) is not None for row in rows for run in row.runs)]
     bootstrap = _Bootstrap()
     described = [_described(row, metrics, bootstrap) for row in rows]
+    data = lineages[0].content["data"]
     what = "the teacher" if against is None else f"{network or 'the last generation'} of {reference}"
     return {
-        "data": lineages[0].content["data"].get("rows"),
+        "data": data.get("rows", data.get("tokens")),
         "against": f"{what} of the same seed",
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
         "rows": described,

@@ -138,8 +138,10 @@ def test_independent_runs_have_the_same_teacher_as_reference(tmp_path):
 
 def test_a_text_is_compared_by_its_perplexity(tmp_path):
     better = text(80.0, ((0.5, 2), (1.0, 4)))
-    lineage(tmp_path / "out", [{"validation": text(95.0), "test": text(90.0)}, {"validation": better, "test": better}])
+    metrics = [{"validation": text(95.0), "test": text(90.0)}, {"validation": better, "test": better}]
+    lineage(tmp_path / "out", metrics, data={"sha256": "0", "tokens": {"train": 1200, "test": 6}})
     comparison = compare_lineages([tmp_path / "out"])
+    assert "items: 1,200 in train, 6 in test." in comparison_markdown(comparison)
     assert [metric["title"] for metric in comparison["metrics"]] == ["test ppl", "NLL", "valid. ppl"]
     difference = row(comparison, "ban", "generation 1")["metrics"]["test ppl"]["difference"]
     assert difference["mean"] == pytest.approx(-10)
