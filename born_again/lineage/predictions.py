@@ -49,7 +49,16 @@ class SplitMetrics(dict[str, float]):
 
 def item_count(predictions: Predictions) -> int:
     """How many images a split has, or blocks of a text, whose columns of single tokens have another length."""
-    return len(predictions["tokens" if "tokens" in predictions else "label"])
+    return len(_items(predictions))
+
+
+def are_of_same_split(one: Predictions, other: Predictions) -> bool:
+    """Whether two networks were evaluated on the same images, or the same blocks of a text."""
+    return ("tokens" in one) == ("tokens" in other) and np.array_equal(_items(one), _items(other))
+
+
+def _items(predictions: Predictions) -> np.ndarray:
+    return predictions["tokens" if "tokens" in predictions else "label"]
 
 
 def predictions_by_split(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Predictions]:

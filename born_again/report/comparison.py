@@ -20,6 +20,7 @@ from born_again.lineage.manifest import MANIFEST_NAME, LineageError, Manifest
 from born_again.lineage.predictions import (
     PREDICTIONS_NAME,
     Predictions,
+    are_of_same_split,
     ensemble_predictions_name,
     item_count,
     read_predictions,
@@ -61,6 +62,7 @@ METRICS = (
     Metric("valid. ppl", "validation", "perplexity", 1, 2),
 )
 _FEW = 3
+_LISTED = 3  # paths in a note
 _NETWORK = re.compile("gen[0-9]{1,6}|ensemble")
 
 
@@ -457,24 +459,47 @@ class _Bootstrap:
         self._by_size: dict[int, ItemBootstrap] = {}
         self._predictions: dict[Path, dict[str, Predictions]] = {}
         self._metrics: dict[tuple[Path, str], dict[str, np.ndarray]] = {}
-        self.notes: list[str] = []
+        self._problems: dict[str, None] = {}  # in order, each once
+        self._missing: dict[Path, None] = {}
 
     def difference(self, pairs: Sequence[tuple[_Run, _Run]], metric: Metric) -> tuple[float, float] | None:
         """The interval of the mean difference over the pairs; None where predictions are missing."""
+        kept = [(self._read(ours, metric), self._read(theirs, metric)) for ours, theirs in pairs]
+        for (one, other), (ours, theirs) in zip(kept, pairs, strict=True):
+            if one is not None and other is not None and not are_of_same_split(one, other):
+                self._problems[
+                    f"No interval over items of {ours.path} beside {theirs.path}: they hold predictions of other "
+                    "items, or of blocks of other lengths, as another --window makes them."
+                ] = None
+                return None
         sampled = [(self._sampled(ours, metric), self._sampled(theirs, metric)) for ours, theirs in pairs]
-        if any(one is None or other is None or len(one) != len(other) for one, other in sampled):
+        if any(one is None or other is None for one, other in sampled):
             return None
         with np.errstate(invalid="ignore"):
             return percentile_interval(np.mean([one - other for one, other in sampled], axis=0))  # type: ignore
 
-    def _sampled(self, run: _Run, metric: Metric) -> np.ndarray | None:
+    @property
+    def notes(self) -> list[str]:
+        """What is left out of the intervals, and why; nothing where no predictions at all are kept."""
+        missing = [str(path) for path in self._missing]
+        if not missing or len(missing) == len(self._predictions):
+            return list(self._problems)
+        listed = ", ".join(missing[:_LISTED]) + (f" and {rest} more" if (rest := len(missing) - _LISTED) > 0 else "")
+        return [*self._problems, f"Left out of the intervals over items, missing or of other weights: {listed}."]
+
+    def _read(self, run: _Run, metric: Metric) -> Predictions | None:
         if run.path not in self._predictions:
             try:
                 self._predictions[run.path] = read_predictions(run.path, run.weights)
+                if not self._predictions[run.path]:
+                    self._missing[run.path] = None
             except LineageError as error:
                 self._predictions[run.path] = {}
-                self.notes.append(f"Left out of the intervals over items: {error}")
-        own = self._predictions[run.path].get(metric.split)
+                self._problems[f"Left out of the intervals over items: {error}"] = None
+        return self._predictions[run.path].get(metric.split)
+
+    def _sampled(self, run: _Run, metric: Metric) -> np.ndarray | None:
+        own = self._read(run, metric)
         if own is None:
             return None
         if (run.path, metric.split) not in self._metrics:

@@ -43,16 +43,19 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
 def legend(comparison: Mapping[str, Any]) -> list[str]:
     """What the columns are, and the notes, a sentence or two a line."""
     rows = comparison["data"]
-    items = ", ".join(f"{count:,} in {split}" for split, count in rows.items()) if isinstance(rows, dict) else ""
+    is_text = any(metric["name"] == "perplexity" for metric in comparison["metrics"])
+    counts = ", ".join(f"{count:,} in {split}" for split, count in rows.items()) if isinstance(rows, dict) else ""
+    counts = f"; {'tokens' if is_text else 'items'}: {counts}" if counts else ""
+    resampled = "blocks of consecutive tokens" if is_text else "the items"
     percent = [metric["title"] for metric in comparison["metrics"] if metric["factor"] == 100]
     lines = [
-        f"Mean ± sample standard deviation over runs{f'; items: {items}' if items else ''}. NLL is in nats, seconds "
+        f"Mean ± sample standard deviation over runs{counts}. NLL is in nats, seconds "
         f"are of the training. The reference is {comparison['against']}; differences are paired by seed."
     ]
     if percent:
         lines.append(f"{', '.join(percent)} in percent, their differences in points.")
     lines.append(
-        "95 % over runs: Student's t of the paired differences. 95 % over items: bootstrap over the items of the test "
+        f"95 % over runs: Student's t of the paired differences. 95 % over items: bootstrap over {resampled} of the test "
         "split, for these networks; empty where their predictions were not kept."
     )
     return [*lines, *comparison["notes"]]

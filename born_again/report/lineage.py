@@ -261,7 +261,7 @@ def _missing(facts: LineageFacts) -> list[str]:
         listed = _listed([f"{own.name} ({own.record['steps']:,} steps)" for own in silent])
         found.append(
             f"Of {listed} no training history is kept (history.json), so no curve is drawn: nothing was logged in so "
-            "many steps. A smaller logging_steps logs more often."
+            "many steps, which a smaller logging_steps mends, or the file was not copied."
         )
     if without := [own.name for own in without_history if own not in silent]:
         found.append(f"Of {_listed(without)} no training history is kept (history.json), so no curve is drawn.")

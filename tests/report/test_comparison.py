@@ -141,12 +141,32 @@ def test_a_text_is_compared_by_its_perplexity(tmp_path):
     metrics = [{"validation": text(95.0), "test": text(90.0)}, {"validation": better, "test": better}]
     lineage(tmp_path / "out", metrics, data={"sha256": "0", "tokens": {"train": 1200, "test": 6}})
     comparison = compare_lineages([tmp_path / "out"])
-    assert "items: 1,200 in train, 6 in test." in comparison_markdown(comparison)
+    assert "tokens: 1,200 in train, 6 in test." in comparison_markdown(comparison)
     assert [metric["title"] for metric in comparison["metrics"]] == ["test ppl", "NLL", "valid. ppl"]
     difference = row(comparison, "ban", "generation 1")["metrics"]["test ppl"]["difference"]
     assert difference["mean"] == pytest.approx(-10)
     low, high = difference["items"]  # of whichever blocks, the student's sums are lower
     assert low <= high < 0
+
+
+def test_a_text_in_other_blocks_has_no_interval_over_items(tmp_path):
+    """Both are of the same tokens, but resampled blocks of other lengths are not paired."""
+    lineage(tmp_path / "out", [text(90.0), text(80.0, ((0.5, 3), (1.0, 3)))])
+    comparison = compare_lineages([tmp_path / "out"])
+    difference = row(comparison, "ban", "generation 1")["metrics"]["NLL"]["difference"]
+    assert difference["items"] is None and difference["mean"] == pytest.approx(np.log(80 / 90))
+    said = [note for note in comparison["notes"] if "blocks of other lengths" in note]
+    assert len(said) == 1 and "out/gen1/predictions.safetensors beside" in said[0]
+
+
+def test_predictions_that_are_missing_beside_others_are_named(tmp_path):
+    for seed in (1, 2):
+        lineage(tmp_path / f"out/seed{seed}", [images(0.5), images(0.5 + seed / 8)], seed=seed)
+    (tmp_path / "out/seed2/gen1/predictions.safetensors").unlink()
+    comparison = compare_lineages([tmp_path / "out"])
+    assert row(comparison, "ban", "generation 1")["metrics"]["accuracy"]["difference"]["items"] is None
+    missing = tmp_path / "out/seed2/gen1/predictions.safetensors"
+    assert comparison["notes"][0] == f"Left out of the intervals over items, missing or of other weights: {missing}."
 
 
 def test_lineages_without_predictions_have_the_interval_over_runs_only(tmp_path):
