@@ -1,11 +1,11 @@
-"""Trains what is missing of a list of lineages, in order, and writes their comparison into RESULTS.md.
+"""Trains what is missing of a list of lineages, in order, and writes their comparison into OUTPUT_DIR/RESULTS.md.
 
     python examples/recipes/evidence.py --data FOLDER_WITH_cifar10_AND_ptb --minutes 60
 
 It can be stopped at any time, also by the end of --minutes: the lineage that is being trained saves a checkpoint, and
 the next call goes on from there. All lineages run at the lowest priority. The table holds the finished lineages. Flags
-that are not listed by --help go to the training scripts. Those that may change what is trained need a --results of
-their own, are the same in every call of an --output_dir, and stand in the title and in the commands.
+that are not listed by --help go to the training scripts. Those that may change what is trained are the same in every
+call of an --output_dir, and stand in the title and in the commands.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GRACE_SECONDS = 120.0
 ENSEMBLES = (2, 3)
 # In --output_dir: the passed flags that may change what is trained.
 PASSED_NAME = "passed_flags.json"
-# Passed flags that change neither data nor weights; any other may.
+# Passed flags that change neither data nor schedule, and weights by rounding at most; any other may.
 HARMLESS = frozenset(
     "--threads --tune_process --logging_steps --logging_strategy --disable_tqdm --report_to --save_steps "
     "--save_strategy --save_minutes --keep_checkpoints --dataloader_num_workers --teacher_cache --teacher_cache_dir "
@@ -92,6 +92,8 @@ class Suite:
 
 
 SEEDS = (0, 10, 20, 30, 40)
+# A process a core; the seconds of students are with a teacher cache.
+ONE_CORE = "--threads 1 --teacher_cache memory"
 LABELS = "--generations 0"
 TAUGHT = "--generations 1 --objective"
 
@@ -130,21 +132,20 @@ SUITES = {
         script="run_cifar.py",
         data="cifar10",
         flags="--model wide_resnet16_1_cifar --model_args width=2 --image_size 16 --no_crop --max_train_samples 5000 "
-        "--num_train_epochs 30 --per_device_train_batch_size 64",
+        f"--num_train_epochs 30 --per_device_train_batch_size 64 {ONE_CORE}",
         seeds=SEEDS,
         entries=IMAGES,
         references=IMAGE_REFERENCES,
         note="The setting was chosen for teachers that fit at a cost that allows five seeds, by the training accuracy "
         "of teachers of seed 0 alone. With random crops: 83 % with Wide-ResNet-16-1 at 32 pixels in batches of 128; "
         "90 % with Wide-ResNet-16-4 at 16 pixels in batches of 128; not mirrored, in batches of 64, 92 % in 30 epochs "
-        "and at least 98 % in 50, at five times the cost. Without crops: 96.3 % in 20 epochs, 99.9 % in 30. Run with "
-        "--threads 1 --teacher_cache memory, so that the seconds of students are those with a cache.",
+        "and at least 98 % in 50, at five times the cost. Without crops: 96.3 % in 20 epochs, 99.9 % in 30.",
     ),
     "text": Suite(
         title="Penn Treebank, lstm-small, 9 epochs",
         script="run_ptb.py",
         data="ptb",
-        flags="--model lstm-small --num_train_epochs 9",
+        flags=f"--model lstm-small --num_train_epochs 9 {ONE_CORE}",
         seeds=SEEDS[:2],
         entries=(
             Entry("labels", LABELS),
@@ -154,8 +155,7 @@ SUITES = {
         ),
         references={"twice the epochs": "equal-compute-2"},
         note="Half of the script's epochs, so that two seeds and the control could be trained. Of each training the "
-        "weights of the epoch with the best validation perplexity count. Run with --threads 1 --teacher_cache memory; "
-        "the seconds of the teachers are too many, since one of them waited for other work.",
+        "weights of the epoch with the best validation perplexity count.",
     ),
     "gpu-images": Suite(
         title="CIFAR-100, Wide-ResNet-28-10, 24 epochs",
@@ -316,6 +316,11 @@ def passed_flags(output_dir: Path) -> list[str]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else []
 
 
+def is_begun(output_dir: Path) -> bool:
+    """Whether a folder holds a lineage of a suite."""
+    return any((task.folder() / MANIFEST_NAME).is_file() for task in tasks(SUITES, output_dir))
+
+
 def passed_problem(extra: Sequence[str], output_dir: Path, results: Path) -> str | None:
     """Why the passed flags are refused, None where they are not."""
     flags = changing(extra)
@@ -324,10 +329,9 @@ def passed_problem(extra: Sequence[str], output_dir: Path, results: Path) -> str
     if flags and results.resolve() == RESULTS.resolve():
         return (
             f"{shlex.join(flags)} may change what is trained, so it is not the suite that {RESULTS.name} describes; "
-            "give another --results and --output_dir too, or leave it out."
+            "give another --results, or leave it out."
         )
-    is_begun = any((task.folder() / MANIFEST_NAME).is_file() for task in tasks(SUITES, output_dir))
-    if is_begun and flags != passed_flags(output_dir):
+    if is_begun(output_dir) and flags != passed_flags(output_dir):
         return (
             f"{output_dir} holds lineages that were begun with other flags ({shlex.join(passed_flags(output_dir))}), "
             f"got ({shlex.join(flags)}); give the same ones, or another --output_dir."
@@ -338,7 +342,7 @@ def passed_problem(extra: Sequence[str], output_dir: Path, results: Path) -> str
 # ---- RESULTS.md ----
 
 
-def write_results(suites: Sequence[str], output_dir: Path, path: Path = RESULTS) -> None:
+def write_results(suites: Sequence[str], output_dir: Path, path: Path) -> None:
     """Replaces the sections of these suites; what else the file holds stays."""
     text = path.read_text("utf-8") if path.is_file() else "# Results\n"
     for name in suites:
@@ -374,8 +378,9 @@ def section(name: str, output_dir: Path) -> str | None:
         shown = Task(name, entry, suite.seeds[0], output_dir).command("DATA", "OUT") + passed
         text = shlex.join(shown).replace(f"--seed {suite.seeds[0]} ", "--seed SEED ")
         lines.append(f"python {text.replace(seed_folder_name(suite.seeds[0]), 'seedSEED')}")
-    seeds = ", ".join(map(str, suite.seeds))
-    lines += ["```", "", f"Seeds: {seeds}. {suite.note}".rstrip(), "No seed and no generation was selected."]
+    seeds = ", ".join(map(str, sorted({task.seed for task in finished})))
+    lines += ["```", "", f"Seeds: {seeds}. {suite.note}".rstrip()]
+    lines += ["No seed and no generation was selected by what is shown here."]
     return "\n".join(lines)
 
 
@@ -436,7 +441,9 @@ def main(words: Sequence[str] | None = None) -> int:
         "--suites", nargs="+", default=["digits", "images", "text"], choices=SUITES, help="In this order."
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence"), help="Of all lineages.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="File that the tables are written into.")
+    parser.add_argument(
+        "--results", type=Path, help="File that the tables are written into; RESULTS.md in --output_dir if not given."
+    )
     parser.add_argument(
         "--records",
         type=Path,
@@ -447,21 +454,29 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="Train these seeds of the list only.")
     arguments, extra = parser.parse_known_args(words)  # what else is given goes to the training scripts
     output_dir = arguments.output_dir.resolve()
+    results = arguments.results or output_dir / RESULTS.name
+    listed = list(tasks(arguments.suites, output_dir))
+    for flag, values, known in (
+        ("--only", arguments.only, {task.entry.name: None for task in listed}),
+        ("--seeds", arguments.seeds, {task.seed: None for task in listed}),
+    ):
+        if unknown := [str(value) for value in values or [] if value not in known]:
+            parser.error(f"{flag}: got {', '.join(unknown)}, expected some of {', '.join(map(str, known))}.")
     if arguments.records is not None:
         arguments.records = arguments.records.resolve()
         copy_records(arguments.suites, arguments.records, output_dir)
     given = extra if arguments.minutes or extra else passed_flags(output_dir)
-    if (problem := passed_problem(given, output_dir, arguments.results)) is not None:
+    if (problem := passed_problem(given, output_dir, results)) is not None:
         parser.error(problem)
-    if flags := changing(extra):
-        write_atomically(output_dir / PASSED_NAME, json.dumps(flags))
+    if arguments.minutes and not is_begun(output_dir):
+        write_atomically(output_dir / PASSED_NAME, json.dumps(changing(extra)))
     seconds = 60 * arguments.minutes
     deadline = time.monotonic() + seconds - min(GRACE_SECONDS, seconds / 4)
     data = str(Path(arguments.data).resolve())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped too
     status = 0
     try:
-        for task in tasks(arguments.suites, output_dir):
+        for task in listed:
             is_chosen = not (arguments.only and task.entry.name not in arguments.only)
             is_chosen = is_chosen and not (arguments.seeds and task.seed not in arguments.seeds)
             if not is_chosen or is_finished(task):
@@ -480,7 +495,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 print(f"The command above ended with status {status}; nothing else is trained.", file=sys.stderr)
                 break
     finally:
-        write_results(arguments.suites, output_dir, arguments.results)
+        write_results(arguments.suites, output_dir, results)
         if arguments.records is not None:
             copy_records(arguments.suites, output_dir, arguments.records, {str(output_dir): "OUT", data: "DATA"})
     return status

@@ -174,18 +174,24 @@ def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_r
     evidence, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evidence, "run", lambda task, *_: finish(task) or 0)
-    out, results = tmp_path / "out", tmp_path / "RESULTS.md"
+    out = tmp_path / "out"
+    results = out / "RESULTS.md"
     words = ["--data", str(tmp_path), "--suites", "images", "--only", "labels", "--seeds", "0", "--minutes", "9"]
     words += ["--output_dir", str(out)]
     passed = ["--num_train_epochs", "1"]
     for more, message in (
-        (passed, "--num_train_epochs 1 may change what is trained"),
-        (["--results", str(results), "--seed", "3"], "--seed differs between the lineages of a suite"),
+        ([*passed, "--results", str(evidence.RESULTS)], "--num_train_epochs 1 may change what is trained"),
+        (["--seed", "3"], "--seed differs between the lineages of a suite"),
+        (["--seeds", "0", "1"], "--seeds: got 1, expected some of 0, 10, 20, 30, 40."),
+        (["--only", "lables"], "--only: got lables, expected some of labels, ban, ban+l,"),
     ):
         with pytest.raises(SystemExit):
             evidence.main([*words, *more])
         assert message in capsys.readouterr().err and not out.exists()
-    words += ["--results", str(results)]
+    # Flags of a call that trained nothing are forgotten.
+    monkeypatch.setattr(evidence, "run", lambda *_: 2)
+    assert evidence.main([*words, "--num_train_epoch", "3"]) == 2
+    monkeypatch.setattr(evidence, "run", lambda task, *_: finish(task) or 0)
     assert evidence.main([*words, *passed, "--threads", "1"]) == 0
     title = "Wide-ResNet-16-2, 30 epochs; these flags override the suite's: `--num_train_epochs 1`"
     assert title in results.read_text() and "seedSEED --num_train_epochs 1\n" in results.read_text()
@@ -195,7 +201,7 @@ def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_r
         evidence.main(words)
     assert "begun with other flags (--num_train_epochs 1), got ()" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        evidence.main(["--data", str(tmp_path), "--minutes", "0", "--output_dir", str(out)])
+        evidence.main([*words, "--minutes", "0", "--results", str(evidence.RESULTS)])
     assert "it is not the suite that RESULTS.md describes" in capsys.readouterr().err
 
 
