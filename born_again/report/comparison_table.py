@@ -55,8 +55,8 @@ def legend(comparison: Mapping[str, Any]) -> list[str]:
     if percent:
         lines.append(f"{', '.join(percent)} in percent, their differences in points.")
     lines.append(
-        f"95 % over runs: Student's t of the paired differences. 95 % over items: bootstrap over {resampled} of the test "
-        "split, for these networks; empty where their predictions were not kept."
+        f"95 % over runs: Student's t of the paired differences. 95 % over items: bootstrap over {resampled} of the "
+        "test split, for these networks; empty where their predictions were not kept."
     )
     return [*lines, *comparison["notes"]]
 

@@ -274,7 +274,7 @@ SHOWN = {
             "over the texts of the test split",
             "No texts of changed items are kept. Items are shown by their numbers.",
             "Of gen0 (4 steps) and gen1 (4 steps) no training history is kept (history.json), so no curve is drawn: "
-            "nothing was logged in so many steps. A smaller logging_steps",
+            "nothing was logged in so many steps, which a smaller logging_steps mends, or the file was not copied.",
         ],
     ),
     "images of any model": (
@@ -317,7 +317,7 @@ SHOWN = {
         ["by how much the perplexity fell", "There is no tokenizer", "better than gen0", "token 1"],
     ),
     "text of an earlier version": (
-        lambda folder: made.lineage(folder, [made.text(8.0), made.text(7.0)]),
+        lambda folder: made.lineage(folder, [made.text(value, has_single_tokens=False) for value in (8.0, 7.0)]),
         ["the losses of blocks are kept, but no predictions of single tokens"],
     ),
 }

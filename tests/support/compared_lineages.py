@@ -32,17 +32,12 @@ def images(accuracy: float, seed: int = 0) -> SplitMetrics:
     return SplitMetrics(metrics, predictions)
 
 
-def text(perplexity: float, blocks=((1.0, 2), (3.0, 4))) -> SplitMetrics:
+def text(perplexity: float, blocks=((1.0, 2), (3.0, 4)), has_single_tokens=True) -> SplitMetrics:
     sums, tokens = zip(*blocks, strict=True)
-    single = np.zeros(sum(tokens))
-    return SplitMetrics(
-        {"nll": math.log(perplexity), "perplexity": perplexity},
-        {
-            "nll_sum": np.array(sums),
-            "tokens": np.array(tokens),
-            **{name: single for name in ("label", "predicted", "nll", "confidence")},
-        },
-    )
+    predictions = {"nll_sum": np.array(sums), "tokens": np.array(tokens)}
+    if has_single_tokens:
+        predictions |= {name: np.zeros(sum(tokens)) for name in ("label", "predicted", "nll", "confidence")}
+    return SplitMetrics({"nll": math.log(perplexity), "perplexity": perplexity}, predictions)
 
 
 def lineage(folder: Path, results: list, *, seed=1, kept=True, ensembles=(), data=DATA, weights=None, **spec) -> Path:
