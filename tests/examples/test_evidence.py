@@ -161,7 +161,7 @@ def without_items(text: str) -> list[list[str]]:
             kept = [place for place, cell in enumerate(cells) if cell != "95 % over items"]
         if not set("".join(cells)) <= {"-"}:
             found.append([cells[place] for place in kept])
-        elif not cells and not line.startswith("95 % over "):
+        elif not cells and not line.startswith(("95 % over ", "Left out of the intervals over items")):
             found.append([line])
     return found
 
