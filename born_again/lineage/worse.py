@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from born_again.lineage.predictions import PREDICTIONS_NAME, Predictions, predictions_by_split, read_predictions
+from born_again.lineage.predictions import (
+    PREDICTIONS_NAME,
+    Predictions,
+    are_of_same_split,
+    predictions_by_split,
+    read_predictions,
+)
 
 _ERRORS = 2
 # Relative to the teacher's perplexity.
@@ -37,7 +43,7 @@ def nll_difference(student: Predictions, teacher: Predictions) -> dict[str, floa
         {"mean", "standard_error"} in nats per token, above 0 where the student is worse; None for other blocks, or
         fewer than two.
     """
-    if "tokens" not in student or not np.array_equal(student["tokens"], teacher.get("tokens")):
+    if "tokens" not in student or not are_of_same_split(student, teacher):
         return None
     blocks, tokens = len(student["tokens"]), student["tokens"].astype(np.float64)
     if blocks < 2:

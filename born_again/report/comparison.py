@@ -464,8 +464,8 @@ class _Bootstrap:
 
     def difference(self, pairs: Sequence[tuple[_Run, _Run]], metric: Metric) -> tuple[float, float] | None:
         """The interval of the mean difference over the pairs; None where predictions are missing."""
-        kept = [(self._read(ours, metric), self._read(theirs, metric)) for ours, theirs in pairs]
-        for (one, other), (ours, theirs) in zip(kept, pairs, strict=True):
+        for ours, theirs in pairs:
+            one, other = self._read(ours, metric), self._read(theirs, metric)
             if one is not None and other is not None and not are_of_same_split(one, other):
                 self._problems[
                     f"No interval over items of {ours.path} beside {theirs.path}: they hold predictions of other "
