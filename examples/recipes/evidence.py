@@ -469,7 +469,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if (problem := passed_problem(given, output_dir, results)) is not None:
         parser.error(problem)
     if arguments.minutes and not is_begun(output_dir):
-        write_atomically(output_dir / PASSED_NAME, json.dumps(changing(extra)))
+        (output_dir / PASSED_NAME).unlink(missing_ok=True)  # of a call that began nothing
+    if flags := changing(extra):
+        write_atomically(output_dir / PASSED_NAME, json.dumps(flags))
     seconds = 60 * arguments.minutes
     deadline = time.monotonic() + seconds - min(GRACE_SECONDS, seconds / 4)
     data = str(Path(arguments.data).resolve())

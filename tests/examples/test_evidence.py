@@ -191,6 +191,7 @@ def test_passed_flags_are_shown_and_those_that_change_the_suite_need_their_own_r
     # Flags of a call that trained nothing are forgotten.
     monkeypatch.setattr(evidence, "run", lambda *_: 2)
     assert evidence.main([*words, "--num_train_epoch", "3"]) == 2
+    assert evidence.main(words) == 2 and not (out / evidence.PASSED_NAME).exists()
     monkeypatch.setattr(evidence, "run", lambda task, *_: finish(task) or 0)
     assert evidence.main([*words, *passed, "--threads", "1"]) == 0
     title = "Wide-ResNet-16-2, 30 epochs; these flags override the suite's: `--num_train_epochs 1`"
